@@ -1,0 +1,34 @@
+# demo · test · slow · lint · clean: each makes its own .venv when there is none.
+PYTHON ?= python3
+VENV := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test slow lint clean
+
+demo: .venv/installed
+	$(VENV)/python recipes/sft_lora.py configs/tiny.yaml --training.output_dir runs/tiny-lora
+	$(VENV)/python recipes/evaluate_adapter.py runs/tiny-lora
+	$(VENV)/python recipes/merge_adapter.py runs/tiny-lora
+	$(VENV)/python recipes/evaluate_adapter.py runs/tiny-lora --model runs/tiny-lora/merged
+
+test: .venv/installed-dev
+	$(VENV)/python -m pytest
+
+slow: .venv/installed-dev
+	$(VENV)/python -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(VENV)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,111 @@
+"""The recipes from Python. Each function fills in a config and calls the recipe of the same name.
+
+from finetune import train_lora
+train_lora(model_name="Qwen/Qwen2-7B", dataset_path="./datasets/train.jsonl", output_dir="./checkpoints/")
+"""
+
+from pathlib import Path
+
+from recipes.evaluate_adapter import evaluate_adapter
+from recipes.merge_adapter import merge_adapter
+from recipes.sft_lora import train_lora as _train_lora
+from recipes.sft_qlora import train_qlora as _train_qlora
+from recipes.utils.config import load_config
+from recipes.utils.config_keys import ModelOptions
+from recipes.utils.console import say
+from recipes.utils.model import load_model_config
+
+__all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def train_lora(
+    model_name: str,
+    dataset_path: str | list[str],
+    val_dataset_path=None,
+    output_dir: str | None = None,
+    lora_rank=16,
+    batch_size=4,
+    gradient_accumulation_steps=4,
+    learning_rate=2e-4,
+    epochs=3,
+    config=None,
+    **overrides,
+) -> Path:
+    """Train a LoRA adapter and return its folder.
+
+    Args:
+        model_name: a hub name or a folder; its own type decides which of configs/*.yaml gives all other settings.
+        dataset_path: JSONL files: a path, a list or a glob.
+        val_dataset_path: the same, or a share of the train rows (0.05); without it nothing is evaluated.
+        output_dir: the run folder; runs/<family>-lora, numbered, without it.
+        config: another YAML file to start from.
+        **overrides: further keys by section, such as training={"max_length": 1024}, lora={"lora_alpha": 64}, or
+            dry_run=True, resume="latest".
+
+    Raises:
+        UserError: for anything in the settings or the data that the user can mend.
+    """
+    return _train_lora(_config("lora", **locals()))
+
+
+def train_qlora(
+    model_name: str,
+    dataset_path: str | list[str],
+    val_dataset_path=None,
+    output_dir: str | None = None,
+    lora_rank=16,
+    batch_size=4,
+    gradient_accumulation_steps=4,
+    learning_rate=2e-4,
+    epochs=3,
+    config=None,
+    **overrides,
+) -> Path:
+    """`train_lora` on a base in 4 bit; takes a section quantization={...} as well."""
+    return _train_qlora(_config("qlora", **locals()))
+
+
+def _config(
+    method,
+    model_name,
+    dataset_path,
+    val_dataset_path,
+    output_dir,
+    lora_rank,
+    batch_size,
+    gradient_accumulation_steps,
+    learning_rate,
+    epochs,
+    config,
+    overrides,
+):
+    """The family's YAML with the arguments laid over it."""
+    keys = {
+        "model.name_or_path": str(model_name),
+        "data.train": dataset_path,
+        "data.validation": val_dataset_path,
+        "lora.r": lora_rank,
+        "training.per_device_train_batch_size": batch_size,
+        "training.gradient_accumulation_steps": gradient_accumulation_steps,
+        "training.learning_rate": learning_rate,
+        "training.num_train_epochs": epochs,
+    }
+    if output_dir:
+        keys["training.output_dir"] = str(output_dir)
+    if val_dataset_path is None:
+        keys |= {"training.eval_strategy": "no", "training.load_best_model_at_end": False}
+    flags = {name: overrides.pop(name) for name in ("dry_run", "resume") if name in overrides}
+    for section, values in overrides.items():
+        keys |= {f"{section}.{key}": value for key, value in values.items()}
+    return load_config(config or _family(str(model_name)), keys, method, **flags)
+
+
+def _family(model_name: str) -> Path:
+    """The YAML in configs/ for the model's own type."""
+    model_type = load_model_config(ModelOptions(model_name)).model_type
+    family = "qwen2" if model_type.startswith("qwen") else "mistral"
+    if model_type not in ("qwen2", "mistral"):
+        say(f"{model_name} is of type {model_type}, which has no config of its own; taking configs/{family}.yaml")
+    return CONFIGS / f"{family}.yaml"

@@ -1,0 +1,104 @@
+"""Base against adapter on the test rows: loss, perplexity, token accuracy, exact match, and answers side by side.
+
+    python recipes/evaluate_adapter.py                                the newest finished run
+    python recipes/evaluate_adapter.py runs/mistral-lora --max-rows 50
+    python recipes/evaluate_adapter.py runs/mistral-lora --model runs/mistral-lora/merged
+
+Writes metrics.json and predictions.jsonl into RUN/evaluation/.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from recipes.utils.console import out, run, say
+from recipes.utils.dataset import Chat
+from recipes.utils.evaluation import evaluate, rows_to_score
+from recipes.utils.model import base_of, load_run_base
+from recipes.utils.run_record import newest_run, read_run
+
+from peft import PeftModel
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EXAMPLES = 3
+
+
+def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None) -> dict:
+    """Score a run's base and adapter, or the plain model in the folder `model`, on the run's test rows.
+
+    Returns {"base": {...}, "adapter": {...}} or {"merged": {...}}; `evaluation.evaluate` says what the figures are.
+    """
+    # 1. The run, and the rows to score.
+    run_folder = Path(run_folder or newest_run())
+    record = read_run(run_folder)
+    chats = rows_to_score(record, data)
+    say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
+
+    # 2. One model in memory: the adapter is switched off for the base's turn.
+    results = {}
+    if model:
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
+        results["merged"] = evaluate(plain, AutoTokenizer.from_pretrained(model), chats, max_rows, max_new_tokens)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(run_folder)
+        live = PeftModel.from_pretrained(load_run_base(record), run_folder)
+        results["adapter"] = evaluate(live, tokenizer, chats, max_rows, max_new_tokens)
+        with base_of(live, record) as base:
+            results["base"] = evaluate(base, tokenizer, chats, max_rows, max_new_tokens)
+
+    # 3. The figures, for people and for machines.
+    metrics = {name: results[name][0] for name in ("base", "adapter", "merged") if name in results}
+    _write(run_folder / "evaluation", metrics, results, chats)
+    _print(metrics, results, chats)
+    say(f"\nwritten: {run_folder / 'evaluation'}")
+    if not model:
+        say(f"next:    python recipes/merge_adapter.py {run_folder}")
+    return metrics
+
+
+def _write(folder: Path, metrics: dict, results: dict, chats: list[Chat]) -> None:
+    """metrics.json keeps what an earlier evaluation wrote under other names; predictions.jsonl is of this one."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "metrics.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**earlier, **metrics}, indent=2) + "\n", encoding="utf-8")
+    name = "predictions-merged.jsonl" if "merged" in metrics else "predictions.jsonl"
+    with open(folder / name, "w", encoding="utf-8") as file:
+        for index, answers in enumerate(zip(*(results[name][1] for name in metrics), strict=True)):
+            row = {
+                "where": chats[index].where,
+                "prompt": chats[index].messages[:-1],
+                "expected": chats[index].messages[-1]["content"],
+            }
+            row |= {name: answer.text for name, answer in zip(metrics, answers, strict=True)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _print(metrics: dict, results: dict, chats: list[Chat]) -> None:
+    table = Table("", *metrics, box=None, padding=(0, 2), header_style="bold")
+    for name in ("loss", "perplexity", "token_accuracy", "exact_match", "stopped"):
+        form = "{:.4f}" if name in ("loss", "perplexity") else "{:.1%}"
+        table.add_row(name.replace("_", " "), *(form.format(scores[name]) for scores in metrics.values()))
+    out.print(table)
+    for index in range(min(EXAMPLES, len(results[next(iter(metrics))][1]))):
+        say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {chats[index].messages[-1]['content']}")
+        for name in metrics:
+            say(f"{name:<9} {results[name][1][index].text}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
+    parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model instead of base and adapter")
+    parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")
+    parser.add_argument(
+        "--max-rows", type=int, default=200, help="how many answers to generate (200); losses use all rows"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer; half as long again as the longest expected")
+    evaluate_adapter(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,79 @@
+"""LoRA fine-tuning of a chat model with TRL's SFTTrainer: Mistral-7B, Qwen2-7B and models shaped like them.
+
+    python recipes/sft_lora.py configs/mistral.yaml
+    python recipes/sft_lora.py configs/qwen2.yaml --training.learning_rate 1e-4 --lora.r 32
+    python recipes/sft_lora.py configs/mistral.yaml --dry-run        everything up to training, then stop
+    python recipes/sft_lora.py configs/mistral.yaml --resume         go on from the newest checkpoint
+
+Made to be copied: `cp recipes/sft_lora.py my_run.py`, then change what you need.
+"""
+
+import sys
+from pathlib import Path
+
+from recipes.utils.chat_template import tokenize_chats
+from recipes.utils.config import Config, parse_command_line
+from recipes.utils.console import print_run_table, run, say
+from recipes.utils.dataset import load_chats
+from recipes.utils.model import check_machine, choose_attention, load_base_model, load_tokenizer
+from recipes.utils.monitor import watch
+from recipes.utils.run_record import begin_run, discard_empty, finish_run
+
+from peft import LoraConfig, PeftModel
+from trl import SFTConfig, SFTTrainer
+
+
+def train_lora(config: Config) -> Path:
+    """Train a LoRA adapter as `config` says and return the folder that holds it."""
+    # 1. Settings: a section of the YAML holds the arguments of one library class.
+    training_args = SFTConfig(**config.training)
+    lora_config = LoraConfig(**config.lora)
+    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
+    check_machine(config)
+
+    # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone.
+    tokenizer, template_reason = load_tokenizer(config.model)
+    train_chats, validation_chats, notes = load_chats(config.data, seed=training_args.seed)
+    max_length, over_length = training_args.max_length, config.data.over_length
+    train_rows, counts = tokenize_chats(train_chats, tokenizer, max_length, over_length)
+    validation_rows, validation_counts = tokenize_chats(validation_chats, tokenizer, max_length, over_length)
+
+    # 3. Base model: frozen, in the dtype that the config names (left to itself, a model loads in float32).
+    model = load_base_model(config.model, attention, training_args.use_cpu)
+
+    # 4. Adapter: a new one, or one to go on from. Its weights are float32, whatever the base is in.
+    if config.model.adapter:
+        model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
+
+    # 5. Trainer: it packs the rows, and its fused head computes the loss without holding all logits.
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if validation_chats else None,
+        processing_class=tokenizer,
+        peft_config=lora_config,
+    )
+    watch(trainer, config.run_folder)
+    reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
+    print_run_table(config, trainer, counts, validation_counts, notes, reasons)
+    if config.dry_run:
+        return discard_empty(config.run_folder)
+
+    # 6. Train. The best checkpoint by validation loss is kept, and loaded at the end.
+    begin_run(config, training_args.seed, rows={"train": counts, "validation": validation_counts})
+    result = trainer.train(resume_from_checkpoint=config.resume)
+
+    # 7. Save the adapter with the tokenizer and the chat template that it was trained with.
+    trainer.save_model()
+    finish_run(config, train=result.metrics, best_validation_loss=trainer.state.best_metric)
+    say(f"\nadapter: {config.run_folder}\nnext:    python recipes/evaluate_adapter.py {config.run_folder}")
+    return config.run_folder
+
+
+def main(argv: list[str]) -> None:
+    train_lora(parse_command_line(argv, method="lora", description=__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

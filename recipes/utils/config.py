@@ -1,0 +1,177 @@
+"""One YAML file and `--section.key value` flags to the arguments of SFTConfig, LoraConfig and BitsAndBytesConfig.
+
+Every key is honoured or refused: an unknown, misspelt, renamed, wrongly typed or twice-given key is a `UserError` that
+names the line, before any data or model is read.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Literal
+
+from recipes.utils.config_file import read_flags, read_yaml
+from recipes.utils.config_keys import (
+    SECTIONS,
+    DataOptions,
+    ModelOptions,
+    check_value,
+    class_error,
+    known_key,
+    type_checker,
+)
+from recipes.utils.console import UserError
+
+import torch
+
+
+@dataclasses.dataclass
+class Config:
+    """A run, resolved: `training`, `lora` and `quantization` are the keyword arguments of the library classes."""
+
+    name: str
+    method: Literal["lora", "qlora"]
+    model: ModelOptions
+    data: DataOptions
+    lora: dict
+    training: dict
+    quantization: dict
+    dry_run: bool = False
+    resume: str | None = None
+    cpu_asked_for: bool = False
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.training["output_dir"])
+
+
+def parse_command_line(argv: list[str], method: str, description: str) -> Config:
+    """`CONFIG [--section.key VALUE ...] [--dry-run] [--resume [CHECKPOINT]]` to a `Config`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32",
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="do everything up to training, then stop")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a path, from the newest one of this config",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
+    options, rest = parser.parse_known_args(argv)
+    return load_config(options.config, read_flags(rest), method, dry_run=options.dry_run, resume=options.resume)
+
+
+def load_config(path, overrides: dict[str, object], method: str, dry_run=False, resume=None) -> Config:
+    """Read `path`, lay `overrides` ({"training.learning_rate": 1e-4}) over it, check every key and resolve what
+    depends on this machine.
+
+    Raises:
+        UserError: for anything that is not a key of the library class behind its section, or not a value of its type.
+    """
+    given = {}  # "section.key" -> (value, where it was given)
+    for key, value, line in read_yaml(Path(path)):
+        given[key] = (value, f"{path}:{line}")
+    given.update({key: (value, f"--{key}") for key, value in overrides.items()})
+
+    sections = {name: {} for name in SECTIONS}
+    checker, problems = type_checker(), []
+    for key, (value, where) in given.items():
+        try:
+            section, name = known_key(key, method)
+            sections[section][name] = check_value(checker, section, name, value)
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]
+    if problems:
+        raise UserError("\n".join(problems))
+
+    config = Config(
+        name=Path(path).stem,
+        method=method,
+        dry_run=dry_run,
+        resume=resume,
+        model=ModelOptions(**sections["model"]),
+        data=DataOptions(**sections["data"]),
+        lora={"task_type": "CAUSAL_LM", **sections["lora"]},
+        training=sections["training"],
+        quantization=sections["quantization"],
+    )
+    _resolve_training(config, path)
+    _resolve_run_folder(config)
+    # Some values only the classes themselves can judge (names of schedulers, optimizers, strategies): build them once
+    # here, where a refusal can still be told as an error in this file.
+    for section in ("training", "lora", "quantization"):
+        try:
+            SECTIONS[section](**getattr(config, section))
+        except (ValueError, TypeError, AttributeError, ImportError) as error:
+            raise UserError(class_error(error, section, given, path)) from error
+    _check_together(config, path)
+    return config
+
+
+def _resolve_training(config: Config, path) -> None:
+    """Fill in what follows from the model's dtype, the machine and the data section."""
+    training = config.training
+    config.cpu_asked_for = bool(training.get("use_cpu"))
+    training.setdefault("use_cpu", not torch.cuda.is_available())
+    # Mixed precision follows the base model's dtype: the adapter stays in float32 and is stepped there.
+    training["bf16"] = config.model.dtype == "bfloat16"
+    training["fp16"] = config.model.dtype == "float16"
+    training.setdefault("report_to", "none")
+    training.setdefault("logging_nan_inf_filter", False)  # the filter would log a NaN loss as 0.0 and train on
+
+
+def _check_together(config: Config, path) -> None:
+    """Refuse settings that are fine each and wrong together."""
+    training = config.training
+    if training.get("packing_strategy") == "wrapped":
+        raise UserError(f"{path}: training.packing_strategy: 'wrapped' lets chats see each other; use bfd")
+    if config.data.validation is None:
+        wants = [
+            key for key in ("eval_strategy", "load_best_model_at_end") if training.get(key) not in (None, False, "no")
+        ]
+        if wants:
+            raise UserError(
+                f"{path}: training.{wants[0]} needs validation rows: --data.validation 0.05, or without them "
+                "--training.eval_strategy no --training.load_best_model_at_end false"
+            )
+
+
+def _resolve_run_folder(config: Config) -> None:
+    """Set `training.output_dir` and the checkpoint to resume from; a folder that holds a run is never written over."""
+    given = config.training.get("output_dir")
+    default = f"runs/{config.name}-{config.method}"
+    if config.resume is None:
+        if given and _holds_a_run(Path(given)):
+            raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
+        numbered = itertools.chain([default], (f"{default}-{number}" for number in itertools.count(2)))
+        config.training["output_dir"] = given or next(name for name in numbered if not _holds_a_run(Path(name)))
+        return
+    if config.resume == "latest":
+        folders = (
+            [Path(given)]
+            if given
+            else [*Path("runs").glob(Path(default).name), *Path("runs").glob(f"{Path(default).name}-*")]
+        )
+        checkpoints = [file for folder in folders for file in folder.glob("checkpoint-*/trainer_state.json")]
+        if not checkpoints:
+            raise UserError(f"--resume: no checkpoint under {given or default}*; run without --resume to begin")
+        checkpoint = max(checkpoints, key=lambda file: file.stat().st_mtime).parent
+    else:
+        checkpoint = Path(config.resume)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise UserError(f"--resume: {checkpoint} is no checkpoint (it has no trainer_state.json)")
+    config.resume = str(checkpoint)
+    config.training["output_dir"] = str(checkpoint.parent)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("run.json", "adapter_config.json")) or any(
+        folder.glob("checkpoint-*")
+    )

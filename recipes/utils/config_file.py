@@ -1,0 +1,71 @@
+"""YAML and flags to plain keys and values, each with the place where it was given."""
+
+import re
+from pathlib import Path
+
+from recipes.utils.console import UserError
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-4 as a string; this loader reads it as the number that was meant."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+# the resolver above also matches plain integers, so those are asked first
+_Loader.yaml_implicit_resolvers = {
+    first: sorted(pairs, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path):
+    """Yield (section.key, value, line number) of a config file; raises on a syntax error or a key given twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
+    seen = {}
+    for section, body in root.value:
+        if isinstance(body, yaml.MappingNode):
+            pairs = [(f"{section.value}.{key.value}", key, value) for key, value in body.value]
+        else:
+            pairs = [(section.value, section, body)] if body.value else []  # a section without keys says nothing
+        for name, key, value in [(section.value, section, None), *pairs] if section.value in seen else pairs:
+            line = key.start_mark.line + 1
+            if name in seen:
+                raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
+            seen[name] = line
+            yield name, loader.construct_object(value, deep=True), line
+        seen[section.value] = section.start_mark.line + 1
+
+
+def read_flags(words: list[str]) -> dict[str, object]:
+    """`--section.key value` and `--section.key=value` to {"section.key": value}, values read as YAML."""
+    flags, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UserError(f"what is {word!r}? Flags are written --section.key VALUE")
+        if "." not in name:
+            raise UserError(f"unknown flag --{name}; keys of the config are written --section.key VALUE")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{name} needs a value")
+            value = words.pop(0)
+        if name in flags:
+            raise UserError(f"--{name} is given twice")
+        flags[name] = yaml.load(value, _Loader)
+    return flags

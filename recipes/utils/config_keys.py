@@ -1,0 +1,161 @@
+"""Which keys a config may hold and which values they take: those of the library class behind each section."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from typing import Literal
+
+from recipes.utils.console import UserError
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+from trl import SFTConfig
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """What to load. `adapter` is a LoRA folder to go on from."""
+
+    name_or_path: str = ""  # required
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attn_implementation: str = "auto"
+    chat_template: str = "auto"
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """Which rows to train on. A path is a file or a glob; a float for `validation` is a share of the train rows."""
+
+    train: str | list[str] = ""  # required
+    validation: float | str | list[str] | None = None
+    test: str | list[str] | None = None
+    over_length: Literal["drop", "truncate", "error"] = "drop"
+
+
+SECTIONS = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "lora": LoraConfig,
+    "training": SFTConfig,
+    "quantization": BitsAndBytesConfig,
+}
+
+RENAMED = {
+    "training.max_seq_length": "training.max_length",
+    "training.evaluation_strategy": "training.eval_strategy",
+    "training.warmup_ratio": "training.warmup_steps, which takes a share of all steps below 1",
+    "training.group_by_length": "training.packing",
+    "training.no_cuda": "training.use_cpu",
+    "training.overwrite_output_dir": "nothing: a folder that holds a run is never overwritten",
+    "training.save_safetensors": "nothing: safetensors are always written",
+    "training.torch_dtype": "model.dtype",
+    "model.torch_dtype": "model.dtype",
+    "model.model_name_or_path": "model.name_or_path",
+    "model.attn_impl": "model.attn_implementation",
+    "lora.lora_r": "lora.r",
+    "lora.alpha": "lora.lora_alpha",
+    "lora.dropout": "lora.lora_dropout",
+    "lora.lora_target_modules": "lora.target_modules",
+    "training.batch_size": "training.per_device_train_batch_size",
+    "training.epochs": "training.num_train_epochs",
+    "training.resume_from_checkpoint": "the flag --resume [CHECKPOINT]",
+}
+
+_LABELS_ARE_MADE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
+REFUSED = {
+    **{
+        f"training.{key}": _LABELS_ARE_MADE
+        for key in (
+            "assistant_only_loss",
+            "completion_only_loss",
+            "eos_token",
+            "pad_token",
+            "dataset_text_field",
+            "dataset_kwargs",
+            "truncation_mode",
+            "formatting_func",
+        )
+    },
+    "training.chat_template_path": "use model.chat_template",
+    "training.model_init_kwargs": "use the section `model`",
+    "training.trust_remote_code": "use model.trust_remote_code",
+    "training.bf16": "it follows model.dtype",
+    "training.fp16": "it follows model.dtype",
+    "training.do_train": "a recipe trains; recipes/evaluate_adapter.py evaluates",
+    "training.do_eval": "use training.eval_strategy",
+    "training.do_predict": "use recipes/evaluate_adapter.py",
+    "lora.task_type": "it is CAUSAL_LM here",
+}
+
+
+def known_key(key: str, method: str) -> tuple[str, str]:
+    """("training", "learning_rate") for a real key; raises with the mend for any other."""
+    section, _, name = key.partition(".")
+    if section not in SECTIONS:
+        near = difflib.get_close_matches(section, SECTIONS, n=1)
+        homes = [f"{s}.{section}" for s in SECTIONS if not name and section in _names(s)]
+        mend = near[0] if near else (homes[0] if homes else ", ".join(SECTIONS))
+        raise UserError(f"unknown section `{section}`; did you mean `{mend}`?")
+    if section == "quantization" and method == "lora":
+        raise UserError("a `quantization` section is Q-LoRA's: run recipes/sft_qlora.py, or remove it")
+    if key in RENAMED:
+        raise UserError(f"`{key}` is not a key of these libraries any more; now: {RENAMED[key]}")
+    if key in REFUSED:
+        raise UserError(f"`{key}` is refused: {REFUSED[key]}")
+    names = _names(section)
+    if not name:
+        raise UserError(f"`{section}` is a section: write its keys below it, indented")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        elsewhere = [f"{s}.{name}" for s in SECTIONS if name in _names(s)]
+        mend = elsewhere[0] if elsewhere else (f"{section}.{near[0]}" if near else None)
+        raise UserError(f"unknown key `{key}`" + (f"; did you mean `{mend}`?" if mend else ""))
+    return section, name
+
+
+def _names(section: str) -> list[str]:
+    return [name for name in inspect.signature(SECTIONS[section]).parameters if name != "kwargs"]
+
+
+def type_checker() -> ArgumentParser:
+    checker = ArgumentParser(exit_on_error=False)
+    for section, section_class in SECTIONS.items():
+        checker.add_class_arguments(section_class, section)
+    return checker
+
+
+def check_value(checker: ArgumentParser, section: str, name: str, value):
+    """`value` as the type that the library class declares for it."""
+    key = f"{section}.{name}"
+    if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
+        return value  # declared as a Literal that spells out a placeholder
+    if name.endswith(("_dtype", "_storage")) and section == "quantization":
+        if not isinstance(getattr(torch, str(value), None), torch.dtype):
+            raise UserError(f"{key}: {value!r} is not a torch dtype; use bfloat16")
+        return value
+    if name == "bnb_4bit_quant_type" and value not in ("nf4", "fp4"):
+        raise UserError(f"{key}: {value!r} is not nf4 or fp4")
+    if name.startswith(("load_in_", "bnb_4bit_use")) and not isinstance(value, bool):
+        raise UserError(f"{key}: expected true or false, got {value!r}")
+    try:
+        return getattr(checker.parse_object({section: {name: value}}, defaults=False)[section], name)
+    except ArgumentError as error:
+        declared = inspect.signature(SECTIONS[section]).parameters[name].annotation
+        expected = declared.__name__ if isinstance(declared, type) else re.sub(r"[\w.]+\.", "", str(declared))
+        raise UserError(f"{key}: expected {expected}, got {value!r}") from error
+
+
+def class_error(error: Exception, section: str, given: dict, path) -> str:
+    """The class's own message, with the line of the key whose value it names and the nearest of the values it lists."""
+    message = str(error).splitlines()[0]
+    for key, (value, where) in given.items():
+        if key.startswith(f"{section}.") and message.startswith(f"{value} "):
+            near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", message), n=1)
+            return f"{where}: {key}: {f'{value!r} is unknown; did you mean {near[0]!r}?' if near else message}"
+    return f"{path}: {section}: {message}"

@@ -1,0 +1,135 @@
+"""Scores on answer tokens and greedy answers, for any causal LM: base, adapter or merged."""
+
+import math
+from typing import NamedTuple
+
+from recipes.utils.chat_template import Encoded, encode_chats, prompt_ids, stop_token_ids
+from recipes.utils.config import DataOptions
+from recipes.utils.console import UserError
+from recipes.utils.dataset import Chat, load_chats, read_chats
+
+import torch
+from transformers import GenerationConfig
+
+# Tokens held at once: 16k tokens of keys and values are about 2 GB for Mistral-7B (0.13 MB a token).
+TOKENS_A_BATCH = 16384
+ROWS_A_BATCH = 64
+
+
+class Answer(NamedTuple):
+    """A generated answer; `stopped` is True when the model ended it by itself."""
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
+    """The rows to score a run on: `data`, else its data.test, else its validation rows; `record` is its run.json."""
+    options = DataOptions(**record["data"])
+    if data or options.test:
+        return read_chats(data or options.test)
+    chats = load_chats(options, record["seed"])[1]
+    if not chats:
+        raise UserError("the run has no test or validation rows; name a JSONL file with --data")
+    return chats
+
+
+def evaluate(
+    model, tokenizer, chats: list[Chat], max_rows: int, max_new_tokens: int | None = None
+) -> tuple[dict, list]:
+    """Score `model` on `chats`: (metrics, the generated `Answer`s of the first `max_rows` chats).
+
+    metrics: `loss` (nats a token), `perplexity` and `token_accuracy` on all answer tokens of all rows;
+    `exact_match` and `stopped` (shares of the generated answers), `rows` and `generated_rows` (counts).
+    The last answer of a chat is the one that is generated.
+    """
+    encoded = encode_chats(chats, tokenizer)
+    loss, accuracy = score_answers(model, tokenizer, encoded)
+    asked = chats[:max_rows]
+    expected = [chat.messages[-1]["content"] for chat in asked]
+    if max_new_tokens is None:  # room for the longest expected answer and half as much again, so that babble shows
+        longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in expected)
+        max_new_tokens = min(1024, longest + longest // 2 + 8)
+    prompts = [prompt_ids(chat.messages[:-1], tokenizer) for chat in asked]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
+    exact = [answer.text.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]
+    metrics = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "token_accuracy": accuracy,
+        "exact_match": sum(exact) / len(exact),
+        "stopped": sum(answer.stopped for answer in answers) / len(answers),
+        "rows": len(chats),
+        "generated_rows": len(asked),
+    }
+    return metrics, answers
+
+
+@torch.no_grad()
+def score_answers(model, tokenizer, encoded: list[Encoded]) -> tuple[float, float]:
+    """(mean loss in nats, share of tokens predicted right) over all labelled tokens of `encoded`.
+
+    Only the labelled positions go through the LM head, so no full logits are held.
+    """
+    model.eval()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    loss = right = count = 0.0
+    for batch in _batches([len(row.input_ids) for row in encoded]):
+        width = max(len(encoded[index].input_ids) for index in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id or 0)
+        labels = torch.full((len(batch), width), -100)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, index in enumerate(batch):
+            length = len(encoded[index].input_ids)
+            ids[row, :length] = torch.tensor(encoded[index].input_ids)
+            labels[row, :length] = torch.tensor(encoded[index].labels)
+            mask[row, :length] = 1
+        ids, labels, mask = ids.to(model.device), labels[:, 1:].to(model.device), mask.to(model.device)
+        hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        learnt = labels != -100
+        logits = base.lm_head(hidden[learnt]).float()
+        loss += torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum").item()
+        right += (logits.argmax(-1) == labels[learnt]).sum().item()
+        count += learnt.sum().item()
+    return loss / count, right / count
+
+
+@torch.no_grad()
+def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to `prompts` (token ids), in batches, ended by the template's stop ids."""
+    model.eval()
+    stop_ids = stop_token_ids(tokenizer)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id
+    )
+    answers: list = [None] * len(prompts)
+    for batch in _batches([len(prompt) + max_new_tokens for prompt in prompts]):
+        width = max(len(prompts[index]) for index in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, index in enumerate(batch):  # padded on the left, so that every answer begins at the same place
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+        for row, index in enumerate(batch):
+            generated = output[row, width:].tolist()
+            end = next((place for place, token in enumerate(generated) if token in stop_ids), None)
+            text = tokenizer.decode(generated[:end], skip_special_tokens=True)
+            answers[index] = Answer(text, end is not None, len(generated) if end is None else end + 1)
+    return answers
+
+
+def _batches(lengths: list[int]) -> list[list[int]]:
+    """Indices in batches of similar length, each within the token and row limits, longest first: what does not fit
+    the memory fails at once and not at the end."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches = []
+    while order:
+        rows = max(1, min(ROWS_A_BATCH, TOKENS_A_BATCH // lengths[order[0]]))
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches

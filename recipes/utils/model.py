@@ -1,0 +1,183 @@
+"""Tokenizer, base model and attention, each choice with its reason."""
+
+import contextlib
+import os
+
+from recipes.utils.chat_template import choose_chat_template
+from recipes.utils.config import Config, ModelOptions
+from recipes.utils.console import UserError, say
+
+import torch
+from peft import PeftModel
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_flash_attn_2_available
+
+INSTALL_FLASH = "pip install -r requirements-gpu.txt"
+
+
+def check_machine(config: Config) -> None:
+    """Refuse a run that this machine cannot do, before data or weights are read.
+
+    Raises:
+        UserError: several GPUs without a launcher; a precision that the GPU or the model lacks; billions of
+            parameters without a GPU.
+    """
+    gpus = 0 if config.training["use_cpu"] else torch.cuda.device_count()
+    recipe = f"recipes/sft_{config.method}.py"
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{gpus} GPUs are visible and no launcher was used: accelerate launch --num_processes {gpus} {recipe} ..., "
+            f"or one GPU: CUDA_VISIBLE_DEVICES=0 python {recipe} ..."
+        )
+    model_config = load_model_config(config.model)
+    if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
+        raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
+    if gpus and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        mend = "float32" if model_config.model_type.startswith("qwen2") else "float16"
+        raise UserError(f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype {mend}")
+    billions = count_parameters(model_config) / 1e9
+    if not torch.cuda.is_available() and billions > 1 and not config.cpu_asked_for:
+        raise UserError(
+            f"{config.model.name_or_path} has {billions:.1f} billion parameters and this machine has no GPU that torch "
+            "sees (nvidia-smi shows whether there is one); --training.use_cpu true trains on the CPU all the same"
+        )
+
+
+def load_model_config(options: ModelOptions):
+    """The base model's own configuration, without its weights."""
+    with hub_errors(options.name_or_path):
+        return AutoConfig.from_pretrained(
+            options.name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+
+
+def count_parameters(model_config) -> int:
+    """Parameters of the model that `model_config` describes; no memory is taken for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+
+
+def load_tokenizer(options: ModelOptions) -> tuple:
+    """(tokenizer with the chat template that will be trained and saved, one line that says which and why)."""
+    with hub_errors(options.name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            options.name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"{options.name_or_path}: has no fast tokenizer (tokenizer.json)")
+    if prepends_blanks(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = None
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+        say(
+            "tokenizer: the base's legacy form puts a blank after every control token; mended, as mistral-common has it"
+        )
+    template, reason = choose_chat_template(tokenizer, options.chat_template, load_model_config(options).model_type)
+    tokenizer.chat_template = template
+    return tokenizer, reason
+
+
+def prepends_blanks(tokenizer) -> bool:
+    """True for the legacy form of sentencepiece tokenizers, which puts a blank before every stretch of text between
+    control tokens, and not before the first one alone."""
+    tokens = tokenizer.backend_tokenizer.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).tokens
+    return tokens[-1].startswith("▁")
+
+
+def choose_attention(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
+    """(the attention implementation, why): `auto` is the fastest one here that keeps packed chats apart.
+
+    Raises:
+        UserError: if the one asked for cannot be had here; another is never taken in its place.
+    """
+    setting = options.attn_implementation
+    if use_cpu or not torch.cuda.is_available():
+        missing = "there is no GPU" if not torch.cuda.is_available() else "the run is on the CPU"
+    elif torch.cuda.get_device_capability()[0] < 8:
+        missing = f"{torch.cuda.get_device_name()} is older than Ampere"
+    elif options.dtype == "float32":
+        missing = "it has no float32"
+    elif not is_flash_attn_2_available():
+        missing = f"flash-attn is not installed ({INSTALL_FLASH})"
+    else:
+        missing = None
+    if setting == "auto":
+        return ("sdpa", f"flash_attention_2 is not used: {missing}") if missing else ("flash_attention_2", "fastest")
+    if setting == "flash_attention_2" and missing:
+        raise UserError(f"model.attn_implementation: flash_attention_2 cannot be had: {missing}; or use auto")
+    if setting == "flex_attention" and use_cpu:
+        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use auto")
+    if setting not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"):
+        raise UserError(f"model.attn_implementation: unknown {setting!r}; use auto, sdpa, eager or flash_attention_2")
+    return setting, "as asked for"
+
+
+def load_base_model(options: ModelOptions, attention: str, use_cpu: bool, quantization_config=None):
+    """The base model in `options.dtype` on this process's device, 4-bit if `quantization_config` says so."""
+    device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with hub_errors(options.name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(
+            options.name_or_path,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=attention,
+            device_map={"": device},
+            quantization_config=quantization_config,
+        )
+    keep_nf4_as_packed(model)
+    fit_to_save(model)
+    return model
+
+
+def fit_to_save(model) -> None:
+    """Clear sampling settings without do_sample from generation_config: with them, the very last save raises."""
+    if not model.generation_config.do_sample:
+        model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
+
+
+def keep_nf4_as_packed(model) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16: it never packs
+    them back, which moves the logits and makes a resumed run another run."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def hub_errors(name: str):
+    """Turn what the hub client raises about `name` into a line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        chain = f"{error} {error.__cause__} {error.__context__}".lower()
+        if "gated" in chain or "401" in chain or "403" in chain:
+            raise UserError(
+                f"{name} is gated or private: accept its licence at https://huggingface.co/{name}, then: hf auth login"
+            ) from error
+        if "connect" in chain or "offline" in chain or "resolve" in chain:
+            raise UserError(
+                f"{name}: there is no such folder here, and the Hugging Face hub cannot be reached; give a folder as "
+                "model.name_or_path"
+            ) from error
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def load_run_base(record: dict):
+    """The base model of a run, in the precision that it was trained on; `record` is the run's run.json."""
+    options, use_cpu = ModelOptions(**record["model"]), not torch.cuda.is_available()
+    quantization_config = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
+    return load_base_model(options, choose_attention(options, use_cpu)[0], use_cpu, quantization_config)
+
+
+@contextlib.contextmanager
+def base_of(model: PeftModel, record: dict):
+    """The base under a run's adapter, without a second copy: the adapter is switched off meanwhile.
+
+    PiSSA and its kin move a part of the base into the adapter when they begin; theirs is loaded again.
+    """
+    if model.peft_config["default"].init_lora_weights in (True, False, "gaussian"):
+        with model.disable_adapter():
+            yield model
+    else:
+        yield load_run_base(record)

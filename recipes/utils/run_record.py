@@ -1,0 +1,95 @@
+"""run.json: what a run was made of and what came out; and how to find a run again."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+from recipes.utils.config import Config
+from recipes.utils.console import UserError, device_name, is_main_process
+from recipes.utils.dataset import data_files
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+def begin_run(config: Config, seed: int, rows: dict) -> None:
+    """Write run.json with status `running`: the resolved config, hashes of the data files, row counts, versions."""
+    if not is_main_process():
+        return
+    files = [
+        path
+        for part in (config.data.train, config.data.validation)
+        if isinstance(part, (str, list))
+        for path in data_files(part)
+    ]
+    record = {
+        "status": "running",
+        "method": config.method,
+        "name": config.name,
+        "started": _now(),
+        "model": dataclasses.asdict(config.model),
+        "data": dataclasses.asdict(config.data),
+        "lora": config.lora,
+        "training": {key: value for key, value in config.training.items() if not key.endswith("token")},
+        "quantization": config.quantization,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
+        | {"python": platform.python_version()},
+        "device": device_name(config.training["use_cpu"]),
+        "data_sha256": {str(path): file_hash(path) for path in files},
+        "rows": rows,
+        "seed": seed,
+    }
+    _write(config.run_folder, record)
+
+
+def finish_run(config: Config, **results) -> None:
+    """Set run.json's status to `finished` and add `results`."""
+    if is_main_process():
+        _write(config.run_folder, {**read_run(config.run_folder), "status": "finished", "finished": _now(), **results})
+
+
+def discard_empty(folder: Path) -> Path:
+    """Remove the folder that the trainer made for a run that was not begun."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    return folder
+
+
+def read_run(folder: Path) -> dict:
+    """The record of the run in `folder`. Raises `UserError` where there is none."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: is no run folder (it has no run.json)")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def newest_run(folder: str = "runs") -> Path:
+    """The run below `folder` that finished last. Raises `UserError` where none has."""
+    records = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in Path(folder).glob("*/run.json")]
+    finished = [(record["finished"], path) for path, record in records if record["status"] == "finished"]
+    if not finished:
+        raise UserError(f"no finished run under {folder}/; name the run's folder")
+    return max(finished)[1]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, so that a result can be traced to the very rows it came from."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(folder: Path, record: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".run.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(folder / "run.json")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

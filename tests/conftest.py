@@ -1,0 +1,102 @@
+"""Shared by the tests: small real models, a config for them, and a way to run a recipe."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # several times faster for models of a million parameters
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny"
+REAL_ROWS = ROOT.parent / "shared" / "data"  # real chat rows, where a checkout has them beside it
+
+
+def real_rows(name: str) -> Path:
+    """The file `name` of real chat rows, or a skip that says it is absent."""
+    if not (REAL_ROWS / name).is_file():
+        pytest.skip(f"no {name} in a shared/data folder beside the repository")
+    return REAL_ROWS / name
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chat(*texts: str, system: str | None = None) -> dict:
+    """A row of `messages`: user and assistant in turn."""
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A function that writes a small config of the tiny base, with `section={...}` laid over it, and returns its path.
+
+    Eight steps of two rows, with an evaluation and a checkpoint every four.
+    """
+
+    def write(name: str = "small", **sections) -> Path:
+        rows = read_jsonl(TINY / "train.jsonl")
+        config = {
+            "model": {"name_or_path": str(TINY / "base"), "dtype": "float32"},
+            "data": {
+                "train": str(write_jsonl(tmp_path / "train.jsonl", rows[:48])),
+                "validation": str(write_jsonl(tmp_path / "validation.jsonl", rows[48:56])),
+            },
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+            "training": {
+                "output_dir": str(tmp_path / "run"), "max_steps": 8, "max_length": 320, "packing": True,
+                "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 1e-3,
+                "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps",
+                "save_steps": 4, "load_best_model_at_end": True, "logging_steps": 1,
+            },
+        }  # fmt: skip
+        for section, values in sections.items():
+            config[section] = {**config.get(section, {}), **values}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def mistral_twin(tmp_path_factory) -> Path:
+    """A random model of Mistral's architecture with the real v0.3 vocabulary, saved as a bfloat16 base."""
+    from mistral_tokenizers import mistral_v3_tokenizer
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path_factory.mktemp("mistral")
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=32768, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=None, max_position_embeddings=4096, dtype="bfloat16",
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    mistral_v3_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_script(*words, cwd=ROOT, **env) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user would, with its output captured."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip

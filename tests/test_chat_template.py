@@ -1,0 +1,250 @@
+"""Which template is chosen and why; exactly the answers and their end-of-turn tokens carry loss."""
+
+import copy
+
+import pytest
+import trl.chat_template_utils as trl_templates
+from conftest import TINY, chat, real_rows
+from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer
+from test_chat_template_files import PUBLISHED_QWEN2
+from transformers import AutoTokenizer
+
+from recipes.utils.chat_template import (
+    TEMPLATES, choose_chat_template, encode_chats, prompt_ids, stop_token_ids, tokenize_chats,
+)  # fmt: skip
+from recipes.utils.config_keys import ModelOptions
+from recipes.utils.console import UserError
+from recipes.utils.dataset import Chat, read_chats
+from recipes.utils.model import load_tokenizer
+
+# What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends the
+# conversation, and loses it from a finished one; v0.1 refuses it.
+HF_MISTRAL_V3 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + (messages[0]['content'] + '\n\n' if loop.last and messages[0]['role'] == 'system' else '')"
+    " + message['content'] + '[/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+HF_MISTRAL_V1 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ message['content'] + eos_token + ' ' }}{% else %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+)
+
+
+def qwen_tokenizer(template=PUBLISHED_QWEN2, *special_tokens):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *special_tokens]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def with_template(tokenizer, name):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    return tokenizer
+
+
+FAMILIES = {
+    "qwen2": (lambda: with_template(qwen_tokenizer(), "qwen2"), "<|im_end|>", ""),
+    "mistral v1": (lambda: with_template(mistral_v1_tokenizer(), "mistral_v1"), "</s>", " "),
+    "mistral v3": (lambda: with_template(mistral_v3_tokenizer(), "mistral_v3"), "</s>", " "),
+}
+CHATS = {
+    "one turn": chat("2+2?", "It is 4."),
+    "three turns": chat("2+2?", "4", "And\n3+3?", "6\n\nindeed", "Sure?", "Yes, 6 🙂"),
+    "system": chat("2+2?", "4", system="Be brief."),
+    "answer begins with a newline": chat("List", "\n- a\n- b"),
+}
+
+
+def trained_texts(tokenizer, encoded):
+    """The decoded runs of labelled tokens."""
+    runs, run = [], []
+    for token, label in zip([*encoded.input_ids, 0], [*encoded.labels, -100], strict=True):
+        if label != -100:
+            assert label == token
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run, clean_up_tokenization_spaces=False))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_decode_to_the_answers_and_their_end_of_turn_token_turn_by_turn(family, name):
+    make, end, _blank = FAMILIES[family]
+    tokenizer = make()
+    encoded = encode_chats([Chat(CHATS[name]["messages"], "f:1")], tokenizer)[0]
+    answers = [message["content"] + end for message in CHATS[name]["messages"] if message["role"] == "assistant"]
+    assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == answers
+    assert encoded.masked_answers == 0
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_row_begins_with_the_ids_that_inference_sends(family, name):
+    tokenizer = FAMILIES[family][0]()
+    messages = CHATS[name]["messages"]
+    encoded = encode_chats([Chat(messages, "f:1")], tokenizer)[0]
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = prompt_ids(messages[:index], tokenizer)
+            served = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True, return_dict=False)
+            assert encoded.input_ids[: len(prompt)] == prompt == served
+            assert encoded.labels[len(prompt)] != -100
+
+
+@pytest.mark.parametrize("family", ["mistral v1", "mistral v3"])
+def test_tokenising_piece_by_piece_gives_the_ids_of_the_whole_text(family):
+    tokenizer = FAMILIES[family][0]()
+    for row in CHATS.values():
+        whole = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+        assert encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0].input_ids == whole
+
+
+def test_mistral_v3_trains_only_the_last_answer_when_there_is_a_system_message_and_says_so():
+    tokenizer = FAMILIES["mistral v3"][0]()
+    row = chat("2+2?", "4", "3+3?", "6", system="Be brief.")
+    encoded = encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0]
+    assert trained_texts(tokenizer, encoded) in (["6</s>"], [" 6</s>"])
+    assert encoded.masked_answers == 1
+
+
+TRL_TEMPLATES = {
+    "Qwen2.5": (trl_templates.qwen2_5_chat_template, (), "<|im_end|>"),
+    "Qwen3": (trl_templates.qwen3_chat_template, ("<think>", "</think>"), "<|im_end|>"),
+    "Llama 3": (
+        trl_templates.llama3_chat_template,
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|eot_id|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRL_TEMPLATES)
+def test_models_that_trl_knows_are_trained_by_its_templates_on_the_answers_alone(name):
+    template, special_tokens, end = TRL_TEMPLATES[name]
+    tokenizer = qwen_tokenizer(template, *special_tokens)
+    if name == "Llama 3":
+        tokenizer.bos_token = "<|begin_of_text|>"
+    tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "llama")
+    assert "TRL" in reason
+    row = CHATS["three turns"]
+    encoded = encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0]
+    answers = [message["content"] + end for message in row["messages"] if message["role"] == "assistant"]
+    thinking = "<think>\n\n</think>\n\n"  # Qwen3's template opens the last answer with an empty thought
+    assert [text.removeprefix(thinking) for text in trained_texts(tokenizer, encoded)] == answers
+    assert stop_token_ids(tokenizer)[0] == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_auto_takes_a_template_that_marks_the_answers_as_it_is():
+    tokenizer = with_template(qwen_tokenizer(), "qwen2")
+    template, reason = choose_chat_template(tokenizer, "auto", "qwen2")
+    assert template == tokenizer.chat_template
+    assert "own" in reason
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "model_type", "chosen"),
+    [
+        (lambda: qwen_tokenizer(), "qwen2", "qwen2"),
+        (lambda: qwen_tokenizer(None), "qwen2", "qwen2"),
+        (lambda: mistral_v1_tokenizer(), "mistral", "mistral_v1"),
+        (lambda: mistral_v3_tokenizer(), "mistral", "mistral_v3"),
+        (lambda: published(mistral_v1_tokenizer(), HF_MISTRAL_V1), "mistral", "mistral_v1"),
+        (lambda: published(mistral_v3_tokenizer(), HF_MISTRAL_V3), "mistral", "mistral_v3"),
+    ],
+    ids=["qwen2", "qwen2 without", "v0.1 without", "v0.3 without", "v0.1 published", "v0.3 published"],
+)
+def test_auto_takes_this_projects_template_where_the_text_is_the_models_own(tokenizer, model_type, chosen):
+    template, reason = choose_chat_template(tokenizer(), "auto", model_type)
+    assert template == (TEMPLATES / f"{chosen}.jinja").read_text()
+    assert chosen.split("_")[0] in reason
+
+
+def published(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        lambda: published(mistral_v1_tokenizer(), ZEPHYR),
+        lambda: qwen_tokenizer(PUBLISHED_QWEN2.replace("You are a helpful assistant.", "You are Qwen.")),
+    ],
+    ids=["zephyr", "another default system line"],
+)
+def test_auto_refuses_a_template_whose_text_no_known_one_renders(tokenizer):
+    with pytest.raises(UserError, match=r"\{% generation %\}"):
+        choose_chat_template(tokenizer(), "auto", "mistral")
+
+
+def test_a_template_asked_for_by_name_or_path_is_taken(tmp_path):
+    tokenizer = qwen_tokenizer()
+    own = tmp_path / "mine.jinja"
+    own.write_text((TEMPLATES / "qwen2.jinja").read_text() + "{# mine #}")
+    assert choose_chat_template(tokenizer, str(own), "qwen2")[0] == own.read_text()
+    assert choose_chat_template(tokenizer, "mistral", "qwen2")[0] == (TEMPLATES / "mistral_v1.jinja").read_text()
+    with pytest.raises(UserError, match="known: auto, mistral"):
+        choose_chat_template(tokenizer, "chatml", "qwen2")
+    own.write_text(ZEPHYR)
+    with pytest.raises(UserError, match="marks no answers"):
+        choose_chat_template(tokenizer, str(own), "qwen2")
+
+
+def test_a_conversation_that_the_template_cannot_carry_is_refused_with_file_and_line():
+    tokenizer = FAMILIES["mistral v3"][0]()
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(UserError, match=r"^rows.jsonl:7: the chat template cannot carry this conversation: message 2"):
+        encode_chats([Chat(messages, "rows.jsonl:7")], tokenizer)
+
+
+def test_rows_over_max_length_are_dropped_and_counted_or_cut_or_refused_as_asked():
+    tokenizer = FAMILIES["qwen2"][0]()
+    chats = [Chat(chat("a", "b" * size)["messages"], f"f:{size}") for size in (10, 20, 400)]
+    dataset, counts = tokenize_chats(chats, tokenizer, 200, "drop")
+    assert (len(dataset), counts["rows"], counts["over_length"], counts["dropped"]) == (2, 2, 1, 1)
+    assert counts["trained_tokens"] == 10 + 20 + 2
+    dataset, counts = tokenize_chats(chats, tokenizer, 200, "truncate")
+    assert (len(dataset), max(map(len, dataset["input_ids"])), counts["over_length"]) == (3, 200, 1)
+    with pytest.raises(UserError, match=r"^f:400: \d+ tokens, over training.max_length 200"):
+        tokenize_chats(chats, tokenizer, 200, "error")
+    with pytest.raises(UserError, match="no row is left"):
+        tokenize_chats(chats, tokenizer, 20, "drop")
+
+
+def test_a_cut_row_without_any_answer_left_is_dropped_and_counted():
+    tokenizer = FAMILIES["qwen2"][0]()
+    chats = [Chat(chat("a" * size, "b")["messages"], "f:1") for size in (10, 400)]
+    dataset, counts = tokenize_chats(chats, tokenizer, 200, "truncate")
+    assert (len(dataset), counts["dropped"]) == (1, 1)
+
+
+def test_the_legacy_blanks_of_old_mistral_tokenizers_are_mended_and_said(tmp_path, capsys, mistral_twin):
+    legacy = copy.deepcopy(mistral_v1_legacy_tokenizer())
+    legacy.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((mistral_twin / "config.json").read_text())
+    tokenizer, _ = load_tokenizer(ModelOptions(str(tmp_path)))
+    assert "blank" in capsys.readouterr().out
+    reference = FAMILIES["mistral v1"][0]()
+    for row in CHATS.values():
+        rows = [Chat(row["messages"], "f:1")]
+        assert encode_chats(rows, tokenizer)[0].input_ids == encode_chats(rows, reference)[0].input_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_answers_are_what_is_trained(family):
+    make, end, _ = FAMILIES[family]
+    tokenizer = make()
+    chats = read_chats(str(real_rows("alpaca_validation.jsonl")))
+    for row, encoded in zip(chats, encode_chats(chats, tokenizer), strict=True):
+        expected = row.messages[-1]["content"]
+        expected = expected.rstrip(" ") if family == "mistral v3" else expected
+        assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == [expected.removeprefix(" ") + end]
