@@ -15,7 +15,7 @@ from pathlib import Path
 from recipes.utils.console import out, run, say
 from recipes.utils.dataset import Chat
 from recipes.utils.evaluation import evaluate, rows_to_score
-from recipes.utils.model import base_of, load_run_base
+from recipes.utils.model import load_run_base
 from recipes.utils.run_record import newest_run, read_run
 
 from peft import PeftModel
@@ -45,8 +45,8 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
         tokenizer = AutoTokenizer.from_pretrained(run_folder)
         live = PeftModel.from_pretrained(load_run_base(record), run_folder)
         results["adapter"] = evaluate(live, tokenizer, chats, max_rows, max_new_tokens)
-        with base_of(live, record) as base:
-            results["base"] = evaluate(base, tokenizer, chats, max_rows, max_new_tokens)
+        with live.disable_adapter():
+            results["base"] = evaluate(live, tokenizer, chats, max_rows, max_new_tokens)
 
     # 3. The figures, for people and for machines.
     metrics = {name: results[name][0] for name in ("base", "adapter", "merged") if name in results}

@@ -11,6 +11,7 @@ Made to be copied: `cp recipes/sft_lora.py my_run.py`, then change what you need
 import sys
 from pathlib import Path
 
+from recipes.utils.adapter import keep_start, save_plain
 from recipes.utils.chat_template import tokenize_chats
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import print_run_table, run, say
@@ -61,11 +62,13 @@ def train_lora(config: Config) -> Path:
         return discard_empty(config.run_folder)
 
     # 6. Train. The best checkpoint by validation loss is kept, and loaded at the end.
+    start = keep_start(trainer.model)
     begin_run(config, training_args.seed, rows={"train": counts, "validation": validation_counts})
     result = trainer.train(resume_from_checkpoint=config.resume)
 
     # 7. Save the adapter with the tokenizer and the chat template that it was trained with.
     trainer.save_model()
+    save_plain(trainer.model, config.run_folder, start)
     finish_run(config, train=result.metrics, best_validation_loss=trainer.state.best_metric)
     say(f"\nadapter: {config.run_folder}\nnext:    python recipes/evaluate_adapter.py {config.run_folder}")
     return config.run_folder

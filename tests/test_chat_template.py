@@ -2,20 +2,25 @@
 
 import copy
 
+from recipes.utils.chat_template import (
+    TEMPLATES,
+    choose_chat_template,
+    encode_chats,
+    prompt_ids,
+    stop_token_ids,
+    tokenize_chats,
+)  # fmt: skip
+from recipes.utils.config_keys import ModelOptions
+from recipes.utils.console import UserError
+from recipes.utils.dataset import Chat, read_chats
+from recipes.utils.model import load_tokenizer
+
 import pytest
 import trl.chat_template_utils as trl_templates
 from conftest import TINY, chat, real_rows
 from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer
 from test_chat_template_files import PUBLISHED_QWEN2
 from transformers import AutoTokenizer
-
-from recipes.utils.chat_template import (
-    TEMPLATES, choose_chat_template, encode_chats, prompt_ids, stop_token_ids, tokenize_chats,
-)  # fmt: skip
-from recipes.utils.config_keys import ModelOptions
-from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat, read_chats
-from recipes.utils.model import load_tokenizer
 
 # What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends the
 # conversation, and loses it from a finished one; v0.1 refuses it.
@@ -30,9 +35,7 @@ HF_MISTRAL_V1 = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token + ' ' }}{% else %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}"
 )
-ZEPHYR = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
-)
+ZEPHYR = "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
 
 
 def qwen_tokenizer(template=PUBLISHED_QWEN2, *special_tokens):
@@ -201,7 +204,11 @@ def test_a_template_asked_for_by_name_or_path_is_taken(tmp_path):
 
 def test_a_conversation_that_the_template_cannot_carry_is_refused_with_file_and_line():
     tokenizer = FAMILIES["mistral v3"][0]()
-    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
     with pytest.raises(UserError, match=r"^rows.jsonl:7: the chat template cannot carry this conversation: message 2"):
         encode_chats([Chat(messages, "rows.jsonl:7")], tokenizer)
 
@@ -247,4 +254,6 @@ def test_real_answers_are_what_is_trained(family):
     for row, encoded in zip(chats, encode_chats(chats, tokenizer), strict=True):
         expected = row.messages[-1]["content"]
         expected = expected.rstrip(" ") if family == "mistral v3" else expected
-        assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == [expected.removeprefix(" ") + end]
+        assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == [
+            expected.removeprefix(" ") + end
+        ]

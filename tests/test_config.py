@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-import pytest
-from conftest import ROOT
-
 from recipes.utils.config import load_config, parse_command_line
 from recipes.utils.console import UserError
+
+import pytest
+from conftest import ROOT
 
 BASE = """\
 model:
@@ -101,7 +101,11 @@ def test_all_problems_are_told_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         load(tmp_path, BASE + "  packin: true\nlora:\n  r: x\n", {"training.max_length": "long"})
     lines = str(error.value).splitlines()
-    assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == ["my.yaml:7", "my.yaml:9", "--training.max_length"]
+    assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == [
+        "my.yaml:7",
+        "my.yaml:9",
+        "--training.max_length",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])
@@ -176,7 +180,9 @@ def test_resume_takes_the_newest_checkpoint_of_the_config_and_its_folder(tmp_pat
     (tmp_path / "my.yaml").write_text(BASE)
     with pytest.raises(UserError, match="no checkpoint under"):
         load_config("my.yaml", {}, "lora", resume="latest")
-    for number, name in enumerate(["runs/my-lora/checkpoint-9", "runs/my-lora-2/checkpoint-10", "runs/other-lora/checkpoint-3"]):
+    for number, name in enumerate(
+        ["runs/my-lora/checkpoint-9", "runs/my-lora-2/checkpoint-10", "runs/other-lora/checkpoint-3"]
+    ):
         Path(name).mkdir(parents=True)
         state = Path(name, "trainer_state.json")
         state.touch()

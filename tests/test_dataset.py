@@ -3,12 +3,12 @@
 import gzip
 import json
 
-import pytest
-from conftest import chat, real_rows, write_jsonl
-
 from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError
 from recipes.utils.dataset import load_chats, read_chats
+
+import pytest
+from conftest import chat, real_rows, write_jsonl
 
 QUESTION = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -17,7 +17,10 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 SHAPES = {
     "messages": ({"messages": [QUESTION, ANSWER]}, [QUESTION, ANSWER]),
     "prompt and completion": ({"prompt": "2+2?", "completion": "4"}, [QUESTION, ANSWER]),
-    "prompt and completion of messages": ({"prompt": [SYSTEM, QUESTION], "completion": [ANSWER]}, [SYSTEM, QUESTION, ANSWER]),
+    "prompt and completion of messages": (
+        {"prompt": [SYSTEM, QUESTION], "completion": [ANSWER]},
+        [SYSTEM, QUESTION, ANSWER],
+    ),
     "alpaca": ({"instruction": "2+2?", "output": "4"}, [QUESTION, ANSWER]),
     "alpaca with empty input": ({"instruction": "2+2?", "input": "", "output": "4"}, [QUESTION, ANSWER]),
     "alpaca with input": (

@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 from typing import Literal
 
+from recipes.utils.adapter import check_continued, check_initialisation
 from recipes.utils.config_file import read_flags, read_yaml
 from recipes.utils.config_keys import (
     SECTIONS,
@@ -104,6 +105,8 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
     )
     _resolve_training(config, path)
     _resolve_run_folder(config)
+    check_initialisation(config.lora, config.method)
+    check_continued(config.model.adapter)
     # Some values only the classes themselves can judge (names of schedulers, optimizers, strategies): build them once
     # here, where a refusal can still be told as an error in this file.
     for section in ("training", "lora", "quantization"):
@@ -120,6 +123,12 @@ def _resolve_training(config: Config, path) -> None:
     training = config.training
     config.cpu_asked_for = bool(training.get("use_cpu"))
     training.setdefault("use_cpu", not torch.cuda.is_available())
+    if config.model.dtype == "bfloat16" and not training["use_cpu"]:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype float16, or "
+                "float32 for Qwen2, which gives NaN in float16"
+            )
     # Mixed precision follows the base model's dtype: the adapter stays in float32 and is stepped there.
     training["bf16"] = config.model.dtype == "bfloat16"
     training["fp16"] = config.model.dtype == "float16"

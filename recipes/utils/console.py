@@ -5,14 +5,16 @@ import os
 import sys
 import traceback
 
+import datasets
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 OK, FAILED, USER_ERROR = 0, 1, 2
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+# A log file or a pipe has no width of its own.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class UserError(Exception):
@@ -28,7 +30,7 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """Print a line for the person at the terminal, once however many processes there are."""
     if is_main_process():
-        out.print(message, markup=False)
+        out.print(message, markup=False, soft_wrap=True)
 
 
 def print_run_table(config, trainer, train: dict, validation: dict, notes: dict, reasons: dict) -> None:
@@ -129,7 +131,9 @@ def run(main, argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
-    disable_progress_bar()  # those of loading weights; training has its own
+    # Only long work shows progress, and that is the recipes' own.
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         main(argv)
         return OK

@@ -8,20 +8,19 @@ from recipes.utils.config import Config, ModelOptions
 from recipes.utils.console import UserError, say
 
 import torch
-from peft import PeftModel
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
-INSTALL_FLASH = "pip install -r requirements-gpu.txt"
+INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
 
 
 def check_machine(config: Config) -> None:
     """Refuse a run that this machine cannot do, before data or weights are read.
 
     Raises:
-        UserError: several GPUs without a launcher; a precision that the GPU or the model lacks; billions of
-            parameters without a GPU.
+        UserError: several GPUs without a launcher; a precision that the model does not stand; billions of parameters
+            without a GPU.
     """
     gpus = 0 if config.training["use_cpu"] else torch.cuda.device_count()
     recipe = f"recipes/sft_{config.method}.py"
@@ -33,9 +32,6 @@ def check_machine(config: Config) -> None:
     model_config = load_model_config(config.model)
     if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
-    if gpus and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        mend = "float32" if model_config.model_type.startswith("qwen2") else "float16"
-        raise UserError(f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype {mend}")
     billions = count_parameters(model_config) / 1e9
     if not torch.cuda.is_available() and billions > 1 and not config.cpu_asked_for:
         raise UserError(
@@ -98,13 +94,16 @@ def choose_attention(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
     elif options.dtype == "float32":
         missing = "it has no float32"
     elif not is_flash_attn_2_available():
-        missing = f"flash-attn is not installed ({INSTALL_FLASH})"
+        missing = "flash-attn is not installed"
     else:
         missing = None
     if setting == "auto":
         return ("sdpa", f"flash_attention_2 is not used: {missing}") if missing else ("flash_attention_2", "fastest")
     if setting == "flash_attention_2" and missing:
-        raise UserError(f"model.attn_implementation: flash_attention_2 cannot be had: {missing}; or use auto")
+        raise UserError(
+            f"model.attn_implementation: flash_attention_2 cannot be had here: {missing}. It wants an Ampere or newer GPU "
+            f"and: {INSTALL_FLASH}; auto takes what is there"
+        )
     if setting == "flex_attention" and use_cpu:
         raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use auto")
     if setting not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"):
@@ -168,16 +167,3 @@ def load_run_base(record: dict):
     options, use_cpu = ModelOptions(**record["model"]), not torch.cuda.is_available()
     quantization_config = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
     return load_base_model(options, choose_attention(options, use_cpu)[0], use_cpu, quantization_config)
-
-
-@contextlib.contextmanager
-def base_of(model: PeftModel, record: dict):
-    """The base under a run's adapter, without a second copy: the adapter is switched off meanwhile.
-
-    PiSSA and its kin move a part of the base into the adapter when they begin; theirs is loaded again.
-    """
-    if model.peft_config["default"].init_lora_weights in (True, False, "gaussian"):
-        with model.disable_adapter():
-            yield model
-    else:
-        yield load_run_base(record)

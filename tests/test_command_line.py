@@ -1,0 +1,200 @@
+"""What a person meets at the terminal: exit codes, one-line errors, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script, write_jsonl
+
+from recipes.utils import console
+from recipes.utils.config import load_config
+from recipes.utils.config_keys import ModelOptions
+from recipes.utils.console import UserError
+from recipes.utils.model import check_machine, choose_attention, hub_errors, load_model_config
+
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_has_a_help_that_shows_the_command_to_type(recipe):
+    result = run_script(recipe, "--help")
+    assert result.returncode == 0
+    assert f"python recipes/{recipe.name}" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("sections", "flags", "message"),
+    [
+        ({"training": {"learning_rat": 1}}, [], "did you mean `training.learning_rate`?"),
+        ({}, ["--training.learning_rate", "fast"], "--training.learning_rate: training.learning_rate: expected float"),
+        ({"data": {"train": "nowhere.jsonl"}}, [], "nowhere.jsonl: no such data file"),
+        ({"quantization": {"load_in_4bit": True}}, [], "recipes/sft_qlora.py"),
+        ({"model": {"name_or_path": "nowhere/model"}}, [], "nowhere/model"),
+        ({"model": {"attn_implementation": "flash_attention_2"}}, [], "pip install"),
+        ({"model": {"adapter": "nowhere"}}, [], "nowhere is no adapter folder"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input_ends_with_status_2_one_line_and_no_folder(config_file, tmp_path, sections, flags, message, capsys):
+    """In one process, through the very function that the scripts call; the next test goes through a real script."""
+    from recipes import sft_lora
+
+    path = config_file(**sections)
+    assert console.run(sft_lora.main, [str(path), *flags]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_json_line_ends_a_real_script_with_status_2_and_its_place(config_file, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"}\n')
+    path = config_file(data={"train": str(tmp_path / "bad.jsonl")})
+    result = run_script("recipes/sft_lora.py", path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {tmp_path}/bad.jsonl:2: not JSON: Expecting ':' delimiter (column 29)\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_traceback_shows_where_a_user_error_arose(capsys):
+    def main(argv):
+        assert argv == []
+        raise UserError("broken")
+
+    assert console.run(main, ["--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        console.run(main, [])
+
+
+def test_ctrl_c_ends_without_a_traceback(config_file, tmp_path):
+    path = config_file(training={"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000})
+    process = subprocess.Popen(
+        [sys.executable, "recipes/sft_lora.py", str(path)], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+
+
+def machine(monkeypatch, gpus, capability=(9, 0), bfloat16=True, flash=False):
+    """A machine of another kind: only the questions that the checks ask torch are answered differently."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+    monkeypatch.setattr("recipes.utils.model.is_flash_attn_2_available", lambda: flash)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "capability", "flash", "dtype", "chosen", "reason"),
+    [
+        (0, (0, 0), False, "bfloat16", "sdpa", "there is no GPU"),
+        (1, (9, 0), False, "bfloat16", "sdpa", "flash-attn is not installed"),
+        (1, (7, 5), True, "float16", "sdpa", "older than Ampere"),
+        (1, (9, 0), True, "float32", "sdpa", "no float32"),
+        (1, (8, 0), True, "bfloat16", "flash_attention_2", "fastest"),
+    ],
+)
+def test_attention_is_chosen_with_its_reason(monkeypatch, gpus, capability, flash, dtype, chosen, reason):
+    machine(monkeypatch, gpus, capability, flash=flash)
+    found, why = choose_attention(ModelOptions("x", dtype=dtype), use_cpu=gpus == 0)
+    assert found == chosen
+    assert reason in why
+    if chosen == "sdpa":
+        with pytest.raises(UserError, match="cannot be had"):
+            choose_attention(ModelOptions("x", dtype=dtype, attn_implementation="flash_attention_2"), use_cpu=gpus == 0)
+
+
+def test_attention_that_nobody_knows_is_refused():
+    with pytest.raises(UserError, match="unknown 'flash2'"):
+        choose_attention(ModelOptions("x", attn_implementation="flash2"), use_cpu=True)
+
+
+def checked(config_file, monkeypatch, model=None, training=None, **kind):
+    """`check_machine` for a config, on a machine of some kind; the config itself is read on this one."""
+    config = load_config(config_file(model=model or {}, training=training or {}), {}, "lora")
+    config.training["use_cpu"] = config.cpu_asked_for or kind["gpus"] == 0
+    machine(monkeypatch, **kind)
+    check_machine(config)
+
+
+def test_several_gpus_without_a_launcher_are_refused_with_the_command(config_file, monkeypatch):
+    with pytest.raises(UserError, match=r"2 GPUs .*accelerate launch --num_processes 2 .*CUDA_VISIBLE_DEVICES=0"):
+        checked(config_file, monkeypatch, gpus=2)
+
+
+def test_bfloat16_on_a_card_without_it_is_refused_with_the_dtypes_that_work(config_file, monkeypatch):
+    machine(monkeypatch, gpus=1, bfloat16=False)
+    with pytest.raises(UserError, match="Some GPU has no bfloat16; use --model.dtype float16, or float32 for Qwen2"):
+        load_config(config_file(model={"dtype": "bfloat16"}), {}, "lora")
+
+
+def test_qwen2_in_float16_is_refused(config_file, monkeypatch):
+    with pytest.raises(UserError, match="NaN in float16"):
+        checked(config_file, monkeypatch, gpus=1, model={"dtype": "float16"})
+
+
+@pytest.fixture
+def seven_billion(tmp_path):
+    """A folder with Mistral-7B's dimensions and no weights."""
+    from transformers import MistralConfig
+
+    MistralConfig(vocab_size=32768, sliding_window=None, dtype="bfloat16").save_pretrained(tmp_path / "7b")
+    return str(tmp_path / "7b")
+
+
+def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(config_file, monkeypatch, seven_billion):
+    with pytest.raises(UserError, match=r"7.2 billion parameters and this machine has no GPU") as error:
+        checked(config_file, monkeypatch, gpus=0, model={"name_or_path": seven_billion})
+    assert len(str(error.value).splitlines()) == 1
+    checked(config_file, monkeypatch, gpus=0, model={"name_or_path": seven_billion}, training={"use_cpu": True})
+
+
+def test_a_gated_base_is_one_line_with_the_licence_page_and_the_login():
+    with (
+        pytest.raises(UserError, match=r"https://huggingface.co/mistralai/x, then: hf auth login"),
+        hub_errors("mistralai/x"),
+    ):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+
+def test_a_hub_name_without_network_is_one_line():
+    with pytest.raises(
+        UserError, match="mistralai/none: there is no such folder here, and the Hugging Face hub"
+    ) as error:
+        load_model_config(ModelOptions("mistralai/none"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_alpaca_rows_of_a_folder_say_to_name_the_files(config_file, tmp_path, capsys):
+    from recipes import sft_lora
+
+    write_jsonl(tmp_path / "a.jsonl", [])
+    assert console.run(sft_lora.main, [str(config_file(data={"train": str(tmp_path)}))]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_the_tiny_splits_share_no_row():
+    rows = {name: (TINY / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation", "test")}
+    assert len(set().union(*rows.values())) == sum(len(part) for part in rows.values())

@@ -1,0 +1,215 @@
+"""Evaluation counts what it says it counts; a merged model says what the adapter said."""
+
+import json
+import math
+
+from recipes.evaluate_adapter import evaluate_adapter
+from recipes.merge_adapter import merge_adapter
+from recipes.sft_lora import train_lora
+from recipes.sft_qlora import train_qlora
+from recipes.utils.chat_template import encode_chats, prompt_ids, stop_token_ids
+from recipes.utils.config import load_config
+from recipes.utils.console import UserError
+from recipes.utils.dataset import read_chats
+from recipes.utils.evaluation import evaluate, generate_answers, score_answers
+from recipes.utils.run_record import newest_run
+
+import pytest
+import torch
+from conftest import TINY, read_jsonl, write_jsonl
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SHORT = {"max_steps": 4, "learning_rate": 5e-3}
+
+
+def lora_run(path):
+    return train_lora(load_config(path, {}, "lora"))
+
+
+def qlora_run(path):
+    return train_qlora(load_config(path, {}, "qlora"))
+
+
+@pytest.fixture(scope="module")
+def base():
+    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer.chat_template = (TINY.parents[1] / "configs" / "chat_templates" / "qwen2.jinja").read_text()
+    return model, tokenizer, read_chats(str(TINY / "test.jsonl"))[:24]
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def test_loss_and_accuracy_equal_plain_arithmetic_row_by_row(base):
+    model, tokenizer, chats = base
+    rows = encode_chats(chats, tokenizer)
+    loss = right = count = 0
+    for row in rows:
+        logits = logits_of(model, row.input_ids)
+        for position, label in enumerate(row.labels[1:]):
+            if label != -100:
+                loss -= logits[position].log_softmax(-1)[label].item()
+                right += int(logits[position].argmax() == label)
+                count += 1
+    found_loss, found_accuracy = score_answers(model, tokenizer, rows)
+    assert math.isclose(found_loss, loss / count, rel_tol=1e-5)
+    assert found_accuracy == right / count
+
+
+def test_batched_answers_equal_answers_one_by_one(base):
+    model, tokenizer, chats = base
+    prompts = [prompt_ids(row.messages[:-1], tokenizer) for row in chats]
+    assert len({len(prompt) for prompt in prompts}) > 3
+    together = generate_answers(model, tokenizer, prompts, 40)
+    alone = [generate_answers(model, tokenizer, [prompt], 40)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_exact_match_and_stopped_count_what_they_say(base):
+    """Rows whose expected answers are the model's own count as matches, the others not; a cut answer has not stopped."""
+    model, tokenizer, chats = base
+    _, answers = evaluate(model, tokenizer, chats, 8, 200)
+    own = [
+        row._replace(
+            messages=[*row.messages[:-1], {"role": "assistant", "content": answer.text if number % 2 else "no"}]
+        )
+        for number, (row, answer) in enumerate(zip(chats, answers, strict=False))
+    ]
+    metrics, again = evaluate(model, tokenizer, own, 8, 200)
+    assert metrics["exact_match"] == sum(answer.text.strip() != "no" for answer in answers[1::2]) / 8
+    assert metrics["stopped"] == sum(answer.stopped for answer in again) / 8
+    assert evaluate(model, tokenizer, own, 8, 1)[0]["stopped"] <= metrics["stopped"]
+    assert metrics["perplexity"] == math.exp(metrics["loss"])
+    assert (metrics["rows"], metrics["generated_rows"]) == (8, 8)
+
+
+def test_evaluation_writes_both_models_side_by_side_and_their_answers(config_file, tmp_path, capsys):
+    rows = read_jsonl(TINY / "test.jsonl")[:6]
+    folder = lora_run(config_file(data={"test": str(write_jsonl(tmp_path / "test.jsonl", rows))}, training=SHORT))
+    found = evaluate_adapter(folder, max_rows=4)
+    written = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    assert written == found
+    assert set(written) == {"base", "adapter"}
+    assert written["adapter"]["loss"] < written["base"]["loss"]
+    assert written["base"]["rows"] == 6
+    assert set(written["base"]) >= {"loss", "perplexity", "token_accuracy", "exact_match", "stopped", "rows"}
+    predictions = read_jsonl(folder / "evaluation" / "predictions.jsonl")
+    assert len(predictions) == 4
+    assert predictions[0]["expected"] == rows[0]["messages"][-1]["content"]
+    assert {"base", "adapter", "prompt", "where"} <= set(predictions[0])
+    shown = capsys.readouterr().out
+    assert "exact match" in shown
+    assert rows[0]["messages"][-1]["content"] in shown
+
+
+def test_the_base_of_an_evaluation_is_the_base_itself(config_file):
+    """With the adapter switched off, or loaded apart for PiSSA, which changes the base when it begins."""
+    scores = []
+    chats = read_chats(str(TINY / "validation.jsonl"))[:8]
+    plain = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    for name, lora in (("plain", {}), ("pissa", {"init_lora_weights": "pissa"})):
+        folder = lora_run(
+            config_file(name, lora=lora, training={**SHORT, "output_dir": f"{config_file().parent}/{name}"})
+        )
+        data = write_jsonl(folder / "rows.jsonl", read_jsonl(TINY / "validation.jsonl")[:8])
+        scores.append(evaluate_adapter(folder, data=str(data), max_rows=2)["base"]["loss"])
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = score_answers(plain, tokenizer, encode_chats(chats, tokenizer))[0]
+    assert scores == pytest.approx([expected, expected], rel=1e-6)
+
+
+MERGES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}},
+    "pissa": {"init_lora_weights": "pissa_niter_4"},
+    "trained head": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_merged_logits_equal_the_adapters(config_file, name):
+    folder = lora_run(config_file(lora=MERGES[name], training=SHORT))
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(folder), dtype="auto")
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32), folder)
+    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    ids = list(range(60, 200))
+    expected = logits_of(live, ids)
+    assert (logits_of(merged, ids) - expected).abs().max() < 1e-4
+    assert (logits_of(base, ids) - expected).abs().max() > 1e-2, (
+        "the adapter must matter for the check to mean anything"
+    )
+
+
+def test_a_mistral_merges_into_its_16_bit_base_and_is_nearer_to_the_adapter_than_to_the_base(
+    config_file, mistral_twin, capsys
+):
+    folder = lora_run(config_file(model={"name_or_path": str(mistral_twin), "dtype": "bfloat16"}, training=SHORT))
+    output = merge_adapter(folder)
+    assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    drift = json.loads((output / "merge.json").read_text())
+    assert drift["mean_kl"] < 1e-2
+    assert "KL divergence" in capsys.readouterr().out
+
+
+def test_qlora_merges_into_the_16_bit_base_and_never_into_4_bit(config_file, mistral_twin):
+    folder = qlora_run(config_file(model={"name_or_path": str(mistral_twin), "dtype": "bfloat16"}, training=SHORT))
+    output = merge_adapter(folder)
+    tensors = load_file(output / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    base = load_file(mistral_twin / "model.safetensors")
+    adapter = load_file(folder / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    down, up = (adapter[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
+    scale = 8 / 4
+    assert torch.equal(tensors[f"{name}.weight"], (base[f"{name}.weight"].float() + scale * up @ down).bfloat16())
+
+
+def test_the_merged_folder_stops_where_training_stopped_and_keeps_the_template(config_file):
+    folder = lora_run(config_file(training=SHORT))
+    output = merge_adapter(folder)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+    stop_ids = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
+    assert stop_ids == stop_token_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(stop_ids) == ["<|im_end|>", "<|endoftext|>"]
+    scores = evaluate_adapter(folder, model=output, max_rows=2)
+    adapter = evaluate_adapter(folder, max_rows=2)["adapter"]
+    assert scores["merged"]["loss"] == pytest.approx(adapter["loss"], rel=1e-5)
+    assert set(json.loads((folder / "evaluation" / "metrics.json").read_text())) == {"base", "adapter", "merged"}
+
+
+def test_a_target_that_is_not_empty_is_refused_and_left_alone(config_file, tmp_path):
+    folder = lora_run(config_file(training={"max_steps": 1}))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="--output"):
+        merge_adapter(folder, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_without_a_path_the_newest_finished_run_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        newest_run()
+    for name, status, finished in (
+        ("a", "finished", "2026-01-02"),
+        ("b", "finished", "2026-01-03"),
+        ("c", "running", None),
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"status": status, "finished": finished}))
+    assert str(newest_run()) == "runs/b"
+
+
+@pytest.mark.parametrize("function", [evaluate_adapter, merge_adapter])
+def test_a_folder_that_is_no_run_is_a_user_error(tmp_path, function):
+    with pytest.raises(UserError, match="is no run folder"):
+        function(tmp_path)

@@ -1,0 +1,58 @@
+"""The Python API: the call of the README, from any folder."""
+
+import json
+
+import pytest
+from conftest import TINY, read_jsonl, write_jsonl
+
+import finetune
+from recipes.utils.console import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder of a user's: datasets beside it, nothing of this project."""
+    (tmp_path / "datasets").mkdir()
+    rows = read_jsonl(TINY / "train.jsonl")
+    write_jsonl(tmp_path / "datasets" / "train.jsonl", rows[:8])
+    write_jsonl(tmp_path / "datasets" / "val.jsonl", rows[8:12])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_call_as_documented_trains_from_any_folder(folder):
+    """The documented keywords, with the tiny base in the place of a 7B one."""
+    run = finetune.train_lora(
+        model_name=str(TINY / "base"), dataset_path="./datasets/train.jsonl", val_dataset_path="./datasets/val.jsonl",
+        output_dir="./checkpoints/", lora_rank=16, batch_size=4, gradient_accumulation_steps=4, learning_rate=2e-4,
+        epochs=3, training={"max_length": 512},
+    )  # fmt: skip
+    assert run.resolve() == folder / "checkpoints"
+    record = json.loads((run / "run.json").read_text())
+    assert record["name"] == "qwen2"
+    assert record["lora"]["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    training = record["training"]
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (4, 4)
+    assert (training["learning_rate"], training["num_train_epochs"], training["max_length"]) == (2e-4, 3, 512)
+    scores = finetune.evaluate_adapter("./checkpoints/", max_rows=2)
+    assert set(scores) == {"base", "adapter"}
+    assert (finetune.merge_adapter("./checkpoints/") / "model.safetensors").is_file()
+
+
+def test_qlora_and_further_overrides_reach_the_library_classes(folder, mistral_twin):
+    run = finetune.train_qlora(
+        str(mistral_twin), "datasets/train.jsonl", epochs=1, lora={"lora_alpha": 64}, quantization={"bnb_4bit_use_double_quant": False},
+        training={"gradient_checkpointing": False, "max_length": 512},
+    )  # fmt: skip
+    record = json.loads((run / "run.json").read_text())
+    assert str(run) == "runs/mistral-qlora"
+    assert record["lora"]["lora_alpha"] == 64
+    assert record["quantization"]["bnb_4bit_use_double_quant"] is False
+    assert record["quantization"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_wrong_override_is_a_user_error(folder):
+    with pytest.raises(UserError, match="did you mean `training.max_length`"):
+        finetune.train_lora(str(TINY / "base"), "datasets/train.jsonl", training={"max_lenght": 512})
+    with pytest.raises(UserError, match="nowhere"):
+        finetune.train_lora("nowhere", "datasets/train.jsonl")
