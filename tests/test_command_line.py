@@ -6,15 +6,15 @@ import subprocess
 import sys
 import time
 
-import pytest
-import torch
-from conftest import ROOT, TINY, run_script, write_jsonl
-
 from recipes.utils import console
 from recipes.utils.config import load_config
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError
 from recipes.utils.model import check_machine, choose_attention, hub_errors, load_model_config
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script, write_jsonl
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.name != "__init__.py")
 

@@ -2,11 +2,11 @@
 
 import json
 
-import pytest
-from conftest import TINY, read_jsonl, write_jsonl
-
 import finetune
 from recipes.utils.console import UserError
+
+import pytest
+from conftest import TINY, read_jsonl, write_jsonl
 
 
 @pytest.fixture

@@ -123,12 +123,12 @@ def _resolve_training(config: Config, path) -> None:
     training = config.training
     config.cpu_asked_for = bool(training.get("use_cpu"))
     training.setdefault("use_cpu", not torch.cuda.is_available())
-    if config.model.dtype == "bfloat16" and not training["use_cpu"]:
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(
-                f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype float16, or "
-                "float32 for Qwen2, which gives NaN in float16"
-            )
+    on_gpu = not training["use_cpu"]
+    if on_gpu and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype float16, or "
+            "float32 for Qwen2, which gives NaN in float16"
+        )
     # Mixed precision follows the base model's dtype: the adapter stays in float32 and is stepped there.
     training["bf16"] = config.model.dtype == "bfloat16"
     training["fp16"] = config.model.dtype == "float16"
