@@ -13,8 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from recipes.utils.chat_template import encode_chats, stop_token_ids
 from recipes.utils.console import UserError, print_table, run, say
+from recipes.utils.encoding import encode_chats, stop_token_ids
 from recipes.utils.evaluation import rows_to_score
 from recipes.utils.model import fit_to_save, hub_errors, load_run_base
 from recipes.utils.run_record import newest_run, read_run

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from recipes.utils.adapter import keep_start, save_plain
-from recipes.utils.chat_template import tokenize_chats
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import print_run_table, run, say
-from recipes.utils.dataset import load_chats
+from recipes.utils.guards import check_model, check_rows, check_settings, heed
 from recipes.utils.model import check_machine, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
+from recipes.utils.prepare import prepare
 from recipes.utils.run_record import begin_run, discard_empty, finish_run
 
 from peft import LoraConfig, PeftModel
@@ -32,15 +32,16 @@ def train_lora(config: Config) -> Path:
     attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
     check_machine(config)
 
-    # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone.
+    # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone; what cannot be right stops here.
     tokenizer, template_reason = load_tokenizer(config.model)
-    train_chats, validation_chats, notes = load_chats(config.data, seed=training_args.seed)
-    max_length, over_length = training_args.max_length, config.data.over_length
-    train_rows, counts = tokenize_chats(train_chats, tokenizer, max_length, over_length)
-    validation_rows, validation_counts = tokenize_chats(validation_chats, tokenizer, max_length, over_length)
+    train = prepare(config.data, training_args, tokenizer, "train")
+    validation = prepare(config.data, training_args, tokenizer, "validation")
+    findings, validation = check_rows(train, validation, config, tokenizer)
+    heed(findings)
 
     # 3. Base model: frozen, in the dtype that the config names (left to itself, a model loads in float32).
     model = load_base_model(config.model, attention, training_args.use_cpu)
+    heed(check_model(model, train.rows, tokenizer))
 
     # 4. Adapter: a new one, or one to go on from. Its weights are float32, whatever the base is in.
     if config.model.adapter:
@@ -50,20 +51,21 @@ def train_lora(config: Config) -> Path:
     trainer = SFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows if validation_chats else None,
+        train_dataset=train.rows,
+        eval_dataset=validation.rows if validation else None,
         processing_class=tokenizer,
         peft_config=lora_config,
     )
     watch(trainer, config.run_folder)
     reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
-    print_run_table(config, trainer, counts, validation_counts, notes, reasons)
+    print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
+    heed(check_settings(config, trainer, train.counts))
     if config.dry_run:
         return discard_empty(config.run_folder)
 
     # 6. Train. The best checkpoint by validation loss is kept, and loaded at the end.
     start = keep_start(trainer.model)
-    begin_run(config, training_args.seed, rows={"train": counts, "validation": validation_counts})
+    begin_run(config, training_args.seed, train.counts, validation.counts if validation else None)
     result = trainer.train(resume_from_checkpoint=config.resume)
 
     # 7. Save the adapter with the tokenizer and the chat template that it was trained with.

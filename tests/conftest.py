@@ -4,8 +4,13 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several times faster for models of a million parameters
 os.environ["HF_HUB_OFFLINE"] = "1"
+import tempfile
 
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="recipes-tests-")  # prepared rows are cached there
+
+import atexit
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +20,7 @@ import torch
 import yaml
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny"

@@ -2,17 +2,11 @@
 
 import copy
 
-from recipes.utils.chat_template import (
-    TEMPLATES,
-    choose_chat_template,
-    encode_chats,
-    prompt_ids,
-    stop_token_ids,
-    tokenize_chats,
-)  # fmt: skip
+from recipes.utils.chat_template import TEMPLATES, choose_chat_template
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError
 from recipes.utils.dataset import Chat, read_chats
+from recipes.utils.encoding import encode_chats, prompt_ids, stop_token_ids
 from recipes.utils.model import load_tokenizer
 
 import pytest
@@ -85,7 +79,6 @@ def test_labels_decode_to_the_answers_and_their_end_of_turn_token_turn_by_turn(f
     encoded = encode_chats([Chat(CHATS[name]["messages"], "f:1")], tokenizer)[0]
     answers = [message["content"] + end for message in CHATS[name]["messages"] if message["role"] == "assistant"]
     assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == answers
-    assert encoded.masked_answers == 0
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -110,12 +103,16 @@ def test_tokenising_piece_by_piece_gives_the_ids_of_the_whole_text(family):
         assert encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0].input_ids == whole
 
 
-def test_mistral_v3_trains_only_the_last_answer_when_there_is_a_system_message_and_says_so():
+def test_mistral_v3_with_a_system_message_is_split_into_one_row_an_answer():
+    """In one row, the first answer would follow a prompt that inference never sends: without the system message."""
     tokenizer = FAMILIES["mistral v3"][0]()
     row = chat("2+2?", "4", "3+3?", "6", system="Be brief.")
-    encoded = encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0]
-    assert trained_texts(tokenizer, encoded) in (["6</s>"], [" 6</s>"])
-    assert encoded.masked_answers == 1
+    rows = encode_chats([Chat(row["messages"], "f:1")], tokenizer)
+    assert sorted(trained_texts(tokenizer, encoded)[0].removeprefix(" ") for encoded in rows) == ["4</s>", "6</s>"]
+    for encoded, end in zip(sorted(rows, key=lambda row: len(row.input_ids)), (2, 4), strict=True):
+        prompt = prompt_ids(row["messages"][:end], tokenizer)
+        assert encoded.input_ids[: len(prompt)] == prompt
+    assert len(encode_chats([Chat(row["messages"], "f:1")], tokenizer, train_on="last")) == 1
 
 
 TRL_TEMPLATES = {
@@ -211,27 +208,6 @@ def test_a_conversation_that_the_template_cannot_carry_is_refused_with_file_and_
     ]
     with pytest.raises(UserError, match=r"^rows.jsonl:7: the chat template cannot carry this conversation: message 2"):
         encode_chats([Chat(messages, "rows.jsonl:7")], tokenizer)
-
-
-def test_rows_over_max_length_are_dropped_and_counted_or_cut_or_refused_as_asked():
-    tokenizer = FAMILIES["qwen2"][0]()
-    chats = [Chat(chat("a", "b" * size)["messages"], f"f:{size}") for size in (10, 20, 400)]
-    dataset, counts = tokenize_chats(chats, tokenizer, 200, "drop")
-    assert (len(dataset), counts["rows"], counts["over_length"], counts["dropped"]) == (2, 2, 1, 1)
-    assert counts["trained_tokens"] == 10 + 20 + 2
-    dataset, counts = tokenize_chats(chats, tokenizer, 200, "truncate")
-    assert (len(dataset), max(map(len, dataset["input_ids"])), counts["over_length"]) == (3, 200, 1)
-    with pytest.raises(UserError, match=r"^f:400: \d+ tokens, over training.max_length 200"):
-        tokenize_chats(chats, tokenizer, 200, "error")
-    with pytest.raises(UserError, match="no row is left"):
-        tokenize_chats(chats, tokenizer, 20, "drop")
-
-
-def test_a_cut_row_without_any_answer_left_is_dropped_and_counted():
-    tokenizer = FAMILIES["qwen2"][0]()
-    chats = [Chat(chat("a" * size, "b")["messages"], "f:1") for size in (10, 400)]
-    dataset, counts = tokenize_chats(chats, tokenizer, 200, "truncate")
-    assert (len(dataset), counts["dropped"]) == (1, 1)
 
 
 def test_the_legacy_blanks_of_old_mistral_tokenizers_are_mended_and_said(tmp_path, capsys, mistral_twin):

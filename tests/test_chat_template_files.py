@@ -4,11 +4,14 @@ Qwen2 is held against its published template, Mistral-7B against mistral-common,
 sentencepiece files that come with it.
 """
 
+import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from conftest import read_jsonl, real_rows
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -35,6 +38,7 @@ PUBLISHED_QWEN2 = (
 
 MISTRAL = {"v1": (mistral_v1_tokenizer, V1_FILE), "v3": (mistral_v3_tokenizer, V3_FILE)}
 ALL = ["qwen2", "mistral_v1", "mistral_v3"]
+WITHOUT_TOOLS = ["qwen2", "mistral_v1"]
 
 # What has gone wrong in chat templates before: blanks that are stripped, doubled or merged, and text that is no ASCII.
 NASTY = [
@@ -84,6 +88,58 @@ CONVERSATIONS = st.builds(
 )
 
 
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=5,
+)
+SPELLINGS = [{}, {"ensure_ascii": False}, {"indent": 1}, {"separators": (",", ":")}, {"separators": (" , ", "\t:\r\n")}]
+JSON_TEXTS = st.builds(lambda value, spelling: json.dumps(value, **spelling), JSON, st.sampled_from(SPELLINGS))
+ARGUMENTS = st.one_of(st.dictionaries(TEXTS, JSON, max_size=3), JSON_TEXTS)
+NAMES = st.text("azAZ09_-", min_size=1, max_size=8)
+
+
+def tool(name, description, about):
+    properties = {"city": {"type": "string", "description": about}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def tool_conversation(turns, system=None):
+    """Each turn is (question, steps, answer), each step a list of (function, arguments, result) called at once."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    count = 0
+    for question, steps, answer in turns:
+        messages.append({"role": "user", "content": question})
+        for step in steps:
+            calls, results = [], []
+            for name, arguments, result in step:
+                count += 1
+                function = {"name": name, "arguments": arguments}
+                calls.append({"id": f"Call{count:05}", "type": "function", "function": function})
+                results.append({"role": "tool", "content": result, "tool_call_id": f"Call{count:05}", "name": name})
+            messages += [{"role": "assistant", "content": None, "tool_calls": calls}, *results]
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+STEPS = st.lists(
+    st.lists(st.tuples(NAMES, ARGUMENTS, st.one_of(TEXTS, JSON_TEXTS)), min_size=1, max_size=2), min_size=0, max_size=2
+)
+TOOL_TURNS = st.lists(st.tuples(TEXTS, STEPS, ANSWERS), min_size=1, max_size=3)
+TOOL_CONVERSATIONS = st.builds(tool_conversation, TOOL_TURNS, st.one_of(st.none(), TEXTS))
+TOOLS = st.lists(st.builds(tool, NAMES, TEXTS, TEXTS), max_size=2)
+
+WEATHER = tool("weather", "Tells the weather.", "Where?")
+TWO_TURNS = tool_conversation(
+    [
+        ("Hi", [], "Hello"),
+        ("Oslo? Rome?", [[("weather", {"city": "Oslo"}, "42"), ("weather", {"city": "Rome"}, "hot")]], "Mild and hot."),
+        ("Bath?", [[("weather", {"city": "Bath"}, "rain")], [("weather", {"city": "Bath"}, "sun")]], "Mixed."),
+    ]
+)
+
+
 @cache
 def template(name):
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
@@ -94,7 +150,7 @@ def render(chat_template, messages, **options):
     return render_jinja_template([messages], chat_template=chat_template, **options)[0][0]
 
 
-def marked(name, messages):
+def marked(name, messages, **options):
     """The pieces of the rendered text that are trained on, and the pieces of text around them (one more)."""
     (text,), (spans,) = render_jinja_template(
         [messages],
@@ -102,6 +158,7 @@ def marked(name, messages):
         bos_token="<s>",
         eos_token="</s>",
         return_assistant_tokens_mask=True,
+        **options,
     )
     edges = [0, *(edge for span in spans for edge in span), len(text)]
     return [text[start:end] for start, end in spans], [
@@ -121,8 +178,9 @@ def reference(version, mode):
     return MistralTokenizer.from_file(MISTRAL[version][1], mode=mode)
 
 
-def reference_ids(version, messages, mode=ValidationMode.finetuning):
-    return reference(version, mode).encode_chat_completion(ChatCompletionRequest(messages=messages, model="any")).tokens
+def reference_ids(version, messages, mode=ValidationMode.finetuning, tools=None):
+    request = ChatCompletionRequest(messages=messages, tools=tools, model="any")
+    return reference(version, mode).encode_chat_completion(request).tokens
 
 
 def prompts(messages):
@@ -237,6 +295,195 @@ def test_with_a_system_message_only_the_last_answer_in_a_mistral_v3_row_follows_
         assert row[: len(expected)] != expected
 
 
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@few
+@given(TOOL_CONVERSATIONS, TOOLS)
+def test_mistral_v3_tool_rows_have_mistral_commons_finetuning_ids(messages, tools):
+    assert ids("v3", messages, tools=tools) == reference_ids("v3", messages, tools=tools)
+
+
+@pytest.mark.parametrize("system", [None, "", " Be brief. \n"])
+def test_mistral_v3_tool_rows_have_mistral_commons_ids_on_every_nasty_text(system):
+    for text in NASTY:
+        # as a key, a value, a text that is no JSON, a JSON text, and in the description of a tool
+        step = [("f", {text: text}, text), ("f", json.dumps({text: [text]}), json.dumps(text)), ("f", text, "{}")]
+        messages = tool_conversation([(text, [step], text), (text, [step], text)], system)
+        tools = [tool("f", text, text)]
+        assert ids("v3", messages, tools=tools) == reference_ids("v3", messages, tools=tools)
+
+
+@few
+@given(TOOL_CONVERSATIONS, TOOLS)
+def test_mistral_v3_tool_prompts_have_mistral_commons_serving_ids(messages, tools):
+    for prompt in prompts(messages):
+        expected = reference_ids("v3", prompt, ValidationMode.serving, tools)
+        assert ids("v3", prompt, tools=tools, add_generation_prompt=True) == expected
+        assert ids("v3", prompt, tools=tools) == expected
+
+
+def written_result(text):
+    """What the template writes for a tool's result."""
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rendered = render(template("mistral_v3"), [USER, call, {"role": "tool", "content": text}])
+    return rendered.split('[TOOL_RESULTS] {"content": ')[1].removesuffix(', "call_id": "000000001"}[/TOOL_RESULTS]')
+
+
+def dumped_if_json(text):
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    except json.JSONDecodeError:
+        return json.dumps(text, ensure_ascii=False)
+
+
+# fmt: off
+WORDS = [*"{}[],:", " ", "\t", "\r\n", '"', '"a"', '"b" :', "true", "null", "NaN", "-Infinity", "0", "-0", "-0.0", "12",
+         "1.50", "1E+2", "1e-7", "1e999", '"\\u00e9"', '"\\ud83e\\uDD99"', '"\\ud83e"', '"\\\\"', '"\\""', '"\\/\\b\\f\\n\\r\\t"',
+         '"\\u0000\\u005c\\u0022"', "[1, 2]", "[]", "{}", '{"a": 1}', '{"c": [{}, 1], "d": "e"}', '"{}[],:"']
+NEARLY = ["01", "1.", ".5", "+1", "-", "1e", "1_0", "1e+-1", "--1", "1.2.3", "0x1F", "١", "²", "True", "nul", "inf", "a", "'a'",
+          "\\", '\\"', '"\\"', '"\\x"', '"\\u12"', '"\\u+123"', '"\\u 123"', '"\n"', '"\x01"', "\x00", "\xa0", "\x0b", "\ufeff",
+          "1 2", "1, 2", '"a" "b"', '"a": 1', "[1,]", "[,1]", '{"a": 1,}', '{"a"}', "{1: 2}", '{"a": 1, 2}', '{"a": [1], 2}',
+          '["a": 1]', '[1, "a": 2]', '{"a": 1: 2}', '{"a":: 1}', "[1, 2}", "[[1]", "[1]]", "1}, {"]
+# fmt: on
+
+
+@pytest.mark.parametrize("text", [*WORDS, *NEARLY, " 1 ", " ", "[1, [2, [3, 4], 5], {}, []]"])
+def test_mistral_v3_writes_a_tool_result_as_json_where_it_is_json_and_else_as_a_string(text):
+    for result in (text, f"[{text}]", f"[0, {text}]", f'{{"a": {text}, "b": 1}}', f"{text} 1", f'{{"a": "{text}"}}'):
+        assert written_result(result) == dumped_if_json(result)
+
+
+@settings(quick, max_examples=300)
+@given(st.one_of(JSON_TEXTS, st.lists(st.sampled_from(WORDS), max_size=9).map("".join), st.text('{}[],:"\\u01e.- \n')))
+def test_mistral_v3_reads_json_as_python_does(text):
+    def without_a_key_twice(pairs):  # that is a known difference
+        assume(len(dict(pairs)) == len(pairs))
+        return dict(pairs)
+
+    with suppress(json.JSONDecodeError):
+        json.loads(text, object_pairs_hook=without_a_key_twice)
+    assert written_result(text) == (dumped_if_json(text) if text else "{}")
+
+
+def without_ids(messages):
+    """A copy with ids neither in calls nor in results."""
+    return [
+        {key: value for key, value in message.items() if key != "tool_call_id"}
+        | ({"tool_calls": [call | {"id": None} for call in message["tool_calls"]]} if "tool_calls" in message else {})
+        for message in messages
+    ]
+
+
+def numbered(messages):
+    """A copy with the ids Call00001, Call00002, ... as 000000001, 000000002, ..."""
+    return json.loads(json.dumps(messages).replace('"Call', '"0000'))
+
+
+def test_mistral_v3_numbers_the_tool_calls_without_ids_and_mistral_common_takes_them_so():
+    bare = without_ids(TWO_TURNS)
+    assert ids("v3", bare, tools=[WEATHER]) == reference_ids("v3", numbered(TWO_TURNS), tools=[WEATHER])
+    for prompt, full in zip(prompts(bare), prompts(numbered(TWO_TURNS)), strict=True):
+        expected = reference_ids("v3", full, ValidationMode.serving)
+        assert ids("v3", prompt, add_generation_prompt=True) == expected
+
+
+def test_real_sharegpt_rows_with_tools_have_mistral_commons_ids_of_numbered_calls():
+    for row in read_jsonl(real_rows("sharegpt_tools.jsonl")):
+        messages, count = [], 0
+        for turn in row["conversations"]:
+            if turn["from"] == "function_call":
+                count += 1
+                call = {"id": f"Call{count:05}", "function": json.loads(turn["value"])}
+                messages.append({"role": "assistant", "tool_calls": [call]})
+            elif turn["from"] == "observation":
+                messages.append({"role": "tool", "content": turn["value"], "tool_call_id": f"Call{count:05}"})
+            else:
+                messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]})
+        tools = [{"type": "function", "function": function} for function in json.loads(row["tools"] or "[]")]
+        expected = reference_ids("v3", numbered(messages), tools=tools)
+        assert ids("v3", without_ids(messages), tools=tools) == expected
+
+
+def test_mistral_v3_fills_in_only_the_ids_that_are_missing():
+    messages = tool_conversation([("Hi", [[("f", {}, "1"), ("g", {}, "2")]], "Done.")])
+    _, call, first, second, _ = partial = without_ids(messages)
+    call["tool_calls"][1]["id"] = "abcdefgh9"
+    rendered = render(template("mistral_v3"), partial)
+    assert '"f", "arguments": {}, "id": "000000001"}, {"name": "g", "arguments": {}, "id": "abcdefgh9"}' in rendered
+    assert '1, "call_id": "000000001"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": 2, "call_id": "abcdefgh9"}' in rendered
+    first["tool_call_id"], second["tool_call_id"] = "abcdefgh9", "000000001"  # results in another order
+    assert '1, "call_id": "abcdefgh9"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": 2, "call_id": "000000001"}' in render(
+        template("mistral_v3"), partial
+    )
+
+
+@pytest.mark.parametrize("missing", [{}, {"id": "null"}, {"id": None}, {"id": ""}])
+def test_mistral_v3_writes_calls_in_the_last_message_without_the_ids_that_they_lack_as_mistral_common_does(missing):
+    function = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    earlier = tool_conversation([("Hi", [[("f", {}, "1")]], "One.")])
+
+    def row(missing):
+        calls = [function | missing, function | {"id": "abcdefgh2"}]
+        return [*earlier, USER, {"role": "assistant", "tool_calls": calls}]
+
+    assert ids("v3", row(missing)) == reference_ids("v3", row({}))
+
+
+def test_mistral_v3_takes_calls_and_tools_with_and_without_function_around_them():
+    bare = [
+        message | {"tool_calls": [{"id": call["id"], **call["function"]} for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in TWO_TURNS
+    ]
+    assert bare != TWO_TURNS
+    assert ids("v3", bare, tools=[WEATHER["function"]]) == reference_ids("v3", TWO_TURNS, tools=[WEATHER])
+
+
+@pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": None}])
+@pytest.mark.parametrize("arguments", [{"arguments": {}}, {"arguments": ""}, {"arguments": None}, {}])
+def test_mistral_v3_takes_a_call_without_content_or_arguments(content, arguments):
+    call = {"id": "abcdefgh1", "type": "function", "function": {"name": "f"}}
+    message = {"role": "assistant", **content, "tool_calls": [call | {"function": {"name": "f", **arguments}}]}
+    expected = {"role": "assistant", "tool_calls": [call | {"function": {"name": "f", "arguments": "{}"}}]}
+    assert ids("v3", [USER, message]) == reference_ids("v3", [USER, expected])
+
+
+def test_mistral_v3_writes_of_a_tool_what_mistral_common_does_in_its_order():
+    function = {"parameters": {"type": "object", "properties": {}}, "strict": True, "description": "é", "name": "f"}
+    tools = [{"function": function, "type": "function"}, tool("g", "", "")]
+    assert ids("v3", [USER, ANSWER], tools=tools) == reference_ids("v3", [USER, ANSWER], tools=tools)
+
+    shortest = [{"type": "function", "function": {"name": "f", "description": None, "return": {"type": "null"}}}]
+    full = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    assert ids("v3", [USER, ANSWER], tools=shortest) == reference_ids("v3", [USER, ANSWER], tools=full)
+    assert ids("v3", [USER, ANSWER], tools=[]) == reference_ids("v3", [USER, ANSWER])
+
+
+@few
+@given(TOOL_TURNS)
+def test_every_turn_in_a_mistral_v3_row_without_system_message_and_tools_follows_its_inference_prompt(turns):
+    messages = tool_conversation(turns)
+    row = ids("v3", messages)
+    for prompt in prompts(messages):
+        expected = reference_ids("v3", prompt, ValidationMode.serving)
+        assert row[: len(expected)] == expected
+
+
+@few
+@given(TOOL_TURNS, st.one_of(st.none(), TEXTS), st.lists(st.builds(tool, NAMES, TEXTS, TEXTS), min_size=1, max_size=2))
+def test_with_tools_only_what_follows_the_last_user_message_in_a_mistral_v3_row_follows_its_inference_prompt(
+    turns, system, tools
+):
+    messages = tool_conversation(turns, system)
+    last_user = max(index for index, message in enumerate(messages) if message["role"] == "user")
+    row = ids("v3", messages, tools=tools)
+    for prompt in prompts(messages):
+        expected = reference_ids("v3", prompt, ValidationMode.serving, tools)
+        assert (row[: len(expected)] == expected) == (len(prompt) > last_user)
+
+
 def answers(messages):
     return [message["content"] for message in messages if message["role"] == "assistant"]
 
@@ -271,6 +518,47 @@ def test_mistral_v3_marks_each_answer_with_its_leading_blank_and_its_end_token(m
     assert around[-1] == ""
 
 
+def test_mistral_v3_marks_each_turn_of_calls_from_its_control_token_through_its_end_token_and_each_answer():
+    trained, around = marked("mistral_v3", TWO_TURNS, tools=[WEATHER])
+    assert trained == [
+        " Hello</s>",
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "Call00001"}, '
+        '{"name": "weather", "arguments": {"city": "Rome"}, "id": "Call00002"}]</s>',
+        " Mild and hot.</s>",
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Bath"}, "id": "Call00003"}]</s>',
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Bath"}, "id": "Call00004"}]</s>',
+        " Mixed.</s>",
+    ]
+    assert around == [
+        "<s>[INST] Hi[/INST]",
+        "[INST] Oslo? Rome?[/INST]",
+        '[TOOL_RESULTS] {"content": 42, "call_id": "Call00001"}[/TOOL_RESULTS]'
+        '[TOOL_RESULTS] {"content": "hot", "call_id": "Call00002"}[/TOOL_RESULTS]',
+        f"[AVAILABLE_TOOLS] [{json.dumps(WEATHER)}][/AVAILABLE_TOOLS][INST] Bath?[/INST]",
+        '[TOOL_RESULTS] {"content": "rain", "call_id": "Call00003"}[/TOOL_RESULTS]',
+        '[TOOL_RESULTS] {"content": "sun", "call_id": "Call00004"}[/TOOL_RESULTS]',
+        "",
+    ]
+
+
+@few
+@given(TOOL_CONVERSATIONS, TOOLS)
+def test_the_marked_mistral_v3_tokens_are_what_mistral_common_adds_to_the_prompts(messages, tools):
+    encoded = mistral_v3_tokenizer().apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=template("mistral_v3"),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    trained = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    expected = []
+    for prompt in prompts(messages):
+        row = [*prompt, messages[len(prompt)]]
+        expected += reference_ids("v3", row)[len(reference_ids("v3", prompt, ValidationMode.serving)) :]
+    assert trained == expected
+
+
 @pytest.mark.parametrize("version", MISTRAL)
 @quick
 @given(CONVERSATIONS)
@@ -290,16 +578,15 @@ def test_the_marked_mistral_tokens_are_the_ids_of_the_answers(version, messages)
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+TWO_CALLS = CALL | {"tool_calls": CALL["tool_calls"] * 2}
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([USER, TOOL], "message 2 has the role 'tool'.*rewrite it"),
         ([{"role": "developer", "content": "x"}, USER], "message 1 has the role 'developer'.*rewrite it"),
         ([USER, {"content": "no role"}], "message 2 has the role ''.*rewrite it"),
-        ([USER, CALL], "message 2 has tool calls.*write them into its content"),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER], "message 1 .*must be a string"),
         ([USER, {"role": "assistant", "content": None}], "message 2 .*must be a string"),
         ([{"role": "system"}, USER, ANSWER], "message 1 .*must be a string"),
@@ -310,8 +597,21 @@ def test_every_template_refuses_what_it_would_have_to_drop_and_names_the_message
         render(template(name), messages)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_template_refuses_a_list_of_tools(name):
+@pytest.mark.parametrize("name", WITHOUT_TOOLS)
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([USER, TOOL], "message 2 has the role 'tool'.*rewrite it"),
+        ([USER, CALL], "message 2 has tool calls.*write them into its content"),
+    ],
+)
+def test_templates_without_tools_refuse_calls_and_results_and_name_the_message(name, messages, said):
+    with pytest.raises(TemplateError, match=said):
+        render(template(name), messages)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOOLS)
+def test_templates_without_tools_refuse_a_list_of_tools(name):
     with pytest.raises(TemplateError, match="leave the list of tools out"):
         render(template(name), [USER, ANSWER], tools=[{"type": "function", "function": {"name": "add"}}])
 
@@ -336,6 +636,63 @@ def test_mistral_refuses_an_order_that_it_cannot_write_and_names_the_message(nam
         render(template(name), messages)
 
 
+def call(**changes):
+    return CALL | {"tool_calls": [{"name": "add", "arguments": {}} | changes]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([TOOL], "message 1 is a tool's result, but no tool call"),
+        ([USER, TOOL], "message 2 is a tool's result, but no tool call"),
+        ([USER, ANSWER, TOOL], "message 3 is a tool's result, but no tool call"),
+        ([USER, CALL, TOOL, TOOL], "message 4 is a tool's result, but no tool call"),
+        ([CALL, TOOL], "message 1 has the role 'assistant' where 'user' is due"),
+        ([USER, CALL, ANSWER], "message 3 has the role 'assistant' where 'tool' is due.*have 0 of 1 results. Add"),
+        ([USER, CALL, USER], "message 3 has the role 'user' where 'tool' is due.*have 0 of 1 results"),
+        ([USER, CALL, CALL, TOOL], "message 3 has the role 'assistant' where 'tool' is due"),
+        (
+            [USER, TWO_CALLS, TOOL, ANSWER],
+            "message 4 has the role 'assistant' where 'tool' is due.*have 1 of 2 results",
+        ),
+        ([USER, TWO_CALLS, TOOL], "the conversation ends with 1 of 2 tool results: add the others"),
+        ([USER, CALL, TOOL, USER, ANSWER], "message 4 has the role 'user' where 'assistant' is due"),
+        ([USER, CALL, TOOL, ANSWER, ANSWER], "message 5 has the role 'assistant' where 'user' is due"),
+        ([USER | {"tool_calls": CALL["tool_calls"]}], "message 1 has tool calls, but only the assistant"),
+        ([USER, CALL | {"content": "I look."}], "message 2 has text beside its tool calls.*leave the text out"),
+        ([USER, CALL | {"tool_calls": []}], "message 2 is an empty answer"),
+        ([USER, CALL | {"tool_calls": ["add()"]}], "message 2 has a tool call without the name"),
+        ([USER, call(name=None)], "message 2 has a tool call without the name"),
+        ([USER, call(arguments=[1])], "message 2 has a tool call whose arguments are neither"),
+        ([USER, CALL, {"role": "tool", "content": {"a": 1}}], "message 3 has no text.*must be a string"),
+        ([USER, CALL, {"role": "tool"}], "message 3 has no text.*must be a string"),
+        ([USER, call(id="call_0123456789")], "message 2 has the tool call id 'call_0123456789'.*leave it out of both"),
+        ([USER, call(id="call_0123")], "message 2 has the tool call id 'call_0123'.*9 letters or digits"),
+        ([USER, call(id="déjàvu123")], "message 2 has the tool call id"),
+        ([USER, call(id=123456789)], "message 2 has the tool call id"),
+        ([USER, CALL, TOOL | {"tool_call_id": "1"}], "message 3 has the tool call id '1'"),
+        ([USER, CALL, TOOL | {"tool_call_id": "abcdefgh1"}], "message 3 is the result of the tool call 'abcdefgh1'"),
+    ],
+)
+def test_mistral_v3_refuses_calls_and_results_that_it_cannot_write_and_names_the_message(messages, said):
+    with pytest.raises(TemplateError, match=said):
+        render(template("mistral_v3"), messages)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"type": "function"}, {"name": 1}, {"name": "f", "description": [1]}, {"name": "f", "parameters": "{}"}]
+)
+def test_mistral_v3_refuses_a_tool_that_it_cannot_write_and_names_it(broken):
+    with pytest.raises(TemplateError, match="tool 2 is no function.*correct it"):
+        render(template("mistral_v3"), [USER, ANSWER], tools=[WEATHER, broken])
+
+
+@pytest.mark.parametrize("last", [ANSWER, CALL])
+def test_mistral_v3_refuses_a_prompt_that_ends_with_an_answer_or_a_call(last):
+    with pytest.raises(TemplateError, match="already ends with an answer: remove it"):
+        render(template("mistral_v3"), [USER, last], tools=[WEATHER], add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("name", ["mistral_v1", "mistral_v3"])
 def test_mistral_refuses_a_prompt_that_ends_with_an_answer(name):
     with pytest.raises(TemplateError, match="already ends with an answer: remove it"):
@@ -357,3 +714,8 @@ def test_known_difference_a_tokenizer_with_legacy_blanks_has_one_too_many_before
     blank = legacy.convert_tokens_to_ids("▁")
     second_turn = expected.index(legacy.eos_token_id) + 1
     assert encoded == [expected[0], blank, *expected[1:second_turn], blank, *expected[second_turn:]]
+
+
+def test_known_difference_mistral_v3_keeps_a_key_that_a_tools_result_has_twice():
+    assert written_result('{"a": 1, "b": 2, "a": 3}') == '{"a": 1, "b": 2, "a": 3}'
+    assert dumped_if_json('{"a": 1, "b": 2, "a": 3}') == '{"a": 3, "b": 2}'

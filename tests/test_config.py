@@ -130,7 +130,7 @@ def test_evaluation_without_validation_rows_is_refused_with_the_flags_to_paste(t
 
 
 def test_everything_loraconfig_has_reaches_it(tmp_path):
-    lora = {"use_rslora": True, "use_dora": True, "init_lora_weights": "pissa_niter_16", "rank_pattern": {"q_proj": 4}}
+    lora = {"use_rslora": True, "init_lora_weights": "pissa_niter_16", "bias": "none", "lora_dropout": 0.1}
     config = load(tmp_path, BASE, {f"lora.{key}": value for key, value in lora.items()})
     assert {key: config.lora[key] for key in lora} == lora
 

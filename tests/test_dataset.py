@@ -3,9 +3,8 @@
 import gzip
 import json
 
-from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError
-from recipes.utils.dataset import load_chats, read_chats
+from recipes.utils.dataset import Chat, Report, held_out, read_chats, stream_chats
 
 import pytest
 from conftest import chat, real_rows, write_jsonl
@@ -42,53 +41,10 @@ def test_each_row_shape_becomes_messages(tmp_path, name):
 
 def test_shapes_are_reported_and_other_keys_listed_once(tmp_path):
     rows = [{**row, "id": number, "source": "web"} for number, (row, _) in enumerate(SHAPES.values())]
-    notes = {}
-    read_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), notes)
-    assert notes["ignored keys"] == ["id", "source"]
-    assert dict(notes["shapes"]) == {"messages": 1, "prompt-completion": 2, "alpaca": 3, "sharegpt": 1}
-
-
-BAD = {
-    '{"messages": [': "not JSON",
-    "[1]": "expected a JSON object, found list",
-    '"text"': "expected a JSON object, found str",
-    '{"text": "hello"}': "no known shape: found the keys ['text']",
-    '{"messages": "hi"}': "messages: expected a list, found str",
-    '{"prompt": "hi"}': "completion: missing",
-    '{"prompt": 3, "completion": "x"}': "prompt: expected a string or a list, found int",
-    '{"instruction": "hi"}': "output: missing",
-    '{"instruction": "hi", "output": null}': "output: expected a string, found NoneType",
-    '{"conversations": [{"from": "human"}]}': "conversations: turn 1: expected an object with `from` and `value`",
-    '{"conversations": [{"from": "robot", "value": "x"}]}': "conversations: turn 1: unknown role 'robot'",
-    '{"conversations": [{"from": "function_call", "value": "x"}]}': "tool calls are not supported",
-    '{"messages": ["hi"]}': "turn 1: expected an object with `role` and `content`",
-    '{"messages": [{"role": "bot", "content": "x"}]}': "turn 1: unknown role 'bot'",
-    '{"messages": [{"role": "user"}]}': "turn 1 (user): content: missing",
-    '{"messages": [{"role": "user", "content": ["x"]}]}': "turn 1 (user): content: expected a string, found list",
-    '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}': "turn 2: the answer is empty",
-    '{"messages": [{"role": "user", "content": "x"}]}': "no assistant turn",
-    '{"messages": []}': "no assistant turn",
-    '{"instruction": "x", "output": ""}': "turn 2: the answer is empty",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, line):
-    good = json.dumps(chat("a", "b"))
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f"{good}\n\n{line}\n{good}\n")
-    with pytest.raises(UserError) as error:
-        read_chats(str(path))
-    assert str(error.value).startswith(f"{path}:3: ")
-    assert BAD[line] in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_bytes_that_are_no_utf8_are_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(json.dumps(chat("a", "b")).encode() + b"\n" + '{"prompt": "café"}'.encode("latin-1") + b"\n")
-    with pytest.raises(UserError, match=r"rows.jsonl:2: not UTF-8 at byte 16"):
-        read_chats(str(path))
+    report = Report()
+    list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), report))
+    assert sorted(report.ignored_keys) == ["id", "source"]
+    assert dict(report.shapes) == {"messages": 1, "prompt-completion": 2, "alpaca": 3, "sharegpt": 1}
 
 
 def test_all_bad_rows_are_found_in_one_pass_and_the_first_twenty_told(tmp_path):
@@ -98,7 +54,7 @@ def test_all_bad_rows_are_found_in_one_pass_and_the_first_twenty_told(tmp_path):
         read_chats(str(path))
     lines = str(error.value).splitlines()
     assert len(lines) == 21
-    assert lines[-1] == "... and 13 more bad rows"
+    assert lines[-1] == "13 more; 33 bad rows in all: 33 not JSON. To train without them: --data.on_bad_row skip"
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "*.jsonl"])
@@ -124,26 +80,62 @@ def test_lists_globs_gzip_and_a_byte_order_mark_are_read(tmp_path):
     assert [row.where.rpartition("/")[2] for row in chats] == ["a1.jsonl:1", "a2.jsonl:1", "b.jsonl.gz:1"]
 
 
-def test_a_user_turn_at_the_end_is_trimmed_and_counted(tmp_path):
-    notes = {}
-    chats = read_chats(str(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c"), chat("a", "b")])), notes)
-    assert [len(row.messages) for row in chats] == [2, 2]
-    assert notes["unanswered turns trimmed"] == 1
+def test_a_user_turn_at_the_end_is_trimmed_and_counted_and_so_are_blank_lines(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c"), chat("a", "b")])
+    path.write_text(path.read_text().replace("\n", "\n\n \n"))
+    report = Report()
+    assert [len(row.messages) for row in stream_chats(str(path), report)] == [2, 2]
+    assert (report.trimmed, report.blank, report.bad) == (1, 4, [])
 
 
-def test_a_share_of_train_is_held_out_by_seed_and_shares_no_row(tmp_path):
-    rows = [chat(f"question {number}", f"answer {number}") for number in range(40)]
-    data = DataOptions(train=str(write_jsonl(tmp_path / "a.jsonl", rows)), validation=0.1)
-    train, validation, _ = load_chats(data, seed=1)
-    assert (len(train), len(validation)) == (36, 4)
-    assert not {row.where for row in train} & {row.where for row in validation}
-    assert [row.where for row in load_chats(data, seed=1)[1]] == [row.where for row in validation]
-    assert [row.where for row in load_chats(data, seed=2)[1]] != [row.where for row in validation]
-    with pytest.raises(UserError, match="share between 0 and 1"):
-        load_chats(DataOptions(train=data.train, validation=1.5), seed=1)
+def test_a_share_is_held_out_by_the_rows_own_text():
+    """Near the share that was asked for, the same at every call, and unmoved by rows that come later; copies together."""
+    chats = [Chat(chat(f"question {number}", f"answer {number}")["messages"], f"f:{number}") for number in range(2000)]
+    first = [row.where for row in chats if held_out(row, 0.1, seed=1)]
+    assert 150 < len(first) < 250
+    assert first == [row.where for row in chats if held_out(row, 0.1, seed=1)]
+    assert first != [row.where for row in chats if held_out(row, 0.1, seed=2)]
+    assert all(held_out(row, 0.1, 1) == held_out(row._replace(where="other:1"), 0.1, 1) for row in chats)
+
+
+def test_system_messages_are_merged_into_the_user_turn_that_follows(tmp_path):
+    rows = [{"messages": [SYSTEM, QUESTION, ANSWER, SYSTEM, QUESTION, ANSWER]}]
+    found = read_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), merge_system=True)[0].messages
+    asked = {"role": "user", "content": "Be brief.\n\n2+2?"}
+    assert found == [asked, ANSWER, asked, ANSWER]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+TOOL_ROWS = {
+    "messages": {
+        "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER],
+        "tools": [TOOL],
+    },
+    "bare calls and tools": {
+        "messages": [QUESTION, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]}, {"role": "tool", "content": "4"}, ANSWER],
+        "tools": [TOOL["function"]],
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "2+2?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"},
+        ],
+        "tools": json.dumps([TOOL["function"]]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOOL_ROWS)
+def test_tool_calls_of_each_shape_become_one_form(tmp_path, name):
+    found = read_chats(str(write_jsonl(tmp_path / "a.jsonl", [TOOL_ROWS[name]])))[0]
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert found.messages == [QUESTION, call, {"role": "tool", "content": "4"}, ANSWER]
+    assert found.tools == [TOOL]
 
 
 def test_real_alpaca_and_sharegpt_rows_are_read():
     assert len(read_chats(str(real_rows("alpaca_train.jsonl")))) == 900
-    with pytest.raises(UserError, match=r"sharegpt_tools.jsonl:\d+: .*tool calls are not supported"):
-        read_chats(str(real_rows("sharegpt_tools.jsonl")))
+    chats = read_chats(str(real_rows("sharegpt_tools.jsonl")))
+    assert len(chats) == 300
+    assert sum(bool(message.get("tool_calls")) for row in chats for message in row.messages) == 211

@@ -7,10 +7,10 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.sft_lora import train_lora
 from recipes.sft_qlora import train_qlora
-from recipes.utils.chat_template import encode_chats, prompt_ids, stop_token_ids
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
 from recipes.utils.dataset import read_chats
+from recipes.utils.encoding import encode_chats, prompt_ids, stop_token_ids
 from recipes.utils.evaluation import evaluate, generate_answers, score_answers
 from recipes.utils.run_record import newest_run
 

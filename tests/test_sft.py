@@ -6,10 +6,10 @@ import math
 import shutil
 
 from recipes import sft_lora, sft_qlora
-from recipes.utils.chat_template import encode_chats
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
 from recipes.utils.dataset import read_chats
+from recipes.utils.encoding import encode_chats
 from recipes.utils.evaluation import score_answers
 
 import pytest
@@ -327,7 +327,7 @@ def test_real_sharegpt_rows_without_tools_train_to_the_end(config_file, tmp_path
     rows = [
         row
         for row in read_jsonl(real_rows("sharegpt_tools.jsonl"))
-        if {turn["from"] for turn in row["conversations"]} <= {"human", "gpt", "system"}
+        if {turn["from"] for turn in row["conversations"]} <= {"human", "gpt", "system"} and row["tools"] == "[]"
     ]
     assert len(rows) > 20
     data = {"train": str(write_jsonl(tmp_path / "sharegpt.jsonl", rows)), "validation": 0.1}

@@ -1,16 +1,9 @@
-"""Messages to token ids and labels: which chat template, why, and which tokens carry loss.
-
-A label is the token's own id where the model shall learn it, and -100 elsewhere. Exactly each answer and its
-end-of-turn token carry loss.
-"""
+"""Which chat template a model is trained with, and why; and what it renders."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat
 
-from datasets import Dataset
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -20,19 +13,8 @@ HOW_TO = (
     "copy a file of configs/chat_templates, change it to the model's own text, wrap the answer and its end-of-turn "
     "token in {% generation %} ... {% endgeneration %}, and set model.chat_template to its path"
 )
-BATCH = 1000
-
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-class Encoded(NamedTuple):
-    """One chat as the model sees it: `labels` are -100 outside answers; `masked_answers` counts the answers that
-    carry no loss because in this row they do not follow the prompt that inference would send."""
-
-    input_ids: list[int]
-    labels: list[int]
-    masked_answers: int
 
 
 def choose_chat_template(tokenizer, setting: str, model_type: str) -> tuple[str, str]:
@@ -67,108 +49,16 @@ def choose_chat_template(tokenizer, setting: str, model_type: str) -> tuple[str,
     )
 
 
-def encode_chats(chats: list[Chat], tokenizer) -> list[Encoded]:
-    """Render, tokenise and label `chats` with the tokenizer's chat template.
-
-    The text is cut where answers begin and end, and the pieces are tokenised on their own: that is what inference
-    does (the prompt is tokenised, the answer is generated after it), so no token ever straddles the border.
+def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, template: str | None = None):
+    """(text, [(start, end) of each span that the template marks as the model's, in characters]) of a conversation.
 
     Raises:
-        UserError: naming file and line, if the template cannot carry a conversation.
+        jinja2.TemplateError: if the template cannot carry it.
     """
-    special_tokens = tuple({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
-    encoded = []
-    for start in range(0, len(chats), BATCH):
-        pieces = [_pieces(chat, tokenizer, special_tokens) for chat in chats[start : start + BATCH]]
-        texts = [text for row, _ in pieces for text, _ in row]
-        ids = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for row, masked_answers in pieces:
-            input_ids, labels = [], []
-            for _, learnt in row:
-                piece = next(ids).ids
-                input_ids += piece
-                labels += piece if learnt else [-100] * len(piece)
-            encoded.append(Encoded(input_ids, labels, masked_answers))
-    return encoded
-
-
-def tokenize_chats(chats: list[Chat], tokenizer, max_length: int, over_length: str) -> tuple[Dataset, dict]:
-    """`chats` as a dataset of `input_ids` and `labels` that SFTTrainer takes as it is, and the counts that a person
-    should see: rows, tokens, trained tokens, and what was dropped or cut."""
-    encoded = encode_chats(chats, tokenizer)
-    over = [(chat, row) for chat, row in zip(chats, encoded, strict=True) if len(row.input_ids) > max_length]
-    if over and over_length == "error":
-        chat, row = over[0]
-        raise UserError(
-            f"{chat.where}: {len(row.input_ids)} tokens, over training.max_length {max_length} (with "
-            f"{len(over)} rows in all); raise it, or --data.over_length drop"
-        )
-    if over_length == "truncate":
-        encoded = [Encoded(row.input_ids[:max_length], row.labels[:max_length], row.masked_answers) for row in encoded]
-    kept = [row for row in encoded if len(row.input_ids) <= max_length and any(label != -100 for label in row.labels)]
-    counts = {
-        "rows": len(kept),
-        "tokens": sum(len(row.input_ids) for row in kept),
-        "trained_tokens": sum(label != -100 for row in kept for label in row.labels),
-        "over_length": len(over),
-        "dropped": len(encoded) - len(kept),
-        "masked_answers": sum(row.masked_answers for row in kept),
-    }
-    if chats and not kept:
-        shortest = min(len(row.input_ids) for row in encoded)
-        raise UserError(
-            f"no row is left to use: all {len(over)} are over training.max_length {max_length}; the "
-            f"shortest has {shortest} tokens"
-        )
-    dataset = Dataset.from_dict({"input_ids": [r.input_ids for r in kept], "labels": [r.labels for r in kept]})
-    return dataset, counts
-
-
-def prompt_ids(messages: list[dict], tokenizer) -> list[int]:
-    """The token ids that inference sends for `messages`, which end with a user turn."""
-    text = _render(tokenizer, tokenizer.chat_template, messages, add_generation_prompt=True)[0]
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def stop_token_ids(tokenizer) -> list[int]:
-    """The ids that end an answer: the template's end-of-turn token first, then the tokenizer's EOS."""
-    labels = encode_chats([Chat([USER, ANSWER], "")], tokenizer)[0].labels
-    end_of_turn = [label for label in labels if label != -100][-1]
-    return list(dict.fromkeys([end_of_turn, tokenizer.eos_token_id]))
-
-
-def _pieces(chat: Chat, tokenizer, special_tokens: tuple[str, ...]) -> tuple[list[tuple[str, bool]], int]:
-    """The chat's text cut into (text, carries loss), and the number of answers that carry none."""
-    try:
-        text, spans = _render(tokenizer, tokenizer.chat_template, chat.messages)
-        answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if len(spans) != len(answers):
-            raise TemplateError(f"the template marks {len(spans)} answers of {len(answers)}")
-        prompts = [
-            _render(tokenizer, tokenizer.chat_template, chat.messages[:index], add_generation_prompt=True)[0]
-            for index in answers
-        ]
-    except TemplateError as error:
-        raise UserError(f"{chat.where}: the chat template cannot carry this conversation: {error.message}") from error
-    pieces, position, masked = [], 0, 0
-    for (start, end), prompt in zip(spans, prompts, strict=True):
-        # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
-        # What inference sends is not learnt; nor is white space after the special token that ends the turn.
-        learnt = text[start:end].rstrip()
-        end = start + len(learnt) if learnt.endswith(special_tokens) else end
-        start = max(start, len(prompt))
-        if not text.startswith(prompt) or start >= end:
-            masked += 1
-            continue
-        pieces += [(text[position:start], False), (text[start:end], True)]
-        position = end
-    return [*pieces, (text[position:], False)], masked
-
-
-def _render(tokenizer, template: str, messages: list[dict], add_generation_prompt=False):
-    """(text, [(start, end) of each loss-marked span, in characters])."""
+    template = template or tokenizer.chat_template
     texts, spans = render_jinja_template(
         conversations=[messages],
+        tools=tools,
         chat_template=template,
         return_assistant_tokens_mask=has_generation_markers(template),
         add_generation_prompt=add_generation_prompt,
@@ -207,11 +97,11 @@ def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
     ]
     for messages, prompt in probes:
         try:
-            expected = _render(tokenizer, own, messages, add_generation_prompt=prompt)[0]
+            expected = render(tokenizer, messages, add_generation_prompt=prompt, template=own)[0]
         except TemplateError:
             continue
         try:
-            found = _render(tokenizer, ours, messages, add_generation_prompt=prompt)[0]
+            found = render(tokenizer, messages, add_generation_prompt=prompt, template=ours)[0]
         except TemplateError:
             return False
         if not spaces_matter:

@@ -30,12 +30,20 @@ class ModelOptions:
 
 @dataclasses.dataclass
 class DataOptions:
-    """Which rows to train on. A path is a file or a glob; a float for `validation` is a share of the train rows."""
+    """Which rows to train on, and what to do with those that cannot be used as they are.
+
+    A path is a file or a glob of JSONL files; a float for `validation` is a share of the train rows.
+    """
 
     train: str | list[str] = ""  # required
     validation: float | str | list[str] | None = None
     test: str | list[str] | None = None
     over_length: Literal["drop", "truncate", "error"] = "drop"
+    max_over_length: float = 0.1  # the share of rows or tokens that may be lost to max_length before the run stops
+    on_bad_row: Literal["error", "skip"] = "error"
+    train_on: Literal["all", "last"] = "all"  # answers of a chat that carry loss
+    system: Literal["keep", "merge"] = "keep"  # merge: into the user turn that follows
+    control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
 
 
 SECTIONS = {

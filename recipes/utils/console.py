@@ -33,73 +33,60 @@ def say(message: str) -> None:
         out.print(message, markup=False, soft_wrap=True)
 
 
-def print_run_table(config, trainer, train: dict, validation: dict, notes: dict, reasons: dict) -> None:
+def print_run_table(config, trainer, train: dict, validation: dict | None, reasons: dict) -> None:
     """The table before training: what is about to be trained on what, worked out.
 
-    `train` and `validation` are the counts of `tokenize_chats`, `notes` those of `load_chats`; `reasons` are further
-    rows that say what was chosen and why.
+    `train` and `validation` are the counts of `prepare`; `reasons` are further rows that say what was chosen and why.
     """
     args, processes = trainer.args, trainer.args.world_size
     steps_an_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
-    chats_a_step = train["rows"] / steps_an_epoch
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     trainable, total = trainer.model.get_nb_trainable_parameters()
     fill = train["tokens"] / (len(trainer.train_dataset) * args.max_length) if args.packing else None
     adapter = trainer.model.peft_config["default"]
-    targets = (
-        adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(sorted(adapter.target_modules))
-    )
+    targets = adapter.target_modules
+    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     if config.model.adapter:
         targets += f"; goes on from {config.model.adapter} with its settings, not those of the section `lora`"
-    shapes = ", ".join(f"{count:,} {shape}" for shape, count in notes["shapes"].items())
-    print_table(
-        f"{config.name} · {config.method}",
-        {
-            "model": config.model.name_or_path,
-            "precision": config.model.dtype + (", base in 4 bit" if config.method == "qlora" else ""),
-            "device": device_name(args.use_cpu) + (f" × {processes}" if processes > 1 else ""),
-            **reasons,
-            "files": f"{shapes} rows"
-            + (f"; ignored keys: {', '.join(notes['ignored keys'])}" if notes["ignored keys"] else ""),
-            "rows": f"{train['rows']:,} train, {validation['rows']:,} validation",
-            "not used": _left_out(train, validation, notes, args.max_length, config.data.over_length),
-            "tokens": f"{train['tokens']:,}, trained on {train['trained_tokens']:,} ({train['trained_tokens'] / train['tokens']:.0%})",
-            "packing": f"{len(trainer.train_dataset):,} rows of {args.max_length}, {fill:.1%} filled"
-            if fill
-            else "off",
-            "effective batch": f"{args.per_device_train_batch_size} rows × {args.gradient_accumulation_steps} accumulation × "
-            f"{processes} process{'es' * (processes > 1)} = {effective} rows, {chats_a_step:.1f} chats a step",
-            "steps": f"{steps:,} ({steps_an_epoch:,} an epoch)",
-            "adapter": f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}",
-            "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-            "output": config.run_folder,
-        },
-    )
-    if steps < 100:
-        rows = max(1, int(len(trainer.train_dataset) * args.num_train_epochs / processes) // 100)
-        micro = min(rows, args.per_device_train_batch_size)
-        say(
-            f"few steps ({steps}): an adapter wants 100 or more. Smaller batches give more: "
-            f"--training.per_device_train_batch_size {micro} --training.gradient_accumulation_steps {max(1, rows // micro)}"
-            + (" --training.packing false" if rows == 1 and args.packing else "")
-        )
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in train["shapes"].items())
+    ignored = f"; ignored keys: {', '.join(train['ignored_keys'])}" if train["ignored_keys"] else ""
+    table = {
+        "model": config.model.name_or_path,
+        "precision": config.model.dtype + (", base in 4 bit" if config.method == "qlora" else ""),
+        "device": device_name(args.use_cpu) + (f" × {processes}" if processes > 1 else ""),
+        **reasons,
+        "files": f"{shapes} rows{ignored}",
+        "rows": f"{train['rows']:,} train, {validation['rows'] if validation else 0:,} validation",
+        "split": f"{train['split']:,} of them are one answer of a chat: in its row it would not follow the prompt that "
+        "inference sends"
+        if train["split"]
+        else None,
+        "not used": _left_out(train, validation, args.max_length, config.data.over_length),
+        "tokens": f"{train['tokens']:,}, trained on {train['trained_tokens']:,} "
+        f"({train['trained_tokens'] / train['tokens']:.0%}: {config.data.train_on} answers)",
+        "packing": f"{len(trainer.train_dataset):,} rows of {args.max_length}, {fill:.1%} filled" if fill else "off",
+        "effective batch": f"{args.per_device_train_batch_size} rows × {args.gradient_accumulation_steps} accumulation × "
+        f"{processes} process{'es' * (processes > 1)} = {effective} rows, {train['rows'] / steps_an_epoch:.1f} chats a step",
+        "steps": f"{steps:,} ({steps_an_epoch:,} an epoch)",
+        "adapter": f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}",
+        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        "output": config.run_folder,
+    }
+    print_table(f"{config.name} · {config.method}", table)
 
 
-def _left_out(train: dict, validation: dict, notes: dict, max_length: int, over_length: str) -> str | None:
+def _left_out(train: dict, validation: dict | None, max_length: int, over_length: str) -> str | None:
     """What is in the files and is not learnt from, so that nothing is lost in silence."""
     lost = []
-    for part, counts in (("train", train), ("validation", validation)):
-        if counts["over_length"]:
+    for part, counts in (("train", train), ("validation", validation or {})):
+        if counts.get("over_length"):
             done = {"drop": "dropped", "truncate": "cut"}[over_length]
             lost.append(f"{counts['over_length']:,} {part} rows over max_length {max_length} ({done})")
-    if train["masked_answers"]:
-        lost.append(
-            f"{train['masked_answers']:,} answers carry no loss: in their row they do not follow the prompt that "
-            "inference would send"
-        )
-    if notes["unanswered turns trimmed"]:
-        lost.append(f"{notes['unanswered turns trimmed']:,} rows end without an answer (trimmed)")
+        if counts.get("bad"):
+            lost.append(f"{len(counts['bad']):,} bad {part} rows (listed in bad_rows.jsonl)")
+    if train["trimmed"]:
+        lost.append(f"{train['trimmed']:,} rows end without an answer (trimmed)")
     return "; ".join(lost) or None
 
 

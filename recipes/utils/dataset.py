@@ -1,204 +1,121 @@
-"""JSONL files to checked chats: four row shapes, one list of `messages`, every error as `file:line: what is wrong`."""
+"""Rows to checked chats: every shape becomes one list of `messages`, every bad row is told as file:line with the mend."""
 
-import glob
-import gzip
+import hashlib
 import json
-import random
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from recipes.utils.console import UserError
+from recipes.utils.jsonl import BadRow, data_files, read_lines
+from recipes.utils.row_shapes import SHAPES, check_message, check_tools, row_shape, turns_of
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-SHAPE_KEYS = {
-    "messages": {"messages"},
-    "sharegpt": {"conversations", "system"},
-    "prompt-completion": {"prompt", "completion"},
-    "alpaca": {"instruction", "input", "output", "system"},
-}
 MOST_ERRORS = 20
 
 
 class Chat(NamedTuple):
-    """A checked conversation: `messages` of {"role", "content"}, ending with an answer; `where` is its file:line."""
+    """A checked conversation that ends with an answer: `messages` of {"role", "content"} and, where they are there,
+    "tool_calls" and "weight"; `where` is its file:line; `tools` are function schemas, or None."""
 
     messages: list[dict]
     where: str
+    tools: list[dict] | None = None
 
 
-class BadRow(ValueError):
-    """What is wrong with one row."""
+@dataclass
+class Report:
+    """What reading found beside the chats, for the run table and the error."""
+
+    shapes: Counter = field(default_factory=Counter)
+    ignored_keys: Counter = field(default_factory=Counter)
+    trimmed: int = 0
+    blank: int = 0
+    bad: list[dict] = field(default_factory=list)  # {"where", "kind", "error", "line"}
+
+    def add_bad(self, where: str, error: BadRow, line: str = "") -> None:
+        self.bad.append({"where": where, "kind": error.kind, "error": str(error), "line": line})
+
+    def raise_if_bad(self) -> None:
+        """Raise a `UserError` with the first bad rows and a count by kind."""
+        if not self.bad:
+            return
+        lines = [f"{row['where']}: {row['error']}" for row in self.bad[:MOST_ERRORS]]
+        if len(self.bad) > 1:
+            kinds = ", ".join(
+                f"{count:,} {kind}" for kind, count in Counter(row["kind"] for row in self.bad).most_common()
+            )
+            more = f"{len(self.bad) - MOST_ERRORS:,} more; " if len(self.bad) > MOST_ERRORS else ""
+            lines.append(
+                f"{more}{len(self.bad):,} bad rows in all: {kinds}. To train without them: --data.on_bad_row skip"
+            )
+        raise UserError("\n".join(lines))
 
 
-def load_chats(data, seed: int) -> tuple[list[Chat], list[Chat], dict]:
-    """The train and validation chats that `data` (config.DataOptions) names, and notes for the run table.
+def stream_chats(paths: str | list[str], report: Report, merge_system: bool = False):
+    """Yield each chat of JSONL files (paths, globs, .gz), one in memory at a time; the rest goes to `report`.
 
-    A share for `data.validation` takes that part of the train rows, chosen by `seed`.
-
-    Raises:
-        UserError: listing every bad row of the files as file:line (the first 20, then a count).
+    `merge_system` moves system messages into the user turn that follows, for templates that have no place for them.
     """
-    notes = {}
-    train = read_chats(data.train, notes)
-    if isinstance(data.validation, float):
-        if not 0 < data.validation < 1:
-            raise UserError(f"data.validation: {data.validation} is not a share between 0 and 1, nor a file")
-        held_out = max(1, round(len(train) * data.validation))
-        if held_out >= len(train):
-            raise UserError(f"data.validation: {len(train)} rows are too few to hold out a share; give a file")
-        chosen = set(random.Random(seed).sample(range(len(train)), held_out))
-        validation = [chat for index, chat in enumerate(train) if index in chosen]
-        train = [chat for index, chat in enumerate(train) if index not in chosen]
-    else:
-        validation = read_chats(data.validation, notes) if data.validation else []
-    return train, validation, notes
-
-
-def read_chats(paths: str | list[str], notes: dict | None = None) -> list[Chat]:
-    """Read JSONL files (paths or globs, .gz too) into checked chats, counting shapes and ignored keys in `notes`."""
-    chats, errors, shapes, ignored, trimmed = [], [], Counter(), Counter(), 0
     for path in data_files(paths):
-        before = len(chats) + len(errors)
-        for where, row in _rows(path, errors):
-            try:
-                shape = _shape(row)
-                messages = _check_messages(_to_messages(row, shape))
-            except BadRow as error:
-                errors.append(f"{where}: {error}")
+        rows = 0
+        for where, row, line in read_lines(path):
+            if row is None:
+                report.blank += 1
                 continue
-            shapes[shape] += 1
-            ignored.update(row.keys() - SHAPE_KEYS[shape])
-            if messages[-1]["role"] != "assistant":
-                trimmed += 1
-                while messages[-1]["role"] != "assistant":
-                    messages.pop()
-            chats.append(Chat(messages, where))
-        if len(chats) + len(errors) == before:
+            rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                yield _chat(row, where, report, merge_system)
+            except BadRow as error:
+                report.add_bad(where, error, line)
+        if not rows:
             raise UserError(f"{path}: has no rows; one JSON object a line is expected")
-    if errors:
-        more = [f"... and {len(errors) - MOST_ERRORS} more bad rows"] if len(errors) > MOST_ERRORS else []
-        raise UserError("\n".join(errors[:MOST_ERRORS] + more))
-    if notes is not None:
-        notes["shapes"] = Counter(notes.get("shapes")) + shapes
-        notes["ignored keys"] = sorted({*notes.get("ignored keys", []), *ignored})
-        notes["unanswered turns trimmed"] = notes.get("unanswered turns trimmed", 0) + trimmed
+
+
+def read_chats(paths: str | list[str], merge_system: bool = False) -> list[Chat]:
+    """All chats of JSONL files; raises a `UserError` that lists the bad rows."""
+    report = Report()
+    chats = list(stream_chats(paths, report, merge_system))
+    report.raise_if_bad()
     return chats
 
 
-def data_files(paths: str | list[str]) -> list[Path]:
-    """The files that a path, a list or a glob names, in order. Raises `UserError` for one that is not there."""
-    files = []
-    for pattern in [paths] if isinstance(paths, str) else paths:
-        matches = sorted(glob.glob(pattern)) if any(mark in pattern for mark in "*?[") else [pattern]
-        if not matches:
-            raise UserError(f"{pattern}: no file matches")
-        for name in matches:
-            if not Path(name).is_file():
-                hint = " (it is a folder; name the files: *.jsonl)" if Path(name).is_dir() else ""
-                raise UserError(f"{name}: no such data file{hint}; paths are relative to where the command runs")
-            files.append(Path(name))
-    return files
+def held_out(chat: Chat, share: float, seed: int) -> bool:
+    """True if `chat` belongs to the validation share: decided by its own text, so that a file is never held in memory,
+    rows that are added later move no other row, and copies of a row stand on one side."""
+    digest = hashlib.blake2b(f"{seed}{json.dumps(chat.messages, sort_keys=True)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _rows(path: Path, errors: list[str]):
-    """Yield (file:line, object) for each row that is a JSON object; what is not goes to `errors`."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-            except UnicodeDecodeError as error:
-                errors.append(f"{where}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
-            except json.JSONDecodeError as error:
-                hint = " (a JSON array? write one object a line)" if number == 1 and text.lstrip()[0] == "[" else ""
-                errors.append(f"{where}: not JSON: {error.msg} (column {error.colno}){hint}")
-            else:
-                if isinstance(row, dict):
-                    yield where, row
-                else:
-                    errors.append(f"{where}: expected a JSON object, found {type(row).__name__}")
+def _chat(row: dict, where: str, report: Report, merge_system: bool) -> Chat:
+    shape = row_shape(row)
+    messages = [check_message(turn, number) for number, turn in enumerate(turns_of(row, shape), start=1)]
+    if merge_system:
+        messages = _merge_system(messages)
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise BadRow("system not first", "a system message is not the first one; move it there, or --data.system merge")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("no answer", "no assistant turn, so there is nothing to learn; add one")
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise BadRow("no answer", "every answer has weight 0, so there is nothing to learn; remove the row")
+    report.shapes[shape] += 1
+    report.ignored_keys.update(row.keys() - set(SHAPES[shape]))
+    if messages[-1]["role"] != "assistant":
+        report.trimmed += 1
+        while messages[-1]["role"] != "assistant":
+            messages.pop()
+    return Chat(messages, where, check_tools(row.get("tools")))
 
 
-def _shape(row: dict) -> str:
-    if "messages" in row:
-        return "messages"
-    if "conversations" in row:
-        return "sharegpt"
-    if "prompt" in row or "completion" in row:
-        return "prompt-completion"
-    if "instruction" in row or "output" in row:
-        return "alpaca"
-    raise BadRow(
-        f"no known shape: found the keys {sorted(row)}; expected `messages`, `conversations`, `prompt` and "
-        "`completion`, or `instruction` and `output`"
-    )
-
-
-def _to_messages(row: dict, shape: str) -> list:
-    """The row as a list of {"role", "content"}, not checked yet."""
-    if shape == "messages":
-        return _field(row, "messages", list)
-    if shape == "sharegpt":
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return system + [_sharegpt_turn(turn, n) for n, turn in enumerate(_field(row, "conversations", list), start=1)]
-    if shape == "prompt-completion":
-        prompt, completion = _field(row, "prompt", (str, list)), _field(row, "completion", (str, list))
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return prompt + ([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)
-    instruction, output = _field(row, "instruction", str), _field(row, "output", str)
-    context = _field(row, "input", str) if row.get("input") else ""
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [
-        *system,
-        {"role": "user", "content": f"{instruction}\n\n{context}" if context.strip() else instruction},
-        {"role": "assistant", "content": output},
-    ]
-
-
-def _field(row: dict, name: str, kind):
-    if name not in row:
-        raise BadRow(f"{name}: missing")
-    if not isinstance(row[name], kind):
-        kinds = " or ".join(
-            {str: "a string", list: "a list"}[k] for k in (kind if isinstance(kind, tuple) else (kind,))
-        )
-        raise BadRow(f"{name}: expected {kinds}, found {type(row[name]).__name__}")
-    return row[name]
-
-
-def _sharegpt_turn(turn, number: int) -> dict:
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise BadRow(f"conversations: turn {number}: expected an object with `from` and `value`")
-    if turn["from"] not in SHAREGPT_ROLES:
-        hint = "; tool calls are not supported" if turn["from"] in ("function_call", "observation") else ""
-        raise BadRow(f"conversations: turn {number}: unknown role {turn['from']!r} (known: human, gpt, system){hint}")
-    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-
-
-def _check_messages(messages: list) -> list[dict]:
-    """`messages` reduced to role and content, or a `BadRow` that names the turn."""
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise BadRow(f"turn {number}: expected an object with `role` and `content`")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            hint = "; tool calls are not supported" if role == "tool" or message.get("tool_calls") else ""
-            raise BadRow(f"turn {number}: unknown role {role!r} (known: {', '.join(ROLES)}){hint}")
-        if message.get("tool_calls"):
-            raise BadRow(f"turn {number}: tool_calls are not supported")
-        if not isinstance(content, str):
-            found = "missing" if content is None else f"expected a string, found {type(content).__name__}"
-            raise BadRow(f"turn {number} ({role}): content: {found}")
-        if role == "assistant" and not content.strip():
-            raise BadRow(f"turn {number}: the answer is empty; it would teach the model to stop at once")
-        checked.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" for message in checked):
-        raise BadRow("no assistant turn, so there is nothing to learn")
-    return checked
+def _merge_system(messages: list[dict]) -> list[dict]:
+    merged, waiting = [], []
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+        elif waiting and message["role"] == "user":
+            merged.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            merged.append(message)
+    return merged

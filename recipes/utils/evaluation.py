@@ -3,10 +3,10 @@
 import math
 from typing import NamedTuple
 
-from recipes.utils.chat_template import Encoded, encode_chats, prompt_ids, stop_token_ids
-from recipes.utils.config import DataOptions
+from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat, load_chats, read_chats
+from recipes.utils.dataset import Chat, held_out, read_chats
+from recipes.utils.encoding import Encoded, encode_chats, prompt_ids, stop_token_ids
 
 import torch
 from transformers import GenerationConfig
@@ -27,12 +27,14 @@ class Answer(NamedTuple):
 def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
     """The rows to score a run on: `data`, else its data.test, else its validation rows; `record` is its run.json."""
     options = DataOptions(**record["data"])
-    if data or options.test:
-        return read_chats(data or options.test)
-    chats = load_chats(options, record["seed"])[1]
-    if not chats:
+    merge_system = options.system == "merge"
+    if isinstance(options.validation, float) and not (data or options.test):
+        chats = read_chats(options.train, merge_system)
+        return [chat for chat in chats if held_out(chat, options.validation, record["seed"])]
+    paths = data or options.test or options.validation
+    if paths is None:
         raise UserError("the run has no test or validation rows; name a JSONL file with --data")
-    return chats
+    return read_chats(paths, merge_system)
 
 
 def evaluate(
@@ -51,7 +53,7 @@ def evaluate(
     if max_new_tokens is None:  # room for the longest expected answer and half as much again, so that babble shows
         longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in expected)
         max_new_tokens = min(1024, longest + longest // 2 + 8)
-    prompts = [prompt_ids(chat.messages[:-1], tokenizer) for chat in asked]
+    prompts = [prompt_ids(chat.messages[:-1], tokenizer, chat.tools) for chat in asked]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
     exact = [answer.text.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]
     metrics = {

@@ -1,7 +1,6 @@
 """run.json: what a run was made of and what came out; and how to find a run again."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -10,13 +9,14 @@ from pathlib import Path
 
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, device_name, is_main_process
-from recipes.utils.dataset import data_files
+from recipes.utils.jsonl import data_files, file_hash
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
-def begin_run(config: Config, seed: int, rows: dict) -> None:
-    """Write run.json with status `running`: the resolved config, hashes of the data files, row counts, versions."""
+def begin_run(config: Config, seed: int, train: dict, validation: dict | None) -> None:
+    """Write run.json with status `running`: the resolved config, hashes of the data files, versions and the counts of
+    `prepare`; rows that were skipped go to bad_rows.jsonl."""
     if not is_main_process():
         return
     files = [
@@ -39,10 +39,18 @@ def begin_run(config: Config, seed: int, rows: dict) -> None:
         | {"python": platform.python_version()},
         "device": device_name(config.training["use_cpu"]),
         "data_sha256": {str(path): file_hash(path) for path in files},
-        "rows": rows,
+        "rows": {
+            part: {key: value for key, value in counts.items() if key != "bad"} | {"bad": len(counts["bad"])}
+            for part, counts in (("train", train), ("validation", validation))
+            if counts
+        },
         "seed": seed,
     }
     _write(config.run_folder, record)
+    bad = train["bad"] + (validation["bad"] if validation else [])
+    if bad:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in bad]
+        (config.run_folder / "bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def finish_run(config: Config, **results) -> None:
@@ -73,15 +81,6 @@ def newest_run(folder: str = "runs") -> Path:
     if not finished:
         raise UserError(f"no finished run under {folder}/; name the run's folder")
     return max(finished)[1]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, so that a result can be traced to the very rows it came from."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(folder: Path, record: dict) -> None:

@@ -1,0 +1,259 @@
+"""What is unwise or wrong in data and settings, found before a GPU is paid for, each with its mend."""
+
+import math
+import re
+import tempfile
+from itertools import islice
+from typing import NamedTuple
+
+from recipes.utils.config import Config
+from recipes.utils.console import UserError, say
+from recipes.utils.dataset import Report, held_out, stream_chats
+from recipes.utils.encoding import encode_chats
+from recipes.utils.prepare import Prepared, fingerprint
+
+import numpy as np
+import torch
+from rensa import RMinHash, RMinHashLSH
+from transformers import AutoTokenizer
+
+ROWS_COMPARED = 200  # of the user's own, against what inference sends
+ROWS_HASHED = 100_000  # of the train rows, for near-duplicates; about 10 seconds
+NEAR = 0.8  # share of three-word runs that two chats have in common
+PERMUTATIONS = 128
+
+
+class Finding(NamedTuple):
+    """`level` is "stop" (cannot be right), "drop" (rows left out) or "warn" (unwise); `message` says what and the mend."""
+
+    level: str
+    message: str
+
+
+def heed(findings: list[Finding]) -> None:
+    """Print the warnings; raise a `UserError` with what cannot be right."""
+    for finding in findings:
+        if finding.level != "stop":
+            say(f"{'left out' if finding.level == 'drop' else 'warning'}: {finding.message}")
+    stops = [finding.message for finding in findings if finding.level == "stop"]
+    if stops:
+        raise UserError("\n".join(stops))
+
+
+def check_rows(train: Prepared, validation: Prepared | None, config: Config, tokenizer) -> tuple[list, Prepared | None]:
+    """Findings about the prepared rows, and the validation rows without those that are in training."""
+    findings = []
+    for part, prepared in (("train", train), ("validation", validation)):
+        if prepared:
+            findings += _lost_to_length(prepared.counts, part, config)
+            findings += _marks(prepared, part, tokenizer)
+    findings += _prompt_parity(config, tokenizer)
+    if validation:
+        known = np.isin(validation.rows["fingerprint"], train.rows["fingerprint"])
+        if known.any():
+            places = [validation.rows[int(index)]["where"] for index in np.flatnonzero(known)[:3]]
+            findings.append(
+                Finding(
+                    "drop",
+                    f"{known.sum():,} of {len(known):,} validation rows are in training, exactly or "
+                    f"but for case, space and punctuation: {', '.join(places)}",
+                )
+            )
+            validation = Prepared(
+                validation.rows.select(np.flatnonzero(~known)), {**validation.counts, "rows": int((~known).sum())}
+            )
+            if known.all():
+                findings.append(
+                    Finding(
+                        "stop",
+                        "data.validation: every row is in training, so nothing would be measured; "
+                        "use other rows, or a share: --data.validation 0.05",
+                    )
+                )
+        findings += _near_duplicates(config)
+    return findings, validation
+
+
+def check_model(model, rows, tokenizer) -> list[Finding]:
+    """Control tokens of the rows whose embedding or head row looks untrained in the base, by its norm against the
+    vocabulary's: a base model's chat tokens may never have been trained, and the head row decides when it stops."""
+    used = {token for row in rows.select(range(min(len(rows), ROWS_COMPARED))) for token in row["input_ids"]}
+    used &= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    findings, head = [], model.get_output_embeddings().weight
+    for name, weight in (("embedding", model.get_input_embeddings().weight), ("head", head)):
+        norms = torch.linalg.vector_norm(weight.detach().float(), dim=-1)
+        middle = norms.median().item()
+        odd = [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]
+        if odd:
+            named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} (norm {norms[i]:.2g})" for i in odd)
+            # a trained copy of the head in float32, its gradient, and Adam's two moments
+            cost = head.numel() * 16 / 1e9
+            findings.append(
+                Finding(
+                    "warn",
+                    f"{named}: the {name} row looks untrained in this base (the vocabulary's median "
+                    f"norm is {middle:.2g}), so the model may not learn to stop. Start from the Instruct "
+                    f"model, or train the head: --lora.modules_to_save '[lm_head]' ({cost:.1f} GB more)",
+                )
+            )
+    return findings
+
+
+def check_settings(config: Config, trainer, train: dict) -> list[Finding]:
+    """Findings about settings that are fine each on their own; `train` are the counts of the train rows."""
+    args, findings = trainer.args, []
+    steps_an_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
+    if args.learning_rate < 5e-5:
+        findings.append(
+            Finding(
+                "warn",
+                f"learning rate {args.learning_rate:g} is one for full fine-tuning; an adapter learns "
+                "little there: --training.learning_rate 2e-4",
+            )
+        )
+    if args.get_warmup_steps(steps) >= steps > 1:
+        findings.append(
+            Finding(
+                "warn",
+                f"the warm-up of {args.get_warmup_steps(steps)} steps is as long as the run of "
+                f"{steps}, so the learning rate is never reached: --training.warmup_steps 0.03",
+            )
+        )
+    if steps < 100:
+        rows = max(1, int(len(trainer.train_dataset) * args.num_train_epochs / args.world_size) // 100)
+        micro = min(rows, args.per_device_train_batch_size)
+        flags = f"--training.per_device_train_batch_size {micro} --training.gradient_accumulation_steps {rows // micro}"
+        flags += " --training.packing false" if rows == 1 and args.packing else ""
+        flags = "--training.max_steps -1" if 0 < args.max_steps < 100 else flags
+        findings.append(
+            Finding(
+                "warn",
+                f"few steps: {steps}, each with {train['rows'] / steps_an_epoch:.1f} chats; an adapter "
+                f"wants 100 or more. This gives more: {flags}",
+            )
+        )
+    if args.save_strategy == "no":
+        findings.append(
+            Finding("warn", "no checkpoint is kept: a run that is stopped begins anew: --training.save_strategy steps")
+        )
+    return findings
+
+
+def _lost_to_length(counts: dict, part: str, config: Config) -> list[Finding]:
+    all_rows, limit = counts["rows"] + counts["dropped"], config.data.max_over_length
+    rows, tokens = counts["over_length"] / all_rows, counts["lost_tokens"] / counts["all_tokens"]
+    if max(rows, tokens) <= limit:
+        return []
+    return [
+        Finding(
+            "stop",
+            f"{counts['over_length']:,} of {all_rows:,} {part} rows are over training.max_length "
+            f"{config.training.get('max_length', 1024)}, and {tokens:.0%} of the tokens would be lost; 99 % of the rows "
+            f"fit in --training.max_length {counts['length_99']}, or take the loss: --data.max_over_length 1.0",
+        )
+    ]
+
+
+def _marks(prepared: Prepared, part: str, tokenizer) -> list[Finding]:
+    counts, findings = prepared.counts, []
+    if not counts["trained_tokens"]:
+        findings.append(Finding("stop", f"no token of the {part} rows carries loss; the chat template marks no answer"))
+    if counts["no_stop"]:
+        findings.append(
+            Finding(
+                "stop",
+                f"{counts['no_stop']:,} {part} rows have an answer whose last trained token ends no "
+                "turn, so the model would never learn to stop: put the end-of-turn token inside the template's "
+                "{% generation %} marks",
+            )
+        )
+    if counts["trained_tokens"] == counts["tokens"]:
+        findings.append(
+            Finding("warn", f"every token of the {part} rows carries loss, prompts too; mark the answers alone")
+        )
+    first = prepared.rows[0]["input_ids"]
+    if tokenizer.bos_token_id is not None and first[:2] == [tokenizer.bos_token_id] * 2:
+        findings.append(
+            Finding(
+                "stop",
+                f"{prepared.rows[0]['where']}: begins with {tokenizer.bos_token} twice; remove it from the "
+                "text or from the chat template",
+            )
+        )
+    return findings
+
+
+def _sample(config: Config, part: str, limit: int) -> list:
+    """Up to `limit` chats of `part`, from the start of its files."""
+    data = config.data
+    share = isinstance(data.validation, float)
+    paths = data.train if share or part == "train" else data.validation
+    chats = stream_chats(paths, Report(), data.system == "merge")
+    seed = config.training.get("seed", 42)
+    if share:
+        chats = (chat for chat in chats if held_out(chat, data.validation, seed) == (part == "validation"))
+    return list(islice(chats, limit))
+
+
+def _prompt_parity(config: Config, tokenizer) -> list[Finding]:
+    """Each trained answer must follow the very tokens that inference sends, through the tokenizer as it will be saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        served = AutoTokenizer.from_pretrained(folder)
+    for chat in _sample(config, "train", ROWS_COMPARED):
+        answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        prompts = None
+        try:
+            rows = encode_chats([chat], tokenizer, config.data.train_on)
+        except UserError:  # told already, or escaped: a typed control token is real to a server that reads text
+            continue
+        for row in rows:
+            starts = [
+                place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100
+            ]
+            prompts = prompts or [
+                served.apply_chat_template(
+                    chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
+                )
+                for index in answers
+            ]
+            if any(row.input_ids[:start] not in prompts for start in starts):
+                return [
+                    Finding(
+                        "stop",
+                        f"{chat.where}: the training row does not begin with the tokens that inference sends for "
+                        "its prompt; the chat template and the saved tokenizer do not agree",
+                    )
+                ]
+    return []
+
+
+def _near_duplicates(config: Config) -> list[Finding]:
+    """Validation rows that are nearly a train row, by MinHash over runs of three words."""
+    index, signatures = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=16), []
+    train = _sample(config, "train", ROWS_HASHED)
+    for key, chat in enumerate(train):
+        signatures.append(_signature(chat))
+        index.insert(key, signatures[-1])
+    pairs = []
+    for chat in _sample(config, "validation", ROWS_HASHED):
+        signature = _signature(chat)
+        near = [
+            (signature.jaccard(signatures[key]), key)
+            for key in index.query(signature)
+            if fingerprint(train[key]) != fingerprint(chat)  # copies are left out already
+        ]
+        if near and max(near)[0] >= NEAR:
+            pairs.append((max(near)[0], chat.where, train[max(near)[1]].where))
+    if not pairs:
+        return []
+    shown = "; ".join(f"{a} is nearly {b} ({share:.0%})" for share, a, b in sorted(pairs, reverse=True)[:3])
+    return [Finding("warn", f"{len(pairs):,} validation rows are nearly train rows, so their scores flatter: {shown}")]
+
+
+def _signature(chat) -> RMinHash:
+    words = re.findall(r"\w+", " ".join(message["content"] for message in chat.messages).casefold())
+    signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
+    signature.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
+    return signature

@@ -1,0 +1,196 @@
+"""Files to training rows in one pass: read, checked, rendered, tokenised and labelled once, and kept for the next run.
+
+A cache entry is found by content (the bytes of the files, template, tokenizer, settings and this code), so an edit is
+noticed and an unchanged file costs nothing but reading it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import recipes.utils
+from recipes.utils.config_keys import DataOptions
+from recipes.utils.console import UserError, say
+from recipes.utils.dataset import Chat, Report, held_out, stream_chats
+from recipes.utils.encoding import control_tokens, documents, encode_documents
+from recipes.utils.jsonl import BadRow, data_files, file_hash
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+
+BATCH = 1000
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "where": datasets.Value("string"),  # file:line
+        "fingerprint": datasets.Value("int64"),  # of the text, normalised: equal for copies of a chat
+    }
+)
+
+
+COUNTS = ("rows", "tokens", "trained_tokens", "over_length", "lost_tokens", "dropped", "split", "no_stop")
+
+
+class Prepared(NamedTuple):
+    """Rows that SFTTrainer takes as they are (and `where`, `fingerprint`), and what preparing them counted."""
+
+    rows: datasets.Dataset
+    counts: dict
+
+
+def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
+    """The rows of `part` ("train" or "validation") of the data, memory-mapped; None if the data has no such part.
+
+    `args` is the SFTConfig, of which `max_length` and `seed` count here.
+
+    counts: `rows`, `tokens`, `trained_tokens`; `over_length` and `lost_tokens` (rows over max_length and their tokens
+    beyond it, or all of them where they are dropped), `dropped` (rows), `length_99` (tokens that 99 % of the rows fit
+    in), `split` (rows that are one answer of a chat), `no_stop` (answers whose last token is no control token), and from
+    reading `shapes`, `ignored_keys`, `trimmed`, `blank`, `bad`.
+
+    Raises:
+        UserError: listing every bad row as file:line, unless data.on_bad_row is skip; or if no row is left.
+    """
+    if part == "validation" and data.validation is None:
+        return None
+    share, max_length, seed = isinstance(data.validation, float), args.max_length, args.seed
+    if share and not 0 < data.validation < 1:
+        raise UserError(f"data.validation: {data.validation} is not a share between 0 and 1, nor a file")
+    paths = data.train if share or part == "train" else data.validation
+    key = _key(paths, tokenizer, [repr(data), max_length, part, seed])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
+    if not (folder / "counts.json").is_file():
+        temporary = folder.with_name(f"{key}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            counts = _write(temporary / "rows.arrow", paths, data, tokenizer, max_length, part, seed)
+            (temporary / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+            if not folder.exists():
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    if not counts["rows"]:
+        raise UserError(
+            f"no {part} row is left to use: {counts['over_length']} are over training.max_length {max_length}; 99 % would "
+            f"fit in {counts['length_99']}"
+            if counts["over_length"]
+            else f"data.validation: {data.validation} of these rows is none; give a larger share, or a file"
+        )
+    return Prepared(datasets.Dataset.from_file(str(folder / "rows.arrow")), counts)
+
+
+def document_hash(input_ids) -> bytes:
+    """A key for a row by its token ids, which is all that is left of it once it is packed."""
+    return hashlib.blake2b(np.asarray(input_ids, dtype=np.int32).tobytes(), digest_size=8).digest()
+
+
+def locate(rows: datasets.Dataset) -> dict[bytes, str]:
+    """{`document_hash`: file:line} for each of the rows, to find packed documents again."""
+    return {document_hash(row["input_ids"]): row["where"] for row in rows}
+
+
+def fingerprint(chat: Chat) -> int:
+    """The same number for chats that differ in case, space and punctuation alone."""
+    text = "\n".join(re.sub(r"[\W_]+", " ", message["content"].casefold()).strip() for message in chat.messages)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, part: str, seed: int) -> dict:
+    """Write the rows to an Arrow file and return the counts."""
+    report, counts, lengths = Report(), Counter(), []
+    control, special = control_tokens(tokenizer), set(tokenizer.added_tokens_decoder)
+    chats = _texts(stream_chats(paths, report, data.system == "merge"), report, tokenizer, control, data, part, seed)
+    started = told = time.monotonic()
+    with ArrowWriter(features=FEATURES, path=str(path)) as writer:
+        while batch := list(islice(chats, BATCH)):
+            encoded = encode_documents([row for row, _ in batch], tokenizer)
+            kept = {name: [] for name in FEATURES}
+            for (
+                row,
+                (document, print_),
+            ) in zip(encoded, batch, strict=True):
+                ids, labels = row.input_ids, row.labels
+                lengths.append(len(ids))
+                counts["split"] += document.split
+                counts["no_stop"] += not _stops(labels, special)
+                if len(ids) > max_length:
+                    counts["over_length"] += 1
+                    counts["lost_tokens"] += len(ids) - (max_length if data.over_length == "truncate" else 0)
+                    if data.over_length == "error":
+                        raise UserError(
+                            f"{row.where}: {len(ids)} tokens, over training.max_length {max_length}; raise it, or "
+                            "--data.over_length drop"
+                        )
+                    ids, labels = ids[:max_length], labels[:max_length]
+                trained = len(labels) - labels.count(-100)
+                if (len(row.input_ids) > max_length and data.over_length == "drop") or not trained:
+                    counts["dropped"] += 1
+                    continue
+                counts["rows"] += 1
+                counts["tokens"] += len(ids)
+                counts["trained_tokens"] += trained
+                for name, value in zip(FEATURES, (ids, labels, row.where, print_), strict=True):
+                    kept[name].append(value)
+            writer.write_batch(kept)
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                say(f"prepared {len(lengths):,} rows, {len(lengths) / (told - started):,.0f} a second")
+        writer.finalize()
+    if data.on_bad_row == "error":
+        report.raise_if_bad()
+    return {
+        **dict.fromkeys(COUNTS, 0),
+        **counts,
+        "all_tokens": sum(lengths),
+        "length_99": int(np.percentile(lengths, 99, method="higher")) if lengths else 0,
+        "shapes": report.shapes,
+        "ignored_keys": sorted(report.ignored_keys),
+        "trimmed": report.trimmed,
+        "blank": report.blank,
+        "bad": report.bad,
+    }
+
+
+def _texts(chats, report: Report, tokenizer, control, data: DataOptions, part: str, seed: int):
+    """(document, fingerprint) for each training row of `chats` that belongs to `part`; bad ones go to `report`."""
+    for chat in chats:
+        if isinstance(data.validation, float) and held_out(chat, data.validation, seed) != (part == "validation"):
+            continue
+        try:
+            for document in documents(chat, tokenizer, control, data.train_on, data.control_tokens == "escape"):
+                yield document, fingerprint(chat)
+        except BadRow as error:
+            report.add_bad(chat.where, error)
+
+
+def _stops(labels: list[int], special: set[int]) -> bool:
+    """True if each run of labels, so each answer, ends with a control token."""
+    return all(
+        label in special
+        for label, following in zip(labels, [*labels[1:], -100], strict=True)
+        if label != -100 == following
+    )
+
+
+def _key(paths, tokenizer, settings: list) -> str:
+    """A digest of all that the prepared rows depend on."""
+    digest = hashlib.sha256(repr([datasets.__version__, *settings]).encode())
+    for module in sorted(Path(recipes.utils.__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr([tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]).encode())
+    for path in data_files(paths):
+        digest.update(str(path).encode())
+        digest.update(file_hash(path).encode())
+    return digest.hexdigest()[:32]

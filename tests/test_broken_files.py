@@ -1,0 +1,152 @@
+"""Broken data files, one kind each: line 3 of every file in tests/broken is wrong, and is named with the mend."""
+
+import copy
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+from recipes import sft_lora
+from recipes.utils import console
+from recipes.utils.config_keys import DataOptions
+from recipes.utils.console import UserError
+from recipes.utils.prepare import prepare
+
+import pytest
+from conftest import read_jsonl
+from mistral_tokenizers import mistral_v3_tokenizer
+from test_chat_template import FAMILIES
+
+FOLDER = Path(__file__).parent / "broken"
+ARGS = SimpleNamespace(max_length=512, seed=1)
+BROKEN = {  # file: (what is wrong, how to mend it)
+    "a_number": ("expected a JSON object, found int", "write one object a line"),
+    "a_string": ("expected a JSON object, found str", "write one object a line"),
+    "all_weights_zero": ("every answer has weight 0", "remove the row"),
+    "alpaca_empty_output": ("turn 2: the answer is empty", "fill it in, or remove the row"),
+    "an_array": ("expected a JSON object, found list", "write one object a line"),
+    "content_wrong_type": ("turn 1 (user): content: expected a string, found list", ""),
+    "control_token_answer": (
+        "turn 2 (assistant): holds the control token <|endoftext|>",
+        "--data.control_tokens escape",
+    ),
+    "control_token_user": ("turn 1 (user): holds the control token <|im_end|>", "--data.control_tokens escape"),
+    "cut_off_line": ("not JSON: Unterminated string", ""),
+    "duplicate_key": ("prompt: the key stands twice in one object", "keep one"),
+    "duplicate_key_within": ("role: the key stands twice in one object", "keep one"),
+    "empty_answer": (
+        "turn 2: the answer is empty; it would teach the model to stop at once",
+        "fill it in, or remove the row",
+    ),
+    "function_call_no_json": ("turn 2: function_call: not JSON", ""),
+    "input_wrong_type": ("input: expected a string, found list", ""),
+    "lone_surrogate": ("messages[1].content: holds half a character (\\ud83d)", "write it whole, or remove it"),
+    "messages_no_list": ("messages: expected a list, found str", ""),
+    "missing_colon": ("not JSON: Expecting ':' delimiter (column 29)", ""),
+    "misspelt_completion": ("completion: missing", "did you write `completions` for it?"),
+    "misspelt_content": ("turn 1 (user): content: missing", "did you write `contents` for it?"),
+    "misspelt_conversations": ("no known shape", "did you write `conversation` for conversations?"),
+    "misspelt_messages": ("no known shape", "did you write `mesages` for messages?"),
+    "misspelt_output": ("output: missing", "did you write `outptu` for it?"),
+    "mistral_begins_with_assistant": ("the chat template cannot carry this conversation: message 1", ""),
+    "mistral_control_token": ("turn 1 (user): holds the control token [INST]", "--data.control_tokens escape"),
+    "mistral_two_users": (
+        "the chat template cannot carry this conversation: message 2 has the role 'user' where 'assistant' is due",
+        "Join neighbours",
+    ),
+    "no_answer": ("no assistant turn, so there is nothing to learn", "add one"),
+    "no_completion": ("completion: missing", "add it"),
+    "no_content": ("turn 2 (assistant): content: missing", "add it"),
+    "no_known_shape": ("no known shape: found the keys ['text']", "expected `messages`"),
+    "no_output": ("output: missing", "add it"),
+    "no_role": ("turn 1: unknown role None", "known: system, user, assistant, tool"),
+    "no_turns": ("no assistant turn", "add one"),
+    "not_json": ("not JSON: Expecting value (column 15)", ""),
+    "not_utf8": ("not UTF-8 at byte 16", "save the file as UTF-8"),
+    "nul": ("messages[1].content: holds a NUL character", "remove it"),
+    "null": ("expected a JSON object, found NoneType", "write one object a line"),
+    "odd_weight": ("turn 2: weight: expected 0 (no loss on this turn) or 1", ""),
+    "output_null": ("output: expected a string, found NoneType", ""),
+    "plain_text": ("not JSON", ""),
+    "prompt_wrong_type": ("prompt: expected a string or a list, found int", ""),
+    "sharegpt_turn_without_value": ("conversations: turn 1: expected an object with `from` and `value`", ""),
+    "sharegpt_unknown_role": ("conversations: turn 1: unknown role 'humann'", "did you mean 'human'?"),
+    "single_quotes": ("not JSON: Expecting property name enclosed in double quotes (column 2)", ""),
+    "system_not_first": ("a system message is not the first one", "--data.system merge"),
+    "tool_arguments_no_json": ("turn 2: arguments of f: not JSON", ""),
+    "tool_arguments_no_object": ("turn 2: arguments of f: expected an object", ""),
+    "tool_call_without_name": ("turn 2: tool_calls: expected objects with `name` and `arguments`", ""),
+    "tools_no_json": ("tools: not JSON", ""),
+    "tools_not_carried_by_qwen2": ("the chat template cannot carry this conversation", ""),
+    "trailing_comma": ("not JSON", ""),
+    "turn_no_object": ("turn 1: expected an object with `role` and `content`", ""),
+    "two_objects_on_a_line": ("not JSON: Extra data (column 36)", ""),
+    "unknown_role": ("turn 1: unknown role 'asistant'", "did you mean 'assistant'?"),
+    "white_answer": ("turn 2: the answer is empty", "fill it in, or remove the row"),
+}
+
+
+def prepared(path, **options):
+    tokenizer = FAMILIES["mistral v3" if Path(path).name.startswith("mistral") else "qwen2"][0]()
+    return prepare(DataOptions(train=str(path), **options), ARGS, tokenizer, "train")
+
+
+def test_each_file_of_the_folder_has_its_row_here():
+    assert {path.stem for path in FOLDER.iterdir()} == set(BROKEN)
+    assert len(BROKEN) >= 40
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_line_and_the_mend_are_named_and_nothing_is_written(name):
+    what, mend = BROKEN[name]
+    path = FOLDER / f"{name}.jsonl"
+    cache = Path(os.environ["HF_HOME"])
+    before = sorted(cache.rglob("*.arrow"))
+    with pytest.raises(UserError) as error:
+        prepared(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:3: ")
+    assert what in message
+    assert mend in message
+    assert len(message.splitlines()) == 1
+    assert sorted(cache.rglob("*.arrow")) == before
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_skipped_bad_rows_are_counted_and_the_good_ones_kept(name):
+    rows, counts = prepared(FOLDER / f"{name}.jsonl", on_bad_row="skip")
+    good = len((FOLDER / f"{name}.jsonl").read_bytes().splitlines()) - 2
+    assert len(rows) == good
+    assert [bad["where"].rpartition(":")[2] for bad in counts["bad"]] == ["3"]
+    assert BROKEN[name][0] in counts["bad"][0]["error"]
+    assert counts["blank"] == 1
+
+
+def test_a_run_that_skips_bad_rows_writes_them_into_its_folder(config_file, capsys):
+    path = config_file(
+        data={"train": str(FOLDER / "empty_answer.jsonl"), "on_bad_row": "skip"}, training={"max_steps": 1}
+    )
+    assert console.run(sft_lora.main, [str(path)]) == 0
+    assert "1 bad train rows" in capsys.readouterr().out
+    bad = read_jsonl(path.parent / "run" / "bad_rows.jsonl")
+    assert bad[0]["kind"] == "empty answer"
+    assert bad[0]["line"].startswith('{"messages"')
+
+
+def test_typed_control_tokens_are_plain_text_when_escaped():
+    for name, end in (("control_token_user", "<|im_end|>"), ("mistral_control_token", "</s>")):
+        tokenizer = FAMILIES["mistral v3" if name.startswith("mistral") else "qwen2"][0]()
+        rows, counts = prepared(FOLDER / f"{name}.jsonl", control_tokens="escape")
+        assert counts["bad"] == []
+        ids = rows[1]["input_ids"]
+        special = [token for token in ids if token in tokenizer.added_tokens_decoder]
+        plain = rows[0]["input_ids"]
+        assert special == [token for token in plain if token in tokenizer.added_tokens_decoder]
+        assert end in tokenizer.decode(ids, clean_up_tokenization_spaces=False).split("b")[0]
+
+
+def test_escaping_changes_no_row_without_control_tokens():
+    tokenizer = copy.deepcopy(mistral_v3_tokenizer())
+    assert tokenizer.backend_tokenizer.encode_special_tokens is False
+    path = FOLDER / "empty_answer.jsonl"
+    escaped, plain = (prepared(path, on_bad_row="skip", control_tokens=how)[0] for how in ("escape", "refuse"))
+    assert escaped["input_ids"] == plain["input_ids"]
