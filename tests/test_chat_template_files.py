@@ -74,6 +74,7 @@ TEXTS = st.one_of(NASTY_CONTENT, st.text(max_size=30), BLANK_MIXES)
 ANSWERS = TEXTS.filter(bool)
 
 quick = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+few = settings(quick, max_examples=40)
 
 
 def conversation(turns, system=None):
@@ -293,9 +294,6 @@ def test_with_a_system_message_only_the_last_answer_in_a_mistral_v3_row_follows_
     assert row[: len(last)] == last
     for expected in earlier:
         assert row[: len(expected)] != expected
-
-
-few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 @few

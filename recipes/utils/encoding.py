@@ -85,19 +85,20 @@ def documents(chat: Chat, tokenizer, control: frozenset[str], train_on: str, esc
     try:
         text, spans = _spans(messages, tools, answers, tokenizer, control)
         _check_carried(text, messages, tools)
-        here = [(index, spans[index]) for index in wanted if spans[index]]
-        rows = [Document(_cut(text, [span for _, span in here]), chat.where, escaped, False)] if here else []
+        here, straddled = [], False
         for index in wanted:
+            if spans[index] and not straddled:
+                here.append(index)
+                straddled = _straddles(text, spans[index][0])
+        rows = [Document(_cut(text, [spans[index] for index in here]), chat.where, escaped, False)] if here else []
+        for index in sorted(set(wanted) - set(here)):
+            upto = messages[: index + 1]
+            text, spans = _spans(upto, tools, [place for place in answers if place <= index], tokenizer, control)
             if not spans[index]:
-                upto = messages[: index + 1]
-                text, own_spans = _spans(
-                    upto, tools, [place for place in answers if place <= index], tokenizer, control
+                raise TemplateError(
+                    f"answer {answers.index(index) + 1} does not follow the prompt that inference sends"
                 )
-                if not own_spans[index]:
-                    raise TemplateError(
-                        f"answer {answers.index(index) + 1} does not follow the prompt that inference sends"
-                    )
-                rows.append(Document(_cut(text, [own_spans[index]]), chat.where, escaped, True))
+            rows.append(Document(_cut(text, [spans[index]]), chat.where, escaped, True))
     except TemplateError as error:
         raise BadRow("template", f"the chat template cannot carry this conversation: {error.message}") from error
     return rows
@@ -127,7 +128,7 @@ def _spans(messages, tools, answers: list[int], tokenizer, control: frozenset[st
     text, marked = render(tokenizer, messages, tools)
     if len(marked) != len(answers):
         raise TemplateError(f"the template marks {len(marked)} answers of {len(answers)}")
-    endings, spans, straddled = tuple(control), {}, False
+    endings, spans = tuple(control), {}
     for index, (start, end) in zip(answers, marked, strict=True):
         prompt = render(tokenizer, messages[:index], tools, add_generation_prompt=True)[0]
         # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
@@ -135,13 +136,14 @@ def _spans(messages, tools, answers: list[int], tokenizer, control: frozenset[st
         learnt = text[start:end].rstrip()
         end = start + len(learnt) if learnt.endswith(endings) else end
         start = max(start, len(prompt))
-        follows = text.startswith(prompt) and start < end and not straddled
-        spans[index] = (start, end) if follows else None
-        # White space on both sides of the border may be one token where this answer is history to a later prompt.
-        straddled = straddled or (
-            start < end and text[start - 1 : start + 1].isspace() and len(text[start - 1 : start + 1]) == 2
-        )
+        spans[index] = (start, end) if text.startswith(prompt) and start < end else None
     return text, spans
+
+
+def _straddles(text: str, start: int) -> bool:
+    """True if white space stands on both sides of an answer's beginning: cut apart here it is two tokens, and in the
+    prompt of a later answer, where this one is history, it may be one."""
+    return text[start - 1].isspace() and text[start].isspace()
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:

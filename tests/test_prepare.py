@@ -1,0 +1,248 @@
+"""One pass from files to training rows: what is learnt, what is counted, what is found again."""
+
+import json
+import os
+from functools import cache
+from types import SimpleNamespace
+
+from recipes.utils.chat_template import choose_chat_template
+from recipes.utils.config_keys import DataOptions
+from recipes.utils.console import UserError
+from recipes.utils.dataset import Chat
+from recipes.utils.encoding import encode_chats, prompt_ids
+from recipes.utils.prepare import document_hash, fingerprint, locate, prepare
+
+import pytest
+import trl.chat_template_utils as trl_templates
+from conftest import chat, real_rows, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_chat_template import FAMILIES, qwen_tokenizer, trained_texts
+
+
+def prepared(path, tokenizer, max_length=512, part="train", **options):
+    return prepare(
+        DataOptions(train=str(path), **options), SimpleNamespace(max_length=max_length, seed=1), tokenizer, part
+    )
+
+
+def qwen2_5():
+    tokenizer = qwen_tokenizer(trl_templates.qwen2_5_chat_template)
+    tokenizer.chat_template = choose_chat_template(tokenizer, "auto", "qwen2")[0]
+    return tokenizer
+
+
+@cache
+def family_of(name):
+    return (qwen2_5(), "<|im_end|>") if name == "qwen2.5" else (FAMILIES[name][0](), FAMILIES[name][1])
+
+
+# Any text that JSON can hold and no control token stands in.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<[\ufdd0"), min_size=1, max_size=40)
+ANSWER = TEXT.filter(str.strip)
+TURNS = st.lists(st.tuples(TEXT, ANSWER), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2.5"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(turns=TURNS, system=st.none() | ANSWER)
+def test_any_conversation_learns_exactly_its_answers_and_follows_what_inference_sends(family, turns, system):
+    tokenizer, end = family_of(family)
+    messages = chat(*(text for turn in turns for text in turn), system=system)["messages"]
+    rows = encode_chats([Chat(messages, "f:1")], tokenizer)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = {index: prompt_ids(messages[:index], tokenizer) for index in answers}
+    served = tokenizer.apply_chat_template(messages[: answers[-1]], add_generation_prompt=True, return_dict=False)
+    assert served == prompts[answers[-1]]
+
+    learnt = {}
+    for row in rows:
+        starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
+        for start, text in zip(starts, trained_texts(tokenizer, row), strict=True):
+            index = next(index for index in answers if prompts[index] == row.input_ids[:start])
+            assert index not in learnt, "an answer must be learnt once"
+            learnt[index] = text
+    for index in answers:
+        expected = messages[index]["content"]
+        expected = expected.rstrip(" ") if family == "mistral v3" else expected
+        found = learnt[index].removesuffix(end)
+        assert found != learnt[index], "the end-of-turn token must be learnt"
+        # byte fallback and the sentencepiece blank: compare what a reader would see
+        assert found in (expected, " " + expected, expected.removeprefix(" "))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral v1", "mistral v3"])
+def test_real_answers_are_what_is_trained(family):
+    make, end, _ = FAMILIES[family]
+    tokenizer = make()
+    path = real_rows("alpaca_train.jsonl")
+    rows, counts = prepared(path, tokenizer, max_length=100_000)
+    assert counts["rows"] == 900
+    for line, row in zip(path.read_text().splitlines(), rows, strict=True):
+        expected = json.loads(line)["output"]
+        expected = expected.rstrip(" ") if family == "mistral v3" else expected
+        encoded = SimpleNamespace(input_ids=row["input_ids"], labels=row["labels"])
+        assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == [
+            expected.removeprefix(" ") + end
+        ]
+
+
+def test_real_tool_calls_are_what_is_trained():
+    """Calls and answers, not what tools said, by Qwen2.5's template through TRL's training twin."""
+    tokenizer = qwen2_5()
+    path = real_rows("sharegpt_tools.jsonl")
+    rows, counts = prepared(path, tokenizer, max_length=100_000)
+    assert counts["bad"] == []
+    learnt = {}
+    for row in rows:
+        encoded = SimpleNamespace(input_ids=row["input_ids"], labels=row["labels"])
+        learnt.setdefault(row["where"], []).extend(trained_texts(tokenizer, encoded))
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        turns = [turn for turn in json.loads(line)["conversations"] if turn["from"] in ("gpt", "function_call")]
+        found = learnt[f"{path}:{number}"]
+        assert len(found) == len(turns)
+        for turn, text in zip(turns, found, strict=True):
+            assert text.endswith("<|im_end|>")
+            if turn["from"] == "gpt":
+                assert text == turn["value"] + "<|im_end|>"
+            else:
+                call = json.loads(text.removesuffix("\n</tool_call><|im_end|>").removeprefix("<tool_call>\n"))
+                assert call == json.loads(turn["value"])
+
+
+def test_an_answer_with_weight_0_carries_no_loss(tmp_path):
+    tokenizer = FAMILIES["qwen2"][0]()
+    row = chat("a", "bad answer", "b", "good answer")
+    row["messages"][1]["weight"] = 0
+    rows, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
+    encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
+    assert trained_texts(tokenizer, encoded) == ["good answer<|im_end|>"]
+
+
+def test_train_on_last_trains_the_last_answer_alone(tmp_path):
+    tokenizer = FAMILIES["qwen2"][0]()
+    rows, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")]), tokenizer, train_on="last")
+    encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
+    assert trained_texts(tokenizer, encoded) == ["d<|im_end|>"]
+
+
+def test_a_chat_that_is_split_is_counted_and_every_answer_is_learnt_once(tmp_path):
+    tokenizer = FAMILIES["mistral v3"][0]()
+    rows, counts = prepared(
+        write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d", system="s"), chat("e", "f")]), tokenizer
+    )
+    assert (counts["rows"], counts["split"]) == (3, 1)
+    assert [row["where"].rpartition(":")[2] for row in rows] == ["1", "1", "2"]
+
+
+def test_rows_over_max_length_are_dropped_or_cut_or_refused_as_asked_and_counted(tmp_path):
+    tokenizer = FAMILIES["qwen2"][0]()
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b" * size) for size in (10, 20, 400)])
+    rows, counts = prepared(path, tokenizer, 200)
+    assert (len(rows), counts["rows"], counts["over_length"], counts["dropped"]) == (2, 2, 1, 1)
+    assert counts["trained_tokens"] == 10 + 20 + 2
+    assert counts["length_99"] > 400
+    rows, counts = prepared(path, tokenizer, 200, over_length="truncate")
+    assert (len(rows), max(map(len, rows["input_ids"])), counts["over_length"]) == (3, 200, 1)
+    assert counts["lost_tokens"] == counts["all_tokens"] - counts["tokens"]
+    with pytest.raises(UserError, match=r"a.jsonl:3: \d+ tokens, over training.max_length 200"):
+        prepared(path, tokenizer, 200, over_length="error")
+    with pytest.raises(UserError, match="no train row is left to use"):
+        prepared(path, tokenizer, 20)
+
+
+def test_a_cut_row_without_any_answer_left_is_dropped_and_counted(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("a" * size, "b") for size in (10, 400)])
+    rows, counts = prepared(path, FAMILIES["qwen2"][0](), 200, over_length="truncate")
+    assert (len(rows), counts["dropped"]) == (1, 1)
+
+
+def test_a_share_splits_the_rows_and_loses_none(tmp_path):
+    tokenizer = FAMILIES["qwen2"][0]()
+    path = write_jsonl(tmp_path / "a.jsonl", [chat(f"question {number}", "answer") for number in range(300)])
+    parts = [
+        list(prepared(path, tokenizer, part=part, validation=0.2).rows["where"]) for part in ("train", "validation")
+    ]
+    assert sorted(parts[0] + parts[1]) == sorted(f"{path}:{number}" for number in range(1, 301))
+    assert 30 < len(parts[1]) < 90
+    with pytest.raises(UserError, match="share between 0 and 1"):
+        prepared(path, tokenizer, validation=1.5)
+
+
+def test_an_unchanged_file_is_not_prepared_again_and_an_edit_that_keeps_the_mtime_is(tmp_path, monkeypatch):
+    tokenizer = FAMILIES["qwen2"][0]()
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "one")])
+    stamp = path.stat()
+    first = prepared(path, tokenizer).rows[0]["input_ids"]
+    calls = []
+    monkeypatch.setattr("recipes.utils.prepare.encode_documents", lambda *args: calls.append(args))
+    assert prepared(path, tokenizer).rows[0]["input_ids"] == first
+    assert calls == []
+    monkeypatch.undo()
+    write_jsonl(path, [chat("a", "two")])
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stamp.st_mtime_ns
+    assert prepared(path, tokenizer).rows[0]["input_ids"] != first
+
+
+@pytest.mark.parametrize("change", ["template", "max_length", "train_on"])
+def test_a_changed_setting_is_prepared_anew(tmp_path, change):
+    tokenizer = FAMILIES["qwen2"][0]()
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b" * 60, "c", "d")])
+    first = prepared(path, tokenizer).counts
+    if change == "template":
+        tokenizer.chat_template = tokenizer.chat_template.replace("You are a helpful assistant.", "Hello.")
+    options = {"max_length": 70, "over_length": "truncate"} if change == "max_length" else {}
+    options |= {"train_on": "last"} if change == "train_on" else {}
+    assert prepared(path, tokenizer, **options).counts != first
+
+
+def test_a_packed_document_is_traced_back_to_its_file_and_line(tmp_path):
+    from trl.data_utils import pack_dataset
+
+    tokenizer = FAMILIES["qwen2"][0]()
+    path = write_jsonl(tmp_path / "a.jsonl", [chat(f"question {number}", "x" * number) for number in range(1, 40)])
+    rows = prepared(path, tokenizer).rows
+    places = locate(rows)
+    assert len(places) == 39
+    found = []
+    for row in pack_dataset(rows.select_columns(["input_ids", "labels"]), 512, "bfd"):
+        start = 0
+        for length in row["seq_lengths"]:
+            found.append(places[document_hash(row["input_ids"][start : start + length])])
+            start += length
+    assert sorted(found) == sorted(rows["where"])
+
+
+def test_fingerprints_ignore_case_space_and_punctuation_alone():
+    first, second, third = (
+        Chat(chat("How are you?", text)["messages"], "f:1") for text in ("Fine, thanks!", "fine thanks", "fine, thank")
+    )
+    assert fingerprint(first) == fingerprint(second) != fingerprint(third)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """A file of 600 MB in a process that may grow by 400 MB."""
+    import resource
+    import subprocess
+    import sys
+
+    row = json.dumps(chat("question " * 600, "answer " * 600)) + "\n"
+    with open(tmp_path / "large.jsonl", "w") as file:
+        for number in range(60_000):
+            file.write(row.replace("question", f"q{number}", 1))
+    code = f"""
+import resource, sys
+sys.path[:0] = {sys.path!r}
+from test_prepare import FAMILIES, prepared
+tokenizer = FAMILIES["mistral v3"][0]()
+prepared({str(tmp_path / "small.jsonl")!r}, tokenizer, 4096)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prepared({str(tmp_path / "large.jsonl")!r}, tokenizer, 4096)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    write_jsonl(tmp_path / "small.jsonl", [chat("a", "b")])
+    assert resource.RUSAGE_SELF == 0
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout.split()[-1]) < 400
