@@ -36,7 +36,7 @@ def write_chats(path: Path, rows: int) -> None:
             for _ in range(turns):
                 for role, length in (("user", 90), ("assistant", 250)):
                     text = " ".join(
-                        rng.choices(words, weights, k=max(3, int(rng.gauss(length, length / 3) / turns * 1.25)))
+                        rng.choices(words, weights, k=max(3, int(rng.gauss(length, length / 3) / turns * 0.85)))
                     )
                     messages.append({"role": role, "content": text})
             file.write(json.dumps({"messages": messages}) + "\n")

@@ -59,7 +59,7 @@ def train_lora(config: Config) -> Path:
     watch(trainer, config.run_folder)
     reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
-    heed(check_settings(config, trainer, train.counts))
+    heed(check_settings(training_args, len(trainer.train_dataset), train.counts))
     if config.dry_run:
         return discard_empty(config.run_folder)
 

@@ -8,6 +8,7 @@ from recipes.sft_lora import train_lora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
 from recipes.utils.guards import check_model, check_rows, heed
+from recipes.utils.leakage import Finding
 from recipes.utils.prepare import prepare
 
 import pytest
@@ -124,8 +125,6 @@ def test_all_tokens_trained_warns(found):
 
 
 def test_a_stop_is_a_user_error_and_a_warning_is_a_line(capsys):
-    from recipes.utils.guards import Finding
-
     heed([Finding("warn", "mind this"), Finding("drop", "two rows")])
     assert capsys.readouterr().out == "warning: mind this\nleft out: two rows\n"
     with pytest.raises(UserError, match="cannot be"):

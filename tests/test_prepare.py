@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import cache
 from types import SimpleNamespace
 
@@ -108,6 +109,36 @@ def test_real_tool_calls_are_what_is_trained():
             else:
                 call = json.loads(text.removesuffix("\n</tool_call><|im_end|>").removeprefix("<tool_call>\n"))
                 assert call == json.loads(turn["value"])
+
+
+def test_real_tool_calls_are_trained_in_mistrals_form_too():
+    """Each call and answer once, after the prompt that inference sends, which has the tools before the last user turn."""
+    tokenizer = FAMILIES["mistral v3"][0]()
+    path = real_rows("sharegpt_tools.jsonl")
+    rows, counts = prepared(path, tokenizer, max_length=100_000)
+    assert counts["bad"] == []
+    learnt = {}
+    for row in rows:
+        encoded = SimpleNamespace(input_ids=row["input_ids"], labels=row["labels"])
+        learnt.setdefault(row["where"], []).extend(trained_texts(tokenizer, encoded))
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        turns = [turn for turn in json.loads(line)["conversations"] if turn["from"] in ("gpt", "function_call")]
+        found = sorted(text.strip() for text in learnt[f"{path}:{number}"] if not text.startswith("[TOOL_CALLS]"))
+        assert found == sorted(turn["value"].strip() + "</s>" for turn in turns if turn["from"] == "gpt")
+        assert len(learnt[f"{path}:{number}"]) == len(turns)
+
+
+def test_ids_of_other_makers_keep_calls_and_results_together(tmp_path):
+    """Mistral's form takes ids of nine characters; two calls at once, answered in the other order, stay paired."""
+    tokenizer = FAMILIES["mistral v3"][0]()
+    calls = [{"id": f"call_{name * 20}", "function": {"name": name, "arguments": {}}} for name in ("f", "g")]
+    results = [{"role": "tool", "content": name, "tool_call_id": f"call_{name * 20}"} for name in ("g", "f")]
+    row = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": calls}, *results,
+                        {"role": "assistant", "content": "done"}], "tools": [{"name": "f"}, {"name": "g"}]}  # fmt: skip
+    text = tokenizer.decode(prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer).rows[0]["input_ids"])
+    ids = re.findall(r'"(?:id|call_id)": "([0-9a-z]{9})"', text)
+    assert len(ids) == 4
+    assert ids[:2] == ids[:1:-1]
 
 
 def test_an_answer_with_weight_0_carries_no_loss(tmp_path):

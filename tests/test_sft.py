@@ -289,7 +289,10 @@ def test_a_dry_run_does_everything_up_to_training_and_leaves_nothing(config_file
 def test_rows_over_length_are_said_before_training(config_file, capsys, tmp_path):
     rows = read_jsonl(TINY / "train.jsonl")[:20]
     rows[3]["messages"][1]["content"] *= 10
-    path = config_file(data={"train": str(write_jsonl(tmp_path / "long.jsonl", rows))}, training={"max_steps": 1})
+    path = config_file(
+        data={"train": str(write_jsonl(tmp_path / "long.jsonl", rows)), "max_over_length": 1.0},
+        training={"max_steps": 1},
+    )
     train(path)
     assert "1 train rows over max_length 320 (dropped)" in " ".join(capsys.readouterr().out.split())
 
@@ -305,7 +308,10 @@ def test_a_second_run_into_the_folder_of_another_is_refused(config_file, method)
 
 
 def test_real_alpaca_rows_train_to_the_end(config_file):
-    data = {"train": str(real_rows("alpaca_train.jsonl")), "validation": str(real_rows("alpaca_validation.jsonl"))}
+    data = {
+        "train": str(real_rows("alpaca_train.jsonl")), "validation": str(real_rows("alpaca_validation.jsonl")),
+        "max_over_length": 1.0,
+    }  # fmt: skip
     folder = train(
         config_file(
             data=data,
@@ -330,7 +336,7 @@ def test_real_sharegpt_rows_without_tools_train_to_the_end(config_file, tmp_path
         if {turn["from"] for turn in row["conversations"]} <= {"human", "gpt", "system"} and row["tools"] == "[]"
     ]
     assert len(rows) > 20
-    data = {"train": str(write_jsonl(tmp_path / "sharegpt.jsonl", rows)), "validation": 0.1}
+    data = {"train": str(write_jsonl(tmp_path / "sharegpt.jsonl", rows)), "validation": 0.1, "max_over_length": 1.0}
     folder = train(
         config_file(
             data=data,

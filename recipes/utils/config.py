@@ -68,9 +68,9 @@ def parse_command_line(argv: list[str], method: str, description: str) -> Config
     return load_config(options.config, read_flags(rest), method, dry_run=options.dry_run, resume=options.resume)
 
 
-def load_config(path, overrides: dict[str, object], method: str, dry_run=False, resume=None) -> Config:
+def load_config(path, overrides: dict[str, object], method: str, dry_run=False, resume=None, new_run=True) -> Config:
     """Read `path`, lay `overrides` ({"training.learning_rate": 1e-4}) over it, check every key and resolve what
-    depends on this machine.
+    depends on this machine. Without `new_run` no run folder is looked for: the config is only to be read.
 
     Raises:
         UserError: for anything that is not a key of the library class behind its section, or not a value of its type.
@@ -104,7 +104,8 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
         quantization=sections["quantization"],
     )
     _resolve_training(config, path)
-    _resolve_run_folder(config)
+    if new_run:
+        _resolve_run_folder(config)
     check_initialisation(config.lora, config.method)
     check_continued(config.model.adapter)
     # Some values only the classes themselves can judge (names of schedulers, optimizers, strategies): build them once

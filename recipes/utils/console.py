@@ -39,8 +39,7 @@ def print_run_table(config, trainer, train: dict, validation: dict | None, reaso
     `train` and `validation` are the counts of `prepare`; `reasons` are further rows that say what was chosen and why.
     """
     args, processes = trainer.args, trainer.args.world_size
-    steps_an_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
+    steps, steps_an_epoch = steps_of(args, len(trainer.train_dataset))
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     trainable, total = trainer.model.get_nb_trainable_parameters()
     fill = train["tokens"] / (len(trainer.train_dataset) * args.max_length) if args.packing else None
@@ -74,6 +73,13 @@ def print_run_table(config, trainer, train: dict, validation: dict | None, reaso
         "output": config.run_folder,
     }
     print_table(f"{config.name} · {config.method}", table)
+
+
+def steps_of(args, rows: int) -> tuple[int, int]:
+    """(optimizer steps of the run, of an epoch) for `rows` rows, packed ones where packing is on."""
+    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    steps_an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)), steps_an_epoch
 
 
 def _left_out(train: dict, validation: dict | None, max_length: int, over_length: str) -> str | None:

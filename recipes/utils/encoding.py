@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 from recipes.utils.chat_template import ANSWER, USER, render
 from recipes.utils.console import UserError
+from recipes.utils.control_tokens import MARK, Control, control_tokens, encode_escaped, guard_control_tokens
 from recipes.utils.dataset import Chat
 from recipes.utils.jsonl import BadRow
 
 from jinja2 import TemplateError
-
-MARK = "\ufdd0"  # a code point that is no character, so it stands in no text
-BRACKETED = re.compile(r"<[^<>\n]{1,64}>|\[[^\[\]\n]{1,64}\]")  # what control tokens look like
 
 
 class Document(NamedTuple):
@@ -29,11 +27,14 @@ class Document(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """One training row as the model sees it."""
+    """One training row as the model sees it: `trained` tokens carry loss, and `stops` says whether each run of them, so
+    each answer, ends with a control token."""
 
     input_ids: list[int]
     labels: list[int]
     where: str
+    trained: int
+    stops: bool
 
 
 def encode_chats(chats: list[Chat], tokenizer, train_on: str = "all", escape: bool = False) -> list[Encoded]:
@@ -49,10 +50,10 @@ def encode_chats(chats: list[Chat], tokenizer, train_on: str = "all", escape: bo
             rows += documents(chat, tokenizer, control, train_on, escape)
         except BadRow as error:
             raise UserError(f"{chat.where}: {error}") from error
-    return encode_documents(rows, tokenizer)
+    return encode_documents(rows, tokenizer, control)
 
 
-def encode_documents(rows: list[Document], tokenizer) -> list[Encoded]:
+def encode_documents(rows: list[Document], tokenizer, control: Control) -> list[Encoded]:
     """Tokenise and label documents in one batch.
 
     The pieces are tokenised on their own: that is what inference does (the prompt is tokenised, the answer is generated
@@ -62,22 +63,25 @@ def encode_documents(rows: list[Document], tokenizer) -> list[Encoded]:
     ids = iter(tokenizer.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
     encoded = []
     for row in rows:
-        input_ids, labels = [], []
+        input_ids, labels, trained, stops = [], [], 0, True
         for text, learnt in row.pieces:
-            piece = _encode_escaped(text, tokenizer) if row.escaped else next(ids).ids
+            piece = encode_escaped(text, tokenizer, control) if row.escaped else next(ids).ids
             input_ids += piece
             labels += piece if learnt else [-100] * len(piece)
-        encoded.append(Encoded(input_ids, labels, row.where))
+            if learnt:
+                trained += len(piece)
+                stops = stops and piece[-1] in control.ids
+        encoded.append(Encoded(input_ids, labels, row.where, trained, stops))
     return encoded
 
 
-def documents(chat: Chat, tokenizer, control: frozenset[str], train_on: str, escape: bool) -> list[Document]:
+def documents(chat: Chat, tokenizer, control: Control, train_on: str, escape: bool) -> list[Document]:
     """The training rows of one chat, as text; `control` are the tokenizer's `control_tokens`.
 
     Raises:
         BadRow: if the template cannot carry the chat, or a control token stands in its text and `escape` is off.
     """
-    messages, tools, escaped = _control_tokens(chat, control, escape)
+    messages, tools, escaped = guard_control_tokens(chat, control, escape)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [index for index in answers if messages[index].get("weight") != 0]
     if train_on == "last":
@@ -117,27 +121,51 @@ def stop_token_ids(tokenizer) -> list[int]:
     return list(dict.fromkeys([end_of_turn, tokenizer.eos_token_id]))
 
 
-def control_tokens(tokenizer) -> frozenset[str]:
-    """The tokens that steer the model: special ones, which no text of a user may become."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset({*special, *tokenizer.all_special_tokens})
-
-
-def _spans(messages, tools, answers: list[int], tokenizer, control: frozenset[str]) -> tuple[str, dict]:
+def _spans(messages, tools, answers: list[int], tokenizer, control: Control) -> tuple[str, dict]:
     """(text, {index of an answer: its (start, end), or None where it does not follow what inference sends for it})."""
     text, marked = render(tokenizer, messages, tools)
     if len(marked) != len(answers):
         raise TemplateError(f"the template marks {len(marked)} answers of {len(answers)}")
-    endings, spans = tuple(control), {}
-    for index, (start, end) in zip(answers, marked, strict=True):
-        prompt = render(tokenizer, messages[:index], tools, add_generation_prompt=True)[0]
+    endings, spans = tuple(control.tokens), {}
+    starts = _starts(text, marked, messages, tools, answers, tokenizer, control)
+    for index, (start, end), prompt_end in zip(answers, marked, starts, strict=True):
         # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
         # What inference sends is not learnt; nor is white space after the special token that ends the turn.
         learnt = text[start:end].rstrip()
         end = start + len(learnt) if learnt.endswith(endings) else end
-        start = max(start, len(prompt))
-        spans[index] = (start, end) if text.startswith(prompt) and start < end else None
+        spans[index] = None if prompt_end is None or prompt_end >= end else (max(start, prompt_end), end)
     return text, spans
+
+
+def _starts(text, marked, messages, tools, answers, tokenizer, control: Control) -> list[int | None]:
+    """Where the prompt that inference sends for each answer ends in `text`, or None where the text does not begin with it.
+
+    Rendering each prompt is what decides it, and costs as many renderings as there are answers. For a form of conversation
+    (its roles) it is done once: where a row is the form's fixed text around its own messages, letter by letter, the prompts
+    are too, so its answers end and follow as those of the form did.
+    """
+    form = tuple(message["role"] for message in messages)
+    plain = not tools and not any("tool_calls" in message for message in messages)
+    if plain and form not in control.forms:
+        probes = [{"role": role, "content": f"{MARK}{number}{MARK}"} for number, role in enumerate(form)]
+        probe, probe_marked = render(tokenizer, probes)
+        ends = _rendered_starts(probe, probes, None, answers, tokenizer)
+        offsets = [None if end is None else end - start for end, (start, _) in zip(ends, probe_marked, strict=True)]
+        fixed = re.split(f"{MARK}\\d+{MARK}", probe)
+        control.forms[form] = (fixed, re.findall(f"{MARK}(\\d+){MARK}", probe), offsets)
+    if plain:
+        fixed, order, offsets = control.forms[form]
+        words = [messages[int(number)]["content"] for number in order]
+        if text == "".join(part for pair in zip(fixed, [*words, ""], strict=True) for part in pair):
+            return [
+                None if offset is None else start + offset for offset, (start, _) in zip(offsets, marked, strict=True)
+            ]
+    return _rendered_starts(text, messages, tools, answers, tokenizer)
+
+
+def _rendered_starts(text, messages, tools, answers, tokenizer) -> list[int | None]:
+    prompts = [render(tokenizer, messages[:index], tools, add_generation_prompt=True)[0] for index in answers]
+    return [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
 
 
 def _straddles(text: str, start: int) -> bool:
@@ -157,7 +185,11 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
 def _check_carried(text: str, messages, tools) -> None:
     """Raise where the template lost something without a word: a system message, a tool, what a tool said."""
     for message in messages:
-        if message["role"] in ("system", "tool") and message["content"].strip() not in text:
+        # What a tool said may be written anew as JSON, so its first words are looked for.
+        said = (
+            re.findall(r"\w{3,}", message["content"])[:1] if message["role"] == "tool" else [message["content"].strip()]
+        )
+        if message["role"] in ("system", "tool") and any(part not in text for part in said):
             raise TemplateError(
                 f"it leaves out the {message['role']} message"
                 + ("; --data.system merge puts it into the user turn" if message["role"] == "system" else "")
@@ -167,50 +199,3 @@ def _check_carried(text: str, messages, tools) -> None:
                 raise TemplateError("it has no form for tool calls")
     if tools and tools[0]["function"].get("name", "") not in text:
         raise TemplateError("it has no form for tools")
-
-
-def _control_tokens(chat: Chat, control: frozenset[str], escape: bool):
-    """(messages, tools, whether one was escaped): control tokens typed in text are refused, or broken by `MARK`."""
-    found = []
-    odd = [token for token in control if not BRACKETED.fullmatch(token)]
-
-    def broken(value):
-        if isinstance(value, str):
-            typed = [token for token in BRACKETED.findall(value) if token in control] + [
-                token for token in odd if token in value
-            ]
-            found.extend(typed)
-            for token in typed:
-                value = value.replace(token, token[0] + MARK + token[1:])
-            return value
-        if isinstance(value, dict):
-            return {key: broken(part) for key, part in value.items()}
-        return [broken(part) for part in value] if isinstance(value, list) else value
-
-    messages = []
-    for number, message in enumerate(chat.messages, start=1):
-        messages.append(
-            {**broken({key: part for key, part in message.items() if key != "role"}), "role": message["role"]}
-        )
-        if found and not escape:
-            raise BadRow(
-                "control token",
-                f"turn {number} ({message['role']}): holds the control token {found[0]}, which would "
-                "become the real one; --data.control_tokens escape encodes it as plain text",
-            )
-    return (messages, broken(chat.tools), True) if found else (chat.messages, chat.tools, False)
-
-
-def _encode_escaped(text: str, tokenizer) -> list[int]:
-    """Token ids of a piece in which only the template's own control tokens count as such."""
-    control, backend = control_tokens(tokenizer), tokenizer.backend_tokenizer
-    pattern = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True))
-    ids = []
-    for stretch in re.split(f"({pattern})", text):
-        if stretch in control:
-            ids.append(tokenizer.convert_tokens_to_ids(stretch))
-        elif stretch:
-            backend.encode_special_tokens = True
-            ids += backend.encode(stretch.replace(MARK, ""), add_special_tokens=False).ids
-            backend.encode_special_tokens = False
-    return ids

@@ -1,33 +1,17 @@
 """What is unwise or wrong in data and settings, found before a GPU is paid for, each with its mend."""
 
-import math
-import re
 import tempfile
-from itertools import islice
-from typing import NamedTuple
 
 from recipes.utils.config import Config
-from recipes.utils.console import UserError, say
-from recipes.utils.dataset import Report, held_out, stream_chats
+from recipes.utils.console import UserError, say, steps_of
 from recipes.utils.encoding import encode_chats
-from recipes.utils.prepare import Prepared, fingerprint
+from recipes.utils.leakage import Finding, leave_out_copies, near_duplicates, sample
+from recipes.utils.prepare import Prepared
 
-import numpy as np
 import torch
-from rensa import RMinHash, RMinHashLSH
 from transformers import AutoTokenizer
 
 ROWS_COMPARED = 200  # of the user's own, against what inference sends
-ROWS_HASHED = 100_000  # of the train rows, for near-duplicates; about 10 seconds
-NEAR = 0.8  # share of three-word runs that two chats have in common
-PERMUTATIONS = 128
-
-
-class Finding(NamedTuple):
-    """`level` is "stop" (cannot be right), "drop" (rows left out) or "warn" (unwise); `message` says what and the mend."""
-
-    level: str
-    message: str
 
 
 def heed(findings: list[Finding]) -> None:
@@ -49,28 +33,8 @@ def check_rows(train: Prepared, validation: Prepared | None, config: Config, tok
             findings += _marks(prepared, part, tokenizer)
     findings += _prompt_parity(config, tokenizer)
     if validation:
-        known = np.isin(validation.rows["fingerprint"], train.rows["fingerprint"])
-        if known.any():
-            places = [validation.rows[int(index)]["where"] for index in np.flatnonzero(known)[:3]]
-            findings.append(
-                Finding(
-                    "drop",
-                    f"{known.sum():,} of {len(known):,} validation rows are in training, exactly or "
-                    f"but for case, space and punctuation: {', '.join(places)}",
-                )
-            )
-            validation = Prepared(
-                validation.rows.select(np.flatnonzero(~known)), {**validation.counts, "rows": int((~known).sum())}
-            )
-            if known.all():
-                findings.append(
-                    Finding(
-                        "stop",
-                        "data.validation: every row is in training, so nothing would be measured; "
-                        "use other rows, or a share: --data.validation 0.05",
-                    )
-                )
-        findings += _near_duplicates(config)
+        leaked, validation = leave_out_copies(train, validation)
+        findings += leaked + near_duplicates(config)
     return findings, validation
 
 
@@ -99,11 +63,11 @@ def check_model(model, rows, tokenizer) -> list[Finding]:
     return findings
 
 
-def check_settings(config: Config, trainer, train: dict) -> list[Finding]:
-    """Findings about settings that are fine each on their own; `train` are the counts of the train rows."""
-    args, findings = trainer.args, []
-    steps_an_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
+def check_settings(args, packed_rows: int, train: dict) -> list[Finding]:
+    """Findings about settings that are fine each on their own: `args` is the SFTConfig, `packed_rows` the rows that the
+    trainer draws from, `train` the counts of the train rows."""
+    findings = []
+    steps, steps_an_epoch = steps_of(args, packed_rows)
     if args.learning_rate < 5e-5:
         findings.append(
             Finding(
@@ -121,7 +85,7 @@ def check_settings(config: Config, trainer, train: dict) -> list[Finding]:
             )
         )
     if steps < 100:
-        rows = max(1, int(len(trainer.train_dataset) * args.num_train_epochs / args.world_size) // 100)
+        rows = max(1, int(packed_rows * args.num_train_epochs / args.world_size) // 100)
         micro = min(rows, args.per_device_train_batch_size)
         flags = f"--training.per_device_train_batch_size {micro} --training.gradient_accumulation_steps {rows // micro}"
         flags += " --training.packing false" if rows == 1 and args.packing else ""
@@ -184,24 +148,12 @@ def _marks(prepared: Prepared, part: str, tokenizer) -> list[Finding]:
     return findings
 
 
-def _sample(config: Config, part: str, limit: int) -> list:
-    """Up to `limit` chats of `part`, from the start of its files."""
-    data = config.data
-    share = isinstance(data.validation, float)
-    paths = data.train if share or part == "train" else data.validation
-    chats = stream_chats(paths, Report(), data.system == "merge")
-    seed = config.training.get("seed", 42)
-    if share:
-        chats = (chat for chat in chats if held_out(chat, data.validation, seed) == (part == "validation"))
-    return list(islice(chats, limit))
-
-
 def _prompt_parity(config: Config, tokenizer) -> list[Finding]:
     """Each trained answer must follow the very tokens that inference sends, through the tokenizer as it will be saved."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         served = AutoTokenizer.from_pretrained(folder)
-    for chat in _sample(config, "train", ROWS_COMPARED):
+    for chat in sample(config, "train", ROWS_COMPARED):
         answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         prompts = None
         try:
@@ -227,33 +179,3 @@ def _prompt_parity(config: Config, tokenizer) -> list[Finding]:
                     )
                 ]
     return []
-
-
-def _near_duplicates(config: Config) -> list[Finding]:
-    """Validation rows that are nearly a train row, by MinHash over runs of three words."""
-    index, signatures = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=16), []
-    train = _sample(config, "train", ROWS_HASHED)
-    for key, chat in enumerate(train):
-        signatures.append(_signature(chat))
-        index.insert(key, signatures[-1])
-    pairs = []
-    for chat in _sample(config, "validation", ROWS_HASHED):
-        signature = _signature(chat)
-        near = [
-            (signature.jaccard(signatures[key]), key)
-            for key in index.query(signature)
-            if fingerprint(train[key]) != fingerprint(chat)  # copies are left out already
-        ]
-        if near and max(near)[0] >= NEAR:
-            pairs.append((max(near)[0], chat.where, train[max(near)[1]].where))
-    if not pairs:
-        return []
-    shown = "; ".join(f"{a} is nearly {b} ({share:.0%})" for share, a, b in sorted(pairs, reverse=True)[:3])
-    return [Finding("warn", f"{len(pairs):,} validation rows are nearly train rows, so their scores flatter: {shown}")]
-
-
-def _signature(chat) -> RMinHash:
-    words = re.findall(r"\w+", " ".join(message["content"] for message in chat.messages).casefold())
-    signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
-    signature.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
-    return signature

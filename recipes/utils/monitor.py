@@ -27,7 +27,7 @@ class Monitor(TrainerCallback):
     def __init__(self, run_folder: Path):
         self.path = run_folder / "metrics.jsonl"
         self.bar = self.task = None
-        self.started = self.counted = 0.0
+        self.started = self.counted = self.step_ended = 0.0
         self.tokens = self.line_due = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -55,6 +55,7 @@ class Monitor(TrainerCallback):
             self.bar.start()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.step_ended = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
 
@@ -71,7 +72,7 @@ class Monitor(TrainerCallback):
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         if "eval_loss" in logs:
-            self.counted = now  # time spent evaluating is not the training's
+            self.counted += now - self.step_ended  # time spent evaluating is not the training's
             self._print(
                 state, f"validation loss {logs['eval_loss']:.4f}  accuracy {logs['eval_mean_token_accuracy']:.1%}"
             )

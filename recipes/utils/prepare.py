@@ -7,7 +7,6 @@ noticed and an unchanged file costs nothing but reading it.
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections import Counter
@@ -18,8 +17,9 @@ from typing import NamedTuple
 import recipes.utils
 from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError, say
+from recipes.utils.control_tokens import control_tokens
 from recipes.utils.dataset import Chat, Report, held_out, stream_chats
-from recipes.utils.encoding import control_tokens, documents, encode_documents
+from recipes.utils.encoding import documents, encode_documents
 from recipes.utils.jsonl import BadRow, data_files, file_hash
 
 import datasets
@@ -27,6 +27,7 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
 BATCH = 1000
+NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -101,20 +102,22 @@ def locate(rows: datasets.Dataset) -> dict[bytes, str]:
 
 
 def fingerprint(chat: Chat) -> int:
-    """The same number for chats that differ in case, space and punctuation alone."""
-    text = "\n".join(re.sub(r"[\W_]+", " ", message["content"].casefold()).strip() for message in chat.messages)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    """The same number for chats that differ in case, space and (ASCII) punctuation alone."""
+    digest = hashlib.blake2b(digest_size=8)
+    for message in chat.messages:
+        digest.update(message["content"].casefold().encode().translate(None, NO_LETTERS) + b"\n")
+    return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, part: str, seed: int) -> dict:
     """Write the rows to an Arrow file and return the counts."""
     report, counts, lengths = Report(), Counter(), []
-    control, special = control_tokens(tokenizer), set(tokenizer.added_tokens_decoder)
+    control = control_tokens(tokenizer)
     chats = _texts(stream_chats(paths, report, data.system == "merge"), report, tokenizer, control, data, part, seed)
     started = told = time.monotonic()
     with ArrowWriter(features=FEATURES, path=str(path)) as writer:
         while batch := list(islice(chats, BATCH)):
-            encoded = encode_documents([row for row, _ in batch], tokenizer)
+            encoded = encode_documents([row for row, _ in batch], tokenizer, control)
             kept = {name: [] for name in FEATURES}
             for (
                 row,
@@ -123,7 +126,7 @@ def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, par
                 ids, labels = row.input_ids, row.labels
                 lengths.append(len(ids))
                 counts["split"] += document.split
-                counts["no_stop"] += not _stops(labels, special)
+                counts["no_stop"] += not row.stops
                 if len(ids) > max_length:
                     counts["over_length"] += 1
                     counts["lost_tokens"] += len(ids) - (max_length if data.over_length == "truncate" else 0)
@@ -133,7 +136,7 @@ def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, par
                             "--data.over_length drop"
                         )
                     ids, labels = ids[:max_length], labels[:max_length]
-                trained = len(labels) - labels.count(-100)
+                trained = row.trained if len(ids) == len(row.input_ids) else len(labels) - labels.count(-100)
                 if (len(row.input_ids) > max_length and data.over_length == "drop") or not trained:
                     counts["dropped"] += 1
                     continue
@@ -172,15 +175,6 @@ def _texts(chats, report: Report, tokenizer, control, data: DataOptions, part: s
                 yield document, fingerprint(chat)
         except BadRow as error:
             report.add_bad(chat.where, error)
-
-
-def _stops(labels: list[int], special: set[int]) -> bool:
-    """True if each run of labels, so each answer, ends with a control token."""
-    return all(
-        label in special
-        for label, following in zip(labels, [*labels[1:], -100], strict=True)
-        if label != -100 == following
-    )
 
 
 def _key(paths, tokenizer, settings: list) -> str:

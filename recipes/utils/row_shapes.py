@@ -1,7 +1,9 @@
 """One row to messages: four shapes of JSON, tool calls too, and what is wrong with a row by turn and field."""
 
 import difflib
+import hashlib
 import json
+import re
 
 from recipes.utils.jsonl import BadRow
 
@@ -115,7 +117,9 @@ def check_message(message, number: int) -> dict:
         if message["weight"] not in (0, 1) or isinstance(message["weight"], bool):
             raise BadRow("wrong type", f"turn {number}: weight: expected 0 (no loss on this turn) or 1")
         checked["weight"] = message["weight"]
-    return checked | {key: message[key] for key in ("name", "tool_call_id") if role == "tool" and key in message}
+    if role == "tool" and isinstance(message.get("tool_call_id"), str):
+        checked["tool_call_id"] = _call_id(message["tool_call_id"])
+    return checked
 
 
 def _tool_call(call, number: int) -> dict:
@@ -130,7 +134,14 @@ def _tool_call(call, number: int) -> dict:
     if not isinstance(arguments, dict):
         raise BadRow("wrong type", f"turn {number}: arguments of {function['name']}: expected an object")
     checked = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": call["id"], **checked} if isinstance(call.get("id"), str) else checked
+    return {"id": _call_id(call["id"]), **checked} if isinstance(call.get("id"), str) else checked
+
+
+def _call_id(name: str) -> str:
+    """Nine letters or digits, which is what Mistral's form takes; another id becomes such a one, the same each time."""
+    if re.fullmatch("[a-zA-Z0-9]{9}", name):
+        return name
+    return hashlib.blake2b(name.encode(), digest_size=5).hexdigest()[:9]
 
 
 def check_tools(tools) -> list[dict] | None:
