@@ -1,9 +1,9 @@
-# demo · test · slow · lint · clean: each makes its own .venv when there is none.
+# demo · test · slow · lint · bench · clean: each makes its own .venv when there is none.
 PYTHON ?= python3
 VENV := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint bench clean
 
 demo: .venv/installed
 	$(VENV)/python recipes/sft_lora.py configs/tiny.yaml --training.output_dir runs/tiny-lora
@@ -20,6 +20,9 @@ slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+
+bench: .venv/installed-dev
+	$(VENV)/python benchmarks/prepare_data.py
 
 clean:
 	rm -rf .venv runs

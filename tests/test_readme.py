@@ -2,8 +2,9 @@
 
 import re
 import shlex
+from pathlib import Path
 
-from recipes import evaluate_adapter, merge_adapter
+from recipes import evaluate_adapter, inspect_data, merge_adapter
 from recipes.utils.config import load_config, parse_command_line
 
 import pytest
@@ -32,10 +33,12 @@ def test_each_recipe_command_parses(command, tmp_path, monkeypatch):
     if "sft_" in recipe:
         assert parse_command_line(words, "qlora" if "qlora" in recipe else "lora", "").training["output_dir"]
     else:
-        function = "evaluate_adapter" if "evaluate" in recipe else "merge_adapter"
-        module = {"evaluate_adapter": evaluate_adapter, "merge_adapter": merge_adapter}[function]
+        function = Path(recipe).stem
+        module = {"evaluate_adapter": evaluate_adapter, "merge_adapter": merge_adapter, "inspect_data": inspect_data}[
+            function
+        ]
         called = []
-        monkeypatch.setattr(module, function, lambda **options: called.append(options))
+        monkeypatch.setattr(module, function, lambda *args, **options: called.append(options))
         module.main(words)
         assert len(called) == 1
 
@@ -55,7 +58,8 @@ def test_flags_named_in_the_text_are_keys_of_a_config(tmp_path, monkeypatch):
     flags = set(re.findall(r"--([a-z_]+\.[a-z_0-9]+)", README))
     values = {
         "data.validation": 0.1, "lora.target_modules": ["q_proj"], "lora.r": 8, "model.dtype": "float32",
-        "model.chat_template": "my.jinja", "training.gradient_checkpointing": True, "training.learning_rate": 1e-4,
+        "model.chat_template": "my.jinja", "data.on_bad_row": "skip", "data.control_tokens": "escape", "data.system": "merge", "data.over_length": "truncate",
+        "data.train_on": "last", "training.gradient_checkpointing": True, "training.learning_rate": 1e-4,
     }  # fmt: skip
     assert len(flags) > 5
     load_config(
