@@ -146,8 +146,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--html", metavar="FILE", help="write the same as a page that opens from disk")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the same for a machine")
     options, rest = parser.parse_known_args(argv)
-    method = "qlora" if "quantization" in Path(options.config).read_text() else "lora"
-    config = load_config(options.config, read_flags(rest), method, new_run=False)
+    path = Path(options.config)
+    method = "qlora" if path.is_file() and "quantization:" in path.read_text(encoding="utf-8") else "lora"
+    config = load_config(path, read_flags(rest), method, new_run=False)
     inspect_data(config, options.rows, options.row, options.pick, options.html, options.as_json)
 
 

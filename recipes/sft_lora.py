@@ -29,8 +29,8 @@ def train_lora(config: Config) -> Path:
     # 1. Settings: a section of the YAML holds the arguments of one library class.
     training_args = SFTConfig(**config.training)
     lora_config = LoraConfig(**config.lora)
-    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
     check_machine(config)
+    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
 
     # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone; what cannot be right stops here.
     tokenizer, template_reason = load_tokenizer(config.model)

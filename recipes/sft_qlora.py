@@ -39,8 +39,8 @@ def train_qlora(config: Config) -> Path:
         **config.quantization,
     }
     quantization_config = BitsAndBytesConfig(**config.quantization)
-    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
     check_machine(config)
+    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
 
     # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone; what cannot be right stops here.
     tokenizer, template_reason = load_tokenizer(config.model)

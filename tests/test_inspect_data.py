@@ -75,6 +75,11 @@ def test_what_would_stop_a_run_is_shown_and_does_not_stop_the_inspection(inspect
     assert "--data.max_over_length" in shown
 
 
+def test_a_config_that_is_not_there_is_a_user_error(capsys):
+    assert console.run(inspect_data.main, ["nowhere.yaml"]) == 2
+    assert "nowhere.yaml: no such config file" in capsys.readouterr().err
+
+
 def test_a_bad_row_is_an_error_here_too(inspect, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n")
     status, _, errors = inspect("--data.train", tmp_path / "bad.jsonl")

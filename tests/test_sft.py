@@ -141,8 +141,9 @@ def test_packed_logits_equal_each_row_alone(config_file, trainers, attention):
         rows = torch.split(batch["input_ids"][0], [length for row in packed for length in row["seq_lengths"]])
         alone = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
         leaky = model(input_ids=batch["input_ids"]).logits[0]
-    assert (together - alone).abs().max() < 1e-5
-    assert (leaky - alone).abs().max() > 1e-2, "the check cannot see a leak"
+    size = alone.abs().max()
+    assert (together - alone).abs().max() / size < 1e-5
+    assert (leaky - alone).abs().max() / size > 1e-2, "the check cannot see a leak"
 
 
 def test_the_trainer_gets_the_labels_that_were_made(config_file, trainers):
@@ -336,7 +337,7 @@ def test_real_sharegpt_rows_without_tools_train_to_the_end(config_file, tmp_path
         if {turn["from"] for turn in row["conversations"]} <= {"human", "gpt", "system"} and row["tools"] == "[]"
     ]
     assert len(rows) > 20
-    data = {"train": str(write_jsonl(tmp_path / "sharegpt.jsonl", rows)), "validation": 0.1, "max_over_length": 1.0}
+    data = {"train": str(write_jsonl(tmp_path / "sharegpt.jsonl", rows)), "validation": 0.3, "max_over_length": 1.0}
     folder = train(
         config_file(
             data=data,

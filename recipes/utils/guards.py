@@ -45,7 +45,7 @@ def check_model(model, rows, tokenizer) -> list[Finding]:
     used &= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     findings, head = [], model.get_output_embeddings().weight
     for name, weight in (("embedding", model.get_input_embeddings().weight), ("head", head)):
-        norms = torch.linalg.vector_norm(weight.detach().float(), dim=-1)
+        norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
         middle = norms.median().item()
         odd = [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]
         if odd:
