@@ -129,6 +129,12 @@ def test_evaluation_without_validation_rows_is_refused_with_the_flags_to_paste(t
         load(tmp_path, BASE + "  eval_strategy: steps\n")
 
 
+@pytest.mark.parametrize(("key", "value"), [("max_length", None), ("packing_strategy", "wrapped")])
+def test_a_value_that_cannot_be_right_here_is_refused(tmp_path, key, value):
+    with pytest.raises(UserError, match=f"training.{key}"):
+        load(tmp_path, BASE, {f"training.{key}": value})
+
+
 def test_everything_loraconfig_has_reaches_it(tmp_path):
     lora = {"use_rslora": True, "init_lora_weights": "pissa_niter_16", "bias": "none", "lora_dropout": 0.1}
     config = load(tmp_path, BASE, {f"lora.{key}": value for key, value in lora.items()})

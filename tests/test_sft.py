@@ -103,13 +103,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config_file, tmp
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-8", broken / "checkpoint-8")
+    shutil.copy(whole / "metrics.jsonl", broken / "metrics.jsonl")
     resumed = train(path, method, resume=str(broken / "checkpoint-8"))
     assert resumed == broken
     assert same(adapter_of(whole), adapter_of(resumed))
     lines = [
         [line for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line] for folder in (whole, broken)
     ]
-    assert lines[0][-1]["eval_loss"] == lines[1][-1]["eval_loss"]
+    assert [(line["step"], line["eval_loss"]) for line in lines[0]] == [
+        (line["step"], line["eval_loss"]) for line in lines[1]
+    ]
 
 
 def test_the_best_checkpoint_by_validation_loss_is_what_is_saved(config_file, tmp_path):

@@ -142,6 +142,8 @@ def _check_together(config: Config, path) -> None:
     training = config.training
     if training.get("packing_strategy") == "wrapped":
         raise UserError(f"{path}: training.packing_strategy: 'wrapped' lets chats see each other; use bfd")
+    if training.get("max_length", 1024) is None:
+        raise UserError(f"{path}: training.max_length: a length in tokens is needed, such as 2048")
     if config.data.validation is None:
         wants = [
             key for key in ("eval_strategy", "load_best_model_at_end") if training.get(key) not in (None, False, "no")

@@ -4,6 +4,7 @@ A cache entry is found by content (the bytes of the files, template, tokenizer, 
 noticed and an unchanged file costs nothing but reading it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,7 +77,7 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
         try:
             counts = _write(temporary / "rows.arrow", paths, data, tokenizer, max_length, part, seed)
             (temporary / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-            if not folder.exists():
+            with contextlib.suppress(OSError):  # another process was faster; its rows are the same
                 temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
