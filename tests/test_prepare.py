@@ -33,6 +33,15 @@ def qwen2_5():
     return tokenizer
 
 
+def learnt_by_place(rows, tokenizer) -> dict[str, list[str]]:
+    """{file:line: the texts that carry loss, over all rows that came of it}."""
+    learnt = {}
+    for row in rows:
+        encoded = SimpleNamespace(input_ids=row["input_ids"], labels=row["labels"])
+        learnt.setdefault(row["where"], []).extend(trained_texts(tokenizer, encoded))
+    return learnt
+
+
 @cache
 def family_of(name):
     return (qwen2_5(), "<|im_end|>") if name == "qwen2.5" else (FAMILIES[name][0](), FAMILIES[name][1])
@@ -94,10 +103,7 @@ def test_real_tool_calls_are_what_is_trained():
     path = real_rows("sharegpt_tools.jsonl")
     rows, counts = prepared(path, tokenizer, max_length=100_000)
     assert counts["bad"] == []
-    learnt = {}
-    for row in rows:
-        encoded = SimpleNamespace(input_ids=row["input_ids"], labels=row["labels"])
-        learnt.setdefault(row["where"], []).extend(trained_texts(tokenizer, encoded))
+    learnt = learnt_by_place(rows, tokenizer)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         turns = [turn for turn in json.loads(line)["conversations"] if turn["from"] in ("gpt", "function_call")]
         found = learnt[f"{path}:{number}"]
@@ -117,10 +123,7 @@ def test_real_tool_calls_are_trained_in_mistrals_form_too():
     path = real_rows("sharegpt_tools.jsonl")
     rows, counts = prepared(path, tokenizer, max_length=100_000)
     assert counts["bad"] == []
-    learnt = {}
-    for row in rows:
-        encoded = SimpleNamespace(input_ids=row["input_ids"], labels=row["labels"])
-        learnt.setdefault(row["where"], []).extend(trained_texts(tokenizer, encoded))
+    learnt = learnt_by_place(rows, tokenizer)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         turns = [turn for turn in json.loads(line)["conversations"] if turn["from"] in ("gpt", "function_call")]
         found = sorted(text.strip() for text in learnt[f"{path}:{number}"] if not text.startswith("[TOOL_CALLS]"))

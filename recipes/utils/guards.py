@@ -41,10 +41,15 @@ def check_rows(train: Prepared, validation: Prepared | None, config: Config, tok
 def check_model(model, rows, tokenizer) -> list[Finding]:
     """Control tokens of the rows whose embedding or head row looks untrained in the base, by its norm against the
     vocabulary's: a base model's chat tokens may never have been trained, and the head row decides when it stops."""
-    used = {token for row in rows.select(range(min(len(rows), ROWS_COMPARED))) for token in row["input_ids"]}
-    used &= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    findings, head = [], model.get_output_embeddings().weight
-    for name, weight in (("embedding", model.get_input_embeddings().weight), ("head", head)):
+    sample = rows.select(range(min(len(rows), ROWS_COMPARED)))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    read = special & {token for ids in sample["input_ids"] for token in ids}
+    learnt = special & {label for labels in sample["labels"] for label in labels}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    findings = []
+    for name, weight, used in (("embedding", embedding, read), ("head", head, learnt)):
+        if name == "head" and head is embedding:  # tied, and told already
+            continue
         norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
         middle = norms.median().item()
         odd = [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]
