@@ -12,7 +12,7 @@ from recipes.sft_lora import train_lora as _train_lora
 from recipes.sft_qlora import train_qlora as _train_qlora
 from recipes.utils.config import load_config
 from recipes.utils.config_keys import ModelOptions
-from recipes.utils.console import say
+from recipes.utils.console import UserError, say
 from recipes.utils.model import load_model_config
 
 __all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
@@ -22,27 +22,27 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 def train_lora(
     model_name: str,
-    dataset_path: str | list[str],
+    dataset_path,
     val_dataset_path=None,
-    output_dir: str | None = None,
-    lora_rank=16,
-    batch_size=4,
-    gradient_accumulation_steps=4,
-    learning_rate=2e-4,
-    epochs=3,
+    output_dir=None,
+    lora_rank=None,
+    batch_size=None,
+    gradient_accumulation_steps=None,
+    learning_rate=None,
+    epochs=None,
     config=None,
-    **overrides,
+    **sections,
 ) -> Path:
     """Train a LoRA adapter and return its folder.
 
     Args:
-        model_name: a hub name or a folder; its own type decides which of configs/*.yaml gives all other settings.
+        model_name: a hub name or a folder; its own type decides which of configs/*.yaml gives all that is not given here.
         dataset_path: JSONL files: a path, a list or a glob.
         val_dataset_path: the same, or a share of the train rows (0.05); without it nothing is evaluated.
         output_dir: the run folder; runs/<family>-lora, numbered, without it.
-        config: another YAML file to start from.
-        **overrides: further keys by section, such as training={"max_length": 1024}, lora={"lora_alpha": 64}, or
-            dry_run=True, resume="latest".
+        config: another YAML file to start from; its validation rows stay where `val_dataset_path` is not given.
+        **sections: further keys by section, such as training={"max_length": 1024}, lora={"lora_alpha": 64}, and
+            dry_run=True or resume="latest".
 
     Raises:
         UserError: for anything in the settings or the data that the user can mend.
@@ -52,16 +52,16 @@ def train_lora(
 
 def train_qlora(
     model_name: str,
-    dataset_path: str | list[str],
+    dataset_path,
     val_dataset_path=None,
-    output_dir: str | None = None,
-    lora_rank=16,
-    batch_size=4,
-    gradient_accumulation_steps=4,
-    learning_rate=2e-4,
-    epochs=3,
+    output_dir=None,
+    lora_rank=None,
+    batch_size=None,
+    gradient_accumulation_steps=None,
+    learning_rate=None,
+    epochs=None,
     config=None,
-    **overrides,
+    **sections,
 ) -> Path:
     """`train_lora` on a base in 4 bit; takes a section quantization={...} as well."""
     return _train_qlora(_config("qlora", **locals()))
@@ -79,27 +79,38 @@ def _config(
     learning_rate,
     epochs,
     config,
-    overrides,
+    sections,
 ):
     """The family's YAML with the arguments laid over it."""
     keys = {
-        "model.name_or_path": str(model_name),
+        "model.name_or_path": model_name,
         "data.train": dataset_path,
         "data.validation": val_dataset_path,
+        "training.output_dir": output_dir,
         "lora.r": lora_rank,
         "training.per_device_train_batch_size": batch_size,
         "training.gradient_accumulation_steps": gradient_accumulation_steps,
         "training.learning_rate": learning_rate,
         "training.num_train_epochs": epochs,
     }
-    if output_dir:
-        keys["training.output_dir"] = str(output_dir)
-    if val_dataset_path is None:
-        keys |= {"training.eval_strategy": "no", "training.load_best_model_at_end": False}
-    flags = {name: overrides.pop(name) for name in ("dry_run", "resume") if name in overrides}
-    for section, values in overrides.items():
+    keys = {key: _plain(value) for key, value in keys.items() if value is not None}
+    if val_dataset_path is None and config is None:
+        keys |= {"data.validation": None, "training.eval_strategy": "no", "training.load_best_model_at_end": False}
+    flags = {name: sections.pop(name) for name in ("dry_run", "resume") if name in sections}
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise UserError(
+                f"{section}: further settings are given by section, such as training={{{section!r}: {values!r}}}"
+            )
         keys |= {f"{section}.{key}": value for key, value in values.items()}
     return load_config(config or _family(str(model_name)), keys, method, **flags)
+
+
+def _plain(value):
+    """Paths as the strings that a YAML would hold."""
+    return (
+        [str(part) for part in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+    )
 
 
 def _family(model_name: str) -> Path:

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from recipes.utils.console import out, run, say
+from recipes.utils.console import UserError, out, run, say
 from recipes.utils.dataset import Chat
 from recipes.utils.evaluation import evaluate, rows_to_score
 from recipes.utils.model import load_run_base
@@ -33,6 +33,10 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
     # 1. The run, and the rows to score.
     run_folder = Path(run_folder or newest_run())
     record = read_run(run_folder)
+    if max_rows < 1:
+        raise UserError("--max-rows: at least one answer must be generated")
+    if model and not (Path(model) / "config.json").is_file():
+        raise UserError(f"--model {model}: is no model folder (it has no config.json)")
     chats = rows_to_score(record, data)
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
 

@@ -6,7 +6,7 @@
     python recipes/inspect_data.py configs/mistral.yaml --html data.html
     python recipes/inspect_data.py configs/mistral.yaml --json
 
-Takes the flags of the training recipes. Loads no model weights and needs no GPU.
+Takes the keys of a config as flags, as the training recipes do. Loads no model weights and needs no GPU.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
 
     `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`.
     """
+    out.stderr = as_json  # standard output is for the JSON alone then
     # 1. The rows as the recipes prepare them, and what the guards say.
     args = SFTConfig(**config.training)
     tokenizer, template_reason = load_tokenizer(config.model)
@@ -70,6 +71,8 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
     }  # fmt: skip
 
     # 3. For a machine, a browser, or the person at the terminal.
+    if html and not Path(html).absolute().parent.is_dir():
+        raise UserError(f"--html {html}: there is no such folder")
     if html:
         write_data_page(Path(html), config, report)
         say(f"written: {html}")
@@ -147,7 +150,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the same for a machine")
     options, rest = parser.parse_known_args(argv)
     path = Path(options.config)
-    method = "qlora" if path.is_file() and "quantization:" in path.read_text(encoding="utf-8") else "lora"
+    words = " ".join(rest) + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+    method = "qlora" if "quantization" in words else "lora"
     config = load_config(path, read_flags(rest), method, new_run=False)
     inspect_data(config, options.rows, options.row, options.pick, options.html, options.as_json)
 

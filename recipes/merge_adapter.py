@@ -13,7 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from recipes.utils.chat_template import ANSWER, USER
 from recipes.utils.console import UserError, print_table, run, say
+from recipes.utils.dataset import Chat
 from recipes.utils.encoding import encode_chats, stop_token_ids
 from recipes.utils.evaluation import rows_to_score
 from recipes.utils.model import fit_to_save, hub_errors, load_run_base
@@ -37,7 +39,11 @@ def merge_adapter(run_folder=None, output=None) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(run_folder)
 
     # 2. What the adapter says where it was trained (after Q-LoRA: on the 4-bit base), to compare with later.
-    rows = encode_chats(rows_to_score(record)[:ROWS_COMPARED], tokenizer)
+    try:
+        chats = rows_to_score(record)[:ROWS_COMPARED]
+    except UserError:  # a run without validation rows, or whose files are elsewhere now: any chat will do
+        chats = [Chat([USER, ANSWER], "")]
+    rows = encode_chats(chats, tokenizer, escape=True)
     live = _logits(PeftModel.from_pretrained(load_run_base(record), run_folder), rows)
 
     # 3. Merge: base + scale · B·A, the adapter read in float32, the sum rounded once to the base's own dtype.

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from recipes.utils.adapter import keep_start, save_plain
 from recipes.utils.config import Config, parse_command_line
-from recipes.utils.console import print_run_table, run, say
+from recipes.utils.console import discard_empty, print_run_table, run, say, settings_judged
 from recipes.utils.guards import check_model, check_rows, check_settings, heed
 from recipes.utils.model import check_machine, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
 from recipes.utils.prepare import prepare
-from recipes.utils.run_record import begin_run, discard_empty, finish_run
+from recipes.utils.run_record import begin_run, finish_run
 
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
@@ -58,14 +58,15 @@ def train_qlora(config: Config) -> Path:
         model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
 
     # 5. Trainer: it packs the rows, and its fused head computes the loss without holding all logits.
-    trainer = SFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train.rows,
-        eval_dataset=validation.rows if validation else None,
-        processing_class=tokenizer,
-        peft_config=lora_config,
-    )
+    with settings_judged(config.new_folders):
+        trainer = SFTTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train.rows,
+            eval_dataset=validation.rows if validation else None,
+            processing_class=tokenizer,
+            peft_config=lora_config,
+        )
     # TRL casts the adapter on a 4-bit base to bfloat16, where small steps are rounded away, and a loaded checkpoint
     # comes back in float32: float32 all the way.
     for parameter in trainer.model.parameters():
@@ -76,7 +77,8 @@ def train_qlora(config: Config) -> Path:
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
     heed(check_settings(training_args, len(trainer.train_dataset), train.counts))
     if config.dry_run:
-        return discard_empty(config.run_folder)
+        discard_empty(config.new_folders)
+        return config.run_folder
 
     # 6. Train. The best checkpoint by validation loss is kept, and loaded at the end.
     start = keep_start(trainer.model)

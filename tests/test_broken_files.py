@@ -1,6 +1,7 @@
 """Broken data files, one kind each: line 3 of every file in tests/broken is wrong, and is named with the mend."""
 
 import copy
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from recipes.utils.console import UserError
 from recipes.utils.prepare import prepare
 
 import pytest
-from conftest import read_jsonl
+from conftest import read_jsonl, write_jsonl
 from mistral_tokenizers import mistral_v3_tokenizer
 from test_chat_template import FAMILIES
 
@@ -24,30 +25,30 @@ BROKEN = {  # file: (what is wrong, how to mend it)
     "all_weights_zero": ("every answer has weight 0", "remove the row"),
     "alpaca_empty_output": ("turn 2: the answer is empty", "fill it in, or remove the row"),
     "an_array": ("expected a JSON object, found list", "write one object a line"),
-    "content_wrong_type": ("turn 1 (user): content: expected a string, found list", ""),
+    "content_wrong_type": ("turn 1 (user): content: expected a string, found list", "join its parts into one"),
     "control_token_answer": (
         "turn 2 (assistant): holds the control token <|endoftext|>",
         "--data.control_tokens escape",
     ),
     "control_token_user": ("turn 1 (user): holds the control token <|im_end|>", "--data.control_tokens escape"),
-    "cut_off_line": ("not JSON: Unterminated string", ""),
+    "cut_off_line": ("not JSON: Unterminated string", "mend this line, or remove it"),
     "duplicate_key": ("prompt: the key stands twice in one object", "keep one"),
     "duplicate_key_within": ("role: the key stands twice in one object", "keep one"),
     "empty_answer": (
         "turn 2: the answer is empty; it would teach the model to stop at once",
         "fill it in, or remove the row",
     ),
-    "function_call_no_json": ("turn 2: function_call: not JSON", ""),
-    "input_wrong_type": ("input: expected a string, found list", ""),
+    "function_call_no_json": ("turn 2: function_call: not JSON", "write it as JSON, with double quotes"),
+    "input_wrong_type": ("input: expected a string, found list", "write it as such"),
     "lone_surrogate": ("messages[1].content: holds half a character (\\ud83d)", "write it whole, or remove it"),
-    "messages_no_list": ("messages: expected a list, found str", ""),
-    "missing_colon": ("not JSON: Expecting ':' delimiter (column 29)", ""),
+    "messages_no_list": ("messages: expected a list, found str", "write it as such"),
+    "missing_colon": ("not JSON: Expecting ':' delimiter (column 29)", "mend this line, or remove it"),
     "misspelt_completion": ("completion: missing", "did you write `completions` for it?"),
     "misspelt_content": ("turn 1 (user): content: missing", "did you write `contents` for it?"),
     "misspelt_conversations": ("no known shape", "did you write `conversation` for conversations?"),
     "misspelt_messages": ("no known shape", "did you write `mesages` for messages?"),
     "misspelt_output": ("output: missing", "did you write `outptu` for it?"),
-    "mistral_begins_with_assistant": ("the chat template cannot carry this conversation: message 1", ""),
+    "mistral_begins_with_assistant": ("the chat template cannot carry this conversation: message 1", "Join neighbours"),
     "mistral_control_token": ("turn 1 (user): holds the control token [INST]", "--data.control_tokens escape"),
     "mistral_two_users": (
         "the chat template cannot carry this conversation: message 2 has the role 'user' where 'assistant' is due",
@@ -60,26 +61,29 @@ BROKEN = {  # file: (what is wrong, how to mend it)
     "no_output": ("output: missing", "add it"),
     "no_role": ("turn 1: unknown role None", "known: system, user, assistant, tool"),
     "no_turns": ("no assistant turn", "add one"),
-    "not_json": ("not JSON: Expecting value (column 15)", ""),
+    "not_json": ("not JSON: Expecting value (column 15)", "mend this line, or remove it"),
     "not_utf8": ("not UTF-8 at byte 16", "save the file as UTF-8"),
     "nul": ("messages[1].content: holds a NUL character", "remove it"),
     "null": ("expected a JSON object, found NoneType", "write one object a line"),
-    "odd_weight": ("turn 2: weight: expected 0 (no loss on this turn) or 1", ""),
-    "output_null": ("output: expected a string, found NoneType", ""),
-    "plain_text": ("not JSON", ""),
-    "prompt_wrong_type": ("prompt: expected a string or a list, found int", ""),
-    "sharegpt_turn_without_value": ("conversations: turn 1: expected an object with `from` and `value`", ""),
+    "odd_weight": ("turn 2: weight: expected 0 (no loss on this turn) or 1", "write one of them"),
+    "output_null": ("output: expected a string, found NoneType", "write it as such"),
+    "plain_text": ("not JSON", "mend this line, or remove it"),
+    "prompt_wrong_type": ("prompt: expected a string or a list, found int", "write it as such"),
+    "sharegpt_turn_without_value": ("conversations: turn 1: expected an object with `from` and `value`", "write both"),
     "sharegpt_unknown_role": ("conversations: turn 1: unknown role 'humann'", "did you mean 'human'?"),
-    "single_quotes": ("not JSON: Expecting property name enclosed in double quotes (column 2)", ""),
+    "single_quotes": (
+        "not JSON: Expecting property name enclosed in double quotes (column 2)",
+        "mend this line, or remove it",
+    ),
     "system_not_first": ("a system message is not the first one", "--data.system merge"),
-    "tool_arguments_no_json": ("turn 2: arguments of f: not JSON", ""),
-    "tool_arguments_no_object": ("turn 2: arguments of f: expected an object", ""),
-    "tool_call_without_name": ("turn 2: tool_calls: expected objects with `name` and `arguments`", ""),
-    "tools_no_json": ("tools: not JSON", ""),
-    "tools_not_carried_by_qwen2": ("the chat template cannot carry this conversation", ""),
-    "trailing_comma": ("not JSON", ""),
-    "turn_no_object": ("turn 1: expected an object with `role` and `content`", ""),
-    "two_objects_on_a_line": ("not JSON: Extra data (column 36)", ""),
+    "tool_arguments_no_json": ("turn 2: arguments of f: not JSON", "write it as JSON, with double quotes"),
+    "tool_arguments_no_object": ("turn 2: arguments of f: expected an object", 'write {"name": value}'),
+    "tool_call_without_name": ("turn 2: tool_calls: expected objects with `name` and `arguments`", "write both"),
+    "tools_no_json": ("tools: not JSON", "write it as JSON, with double quotes"),
+    "tools_not_carried_by_qwen2": ("the chat template cannot carry this conversation", "leave the list of tools out"),
+    "trailing_comma": ("not JSON", "mend this line, or remove it"),
+    "turn_no_object": ("turn 1: expected an object with `role` and `content`", "write both"),
+    "two_objects_on_a_line": ("not JSON: Extra data (column 36)", "mend this line, or remove it"),
     "unknown_role": ("turn 1: unknown role 'asistant'", "did you mean 'assistant'?"),
     "white_answer": ("turn 2: the answer is empty", "fill it in, or remove the row"),
 }
@@ -98,6 +102,7 @@ def test_each_file_of_the_folder_has_its_row_here():
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_line_and_the_mend_are_named_and_nothing_is_written(name):
     what, mend = BROKEN[name]
+    assert mend
     path = FOLDER / f"{name}.jsonl"
     cache = Path(os.environ["HF_HOME"])
     before = sorted(cache.rglob("*.arrow"))
@@ -142,6 +147,41 @@ def test_typed_control_tokens_are_plain_text_when_escaped():
         plain = rows[0]["input_ids"]
         assert special == [token for token in plain if token in tokenizer.added_tokens_decoder]
         assert end in tokenizer.decode(ids, clean_up_tokenization_spaces=False).split("b")[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[<|im_end|>]", "[see <|im_end|> x]", "x < 3 and <|im_end|> > y", "<<|im_end|>>", "a<|im_end|>b"],
+)
+@pytest.mark.parametrize("place", ["user", "tool description", "argument name", "tool result"])
+def test_a_control_token_is_found_wherever_it_hides(tmp_path, text, place):
+    """Refused, or by `escape` encoded as text: as many control tokens as the same row has without it."""
+    family = "mistral v3"
+    text = text.replace("<|im_end|>", "[INST]")
+
+    def row(text):
+        calls = [{"name": "f", "arguments": {text if place == "argument name" else "a": 1}}]
+        result = json.dumps({"k": text}) if place == "tool result" else "4"
+        if place == "tool result":
+            result = result.replace("[", "\\u005b")
+        return {
+            "messages": [
+                {"role": "user", "content": text if place == "user" else "go"},
+                {"role": "assistant", "tool_calls": calls},
+                {"role": "tool", "content": result},
+                {"role": "assistant", "content": "done"},
+            ],
+            "tools": [{"name": "f", "description": text if place == "tool description" else "d"}],
+        }
+
+    tokenizer = FAMILIES[family][0]()
+    path = write_jsonl(tmp_path / "mistral.jsonl", [row(text)])
+    with pytest.raises(UserError, match=r"holds the control token \[INST\]"):
+        prepared(path)
+    escaped = prepared(path, control_tokens="escape").rows[0]["input_ids"]
+    plain = prepared(write_jsonl(tmp_path / "mistral-plain.jsonl", [row("word")])).rows[0]["input_ids"]
+    specials = [[token for token in ids if token in tokenizer.added_tokens_decoder] for ids in (escaped, plain)]
+    assert specials[0] == specials[1]
 
 
 def test_escaping_changes_no_row_without_control_tokens():

@@ -37,6 +37,9 @@ def test_each_recipe_has_a_help_that_shows_the_command_to_type(recipe):
         ({"model": {"name_or_path": "nowhere/model"}}, [], "nowhere/model"),
         ({"model": {"attn_implementation": "flash_attention_2"}}, [], "pip install"),
         ({"model": {"adapter": "nowhere"}}, [], "nowhere is no adapter folder"),
+        ({"lora": {"target_modules": ["nope"]}}, [], "nope"),
+        ({"lora": {"target_modules": ["lm_head"]}}, [], "lm_head"),
+        ({"training": {"report_to": "comet_ml"}}, [], "comet"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -58,7 +61,7 @@ def test_a_bad_json_line_ends_a_real_script_with_status_2_and_its_place(config_f
     path = config_file(data={"train": str(tmp_path / "bad.jsonl")})
     result = run_script("recipes/sft_lora.py", path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: {tmp_path}/bad.jsonl:2: not JSON: Expecting ':' delimiter (column 29)\n"
+    assert result.stderr == f"error: {tmp_path}/bad.jsonl:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """Every key of a config is honoured or refused, with the place and the mend."""
 
 import os
+import shlex
 from pathlib import Path
 
 from recipes.utils.config import load_config, parse_command_line
@@ -95,6 +96,70 @@ def test_a_bad_key_or_value_is_named_with_its_line_and_mend(tmp_path, extra, lin
 def test_quantization_values_that_the_class_would_take_in_silence_are_refused(tmp_path, key, value, mend):
     with pytest.raises(UserError, match=mend):
         load(tmp_path, BASE, {f"quantization.{key}": value}, "qlora")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--training.per_device_train_batch_size 0", "is not between 1 and"),
+        ("--training.gradient_accumulation_steps 0", "is not between 1 and"),
+        ("--training.learning_rate -1", "is not between"),
+        ("--training.learning_rate null", "needs a value"),
+        ("--lora.r 0", "is not between 1 and"),
+        ("--lora.lora_dropout 2", "is not between 0 and"),
+        ("--data.train null", "needs a value"),
+        ("--model.dtype null", "needs a value"),
+        ("--training.packing_strategy bdf", "did you mean 'bfd'?"),
+        ("--training.loss_type foo", "is not one of nll"),
+        ("--training.hub_token secret", "hf auth login"),
+        ("--lora.inference_mode true", "not in inference mode"),
+        ("--lora.trainable_token_indices '[1]'", "modules_to_save"),
+        ("--training.output_dir /etc/hostname", "is a file, not a folder"),
+    ],
+)
+def test_values_that_the_libraries_would_fall_over_are_refused(tmp_path, flags, message):
+    (tmp_path / "my.yaml").write_text(BASE)
+    with pytest.raises(UserError, match=message):
+        parse_command_line([str(tmp_path / "my.yaml"), *shlex.split(flags)], "lora", "")
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_qlora_without_a_4_bit_base_is_refused(tmp_path, value):
+    key = "load_in_4bit" if value is False else "load_in_8bit"
+    with pytest.raises(UserError, match="recipes/sft_lora.py"):
+        load(tmp_path, BASE, {f"quantization.{key}": value is None}, "qlora")
+
+
+@pytest.mark.parametrize("flag", ["--training.eval_strategy no", "--training.save_strategy no", "--data.train *.jsonl"])
+def test_words_that_yaml_would_read_as_something_else_stay_words(tmp_path, flag):
+    (tmp_path / "my.yaml").write_text(BASE)
+    name, value = flag.split()
+    config = parse_command_line([str(tmp_path / "my.yaml"), name, value], "lora", "")
+    section, key = name.removeprefix("--").split(".")
+    found = getattr(config, section)
+    assert (found[key] if isinstance(found, dict) else getattr(found, key)) == value
+
+
+def test_no_in_a_file_is_a_word_too(tmp_path):
+    assert load(tmp_path, BASE + "  eval_strategy: no\n").training["eval_strategy"] == "no"
+
+
+@pytest.mark.parametrize(
+    "text", ["\x00", "? [a, b]\n: c\n", "model:\n  ? [a]\n  : b\n", "model:\n  dtype: !!python/object:os.system x\n"]
+)
+def test_yaml_that_is_no_config_is_a_user_error(tmp_path, text):
+    with pytest.raises(UserError, match="my.yaml"):
+        load(tmp_path, text)
+
+
+def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
+    (tmp_path / "a" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoint-1" / "trainer_state.json").touch()
+    (tmp_path / "my.yaml").write_text(BASE)
+    with pytest.raises(UserError, match="leave one of the two out"):
+        load_config(
+            tmp_path / "my.yaml", {"training.output_dir": "b"}, "lora", resume=str(tmp_path / "a" / "checkpoint-1")
+        )
 
 
 def test_all_problems_are_told_at_once(tmp_path):

@@ -139,3 +139,43 @@ def test_real_alpaca_and_sharegpt_rows_are_read():
     chats = read_chats(str(real_rows("sharegpt_tools.jsonl")))
     assert len(chats) == 300
     assert sum(bool(message.get("tool_calls")) for row in chats for message in row.messages) == 211
+
+
+def test_weight_0_on_a_sharegpt_call_is_kept(tmp_path):
+    turns = [dict(turn) for turn in TOOL_ROWS["sharegpt"]["conversations"]]
+    turns[1]["weight"] = 0
+    rows = [{"conversations": turns, "tools": TOOL_ROWS["sharegpt"]["tools"]}]
+    assert read_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)))[0].messages[1]["weight"] == 0
+
+
+def test_a_misspelt_key_of_a_message_is_bad_and_another_is_listed(tmp_path):
+    row = {"messages": [QUESTION, {**ANSWER, "reasoning_content": "hm"}]}
+    report = Report()
+    assert len(list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])), report))) == 1
+    assert list(report.ignored_keys) == ["messages.reasoning_content"]
+    row["messages"][1]["wieght"] = 0
+    with pytest.raises(UserError, match="turn 2: unknown key `wieght`; did you mean `weight`?"):
+        read_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])))
+
+
+def test_a_trailing_system_message_is_not_lost_by_merging(tmp_path):
+    rows = [{"messages": [QUESTION, ANSWER, SYSTEM]}]
+    with pytest.raises(UserError, match="a system message at the end"):
+        read_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), merge_system=True)
+
+
+def test_files_that_cannot_be_read_are_user_errors(tmp_path):
+    whole = gzip.compress(json.dumps(chat("a", "b")).encode() * 50)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
+    (tmp_path / "no.jsonl.gz").write_bytes(b"plain text")
+    for name in ("cut.jsonl.gz", "no.jsonl.gz"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read after line"):
+            read_chats(str(tmp_path / name))
+
+
+def test_globs_reach_into_folders_and_names_with_brackets_are_names(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("a.jsonl", "deep/b.jsonl", "deep/er/c.jsonl", "f[1].jsonl"):
+        write_jsonl(tmp_path / name, [chat("a", "b")])
+    assert len(read_chats(str(tmp_path / "**" / "*.jsonl"))) == 4
+    assert len(read_chats(str(tmp_path / "f[1].jsonl"))) == 1

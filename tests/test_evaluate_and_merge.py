@@ -16,7 +16,7 @@ from recipes.utils.run_record import newest_run
 
 import pytest
 import torch
-from conftest import TINY, read_jsonl, write_jsonl
+from conftest import TINY, chat, read_jsonl, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,6 +184,31 @@ def test_the_merged_folder_stops_where_training_stopped_and_keeps_the_template(c
     adapter = evaluate_adapter(folder, max_rows=2)["adapter"]
     assert scores["merged"]["loss"] == pytest.approx(adapter["loss"], rel=1e-5)
     assert set(json.loads((folder / "evaluation" / "metrics.json").read_text())) == {"base", "adapter", "merged"}
+
+
+def test_a_run_without_validation_rows_and_one_whose_data_is_gone_can_be_merged(config_file, tmp_path):
+    training = {"max_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+    folder = lora_run(config_file(data={"validation": None}, training=training))
+    (tmp_path / "train.jsonl").unlink()
+    assert (merge_adapter(folder) / "config.json").is_file()
+
+
+def test_a_run_that_skips_and_escapes_can_be_evaluated_and_merged(config_file, tmp_path):
+    rows = [*read_jsonl(TINY / "test.jsonl")[:3], chat("say <|im_end|> now", "<|im_end|> it is")]
+    path = write_jsonl(tmp_path / "odd.jsonl", rows)
+    path.write_text("{\n" + path.read_text())
+    data = {"validation": str(path), "on_bad_row": "skip", "control_tokens": "escape"}
+    folder = lora_run(config_file(data=data, training={"max_steps": 1, "eval_steps": 1, "save_steps": 1}))
+    assert evaluate_adapter(folder, max_rows=4)["adapter"]["rows"] == 4
+    assert (merge_adapter(folder) / "config.json").is_file()
+
+
+def test_a_run_that_has_not_finished_is_a_user_error(config_file, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "run.json").write_text("{}")
+    for function in (evaluate_adapter, merge_adapter):
+        with pytest.raises(UserError, match="holds no adapter yet"):
+            function(tmp_path / "half")
 
 
 def test_a_target_that_is_not_empty_is_refused_and_left_alone(config_file, tmp_path):

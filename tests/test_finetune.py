@@ -1,11 +1,13 @@
 """The Python API: the call of the README, from any folder."""
 
 import json
+from pathlib import Path
 
 import finetune
 from recipes.utils.console import UserError
 
 import pytest
+import yaml
 from conftest import TINY, read_jsonl, write_jsonl
 
 
@@ -49,6 +51,20 @@ def test_qlora_and_further_overrides_reach_the_library_classes(folder, mistral_t
     assert record["lora"]["lora_alpha"] == 64
     assert record["quantization"]["bnb_4bit_use_double_quant"] is False
     assert record["quantization"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_config_of_ones_own_keeps_what_is_not_given(folder):
+    config = folder / "mine.yaml"
+    config.write_text((TINY.parents[1] / "configs" / "tiny.yaml").read_text().replace("examples/tiny", str(TINY)))
+    own = yaml.safe_load(config.read_text())["training"]
+    run = finetune.train_lora(
+        str(TINY / "base"), Path("datasets/train.jsonl"), config=config, training={"max_steps": 1}
+    )
+    training = json.loads((run / "run.json").read_text())["training"]
+    assert training["learning_rate"] == own["learning_rate"]
+    assert training["eval_strategy"] == "steps"
+    with pytest.raises(UserError, match="by section"):
+        finetune.train_lora(str(TINY / "base"), "datasets/train.jsonl", max_length=256)
 
 
 def test_a_wrong_override_is_a_user_error(folder):

@@ -115,6 +115,13 @@ def test_near_duplicates_are_named_with_both_lines(found):
     assert "t.jsonl:41" in message
 
 
+def test_a_shared_system_prompt_makes_no_near_duplicates(found):
+    prompt = "You are the assistant of a shop and answer in the words of the handbook and never otherwise. " * 20
+    train = [chat(f"Question {number} of its own?", f"Answer {number}.", system=prompt) for number in range(20)]
+    validation = [chat("Where is the till?", "By the door.", system=prompt)]
+    assert found(train, validation, training={"max_length": 4096})[0] == []
+
+
 def test_all_tokens_trained_warns(found):
     tokenizer = FAMILIES["qwen2"][0]()
     tokenizer.chat_template = (

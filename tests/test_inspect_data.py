@@ -53,6 +53,13 @@ def test_json_is_for_a_machine(inspect):
     assert report["packing"]["fill"] == report["train"]["tokens"] / (report["packing"]["rows"] * 320)
 
 
+def test_json_stands_alone_on_standard_output(inspect, tmp_path):
+    status, shown, errors = inspect("--json", "--html", tmp_path / "p.html")
+    assert status == 0
+    assert json.loads(shown)
+    assert "written" in errors
+
+
 def test_one_row_can_be_named_and_an_unknown_one_is_a_user_error(inspect, tmp_path):
     status, shown, _ = inspect("--row", f"{tmp_path}/train.jsonl:7")
     assert status == 0

@@ -1,5 +1,6 @@
 """One pass from files to training rows: what is learnt, what is counted, what is found again."""
 
+import copy
 import json
 import os
 import re
@@ -160,6 +161,31 @@ def test_train_on_last_trains_the_last_answer_alone(tmp_path):
     assert trained_texts(tokenizer, encoded) == ["d<|im_end|>"]
 
 
+def test_train_on_last_takes_the_last_answer_that_has_weight(tmp_path):
+    row = chat("a", "b", "c", "d")
+    row["messages"][3]["weight"] = 0
+    tokenizer = FAMILIES["qwen2"][0]()
+    rows, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer, train_on="last")
+    encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
+    assert trained_texts(tokenizer, encoded) == ["b<|im_end|>"]
+
+
+def test_an_answer_that_begins_without_a_blank_gets_none_from_sentencepiece():
+    """Zephyr's form on Mistral's vocabulary: the tokens of an answer are those that stand in the whole text."""
+    tokenizer = copy.deepcopy(FAMILIES["mistral v1"][0]())
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\\n' + message['content'] + eos_token }}"
+        "{% else %}{{ '<|assistant|>\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}"
+        "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+    messages = chat("Hi", "yo 0 answer", "And?", "more")["messages"]
+    (row,) = encode_chats([Chat(messages, "f:1")], tokenizer)
+    assert row.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert trained_texts(tokenizer, row) == ["yo 0 answer</s>", "more</s>"]
+    first = row.input_ids[row.labels.index(next(label for label in row.labels if label != -100))]
+    assert tokenizer.convert_ids_to_tokens(first) == "yo"
+
+
 def test_a_chat_that_is_split_is_counted_and_every_answer_is_learnt_once(tmp_path):
     tokenizer = FAMILIES["mistral v3"][0]()
     rows, counts = prepared(
@@ -253,6 +279,12 @@ def test_fingerprints_ignore_case_space_and_punctuation_alone():
         Chat(chat("How are you?", text)["messages"], "f:1") for text in ("Fine, thanks!", "fine thanks", "fine, thank")
     )
     assert fingerprint(first) == fingerprint(second) != fingerprint(third)
+    calls = [[{"type": "function", "function": {"name": name, "arguments": {}}}] for name in "fg"]
+    other = [
+        first._replace(messages=[first.messages[0], {"role": "assistant", "content": "", "tool_calls": call}])
+        for call in calls
+    ]
+    assert fingerprint(other[0]) != fingerprint(other[1])
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from recipes import evaluate_adapter, inspect_data, merge_adapter
-from recipes.utils.config import load_config, parse_command_line
+from recipes.utils.config import parse_command_line
 
 import pytest
 from conftest import ROOT
@@ -53,18 +53,14 @@ def test_make_commands_have_their_target():
     assert {"demo", "test"} <= named <= set(targets)
 
 
-def test_flags_named_in_the_text_are_keys_of_a_config(tmp_path, monkeypatch):
+FLAGS = sorted(set(re.findall(r"(--[a-z]+\.[a-z_0-9]+)[ =]('[^']*'|[\w./-]+)", README)))
+
+
+@pytest.mark.parametrize(("flag", "value"), FLAGS)
+def test_each_flag_in_the_text_is_taken_as_it_would_be_pasted(flag, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = set(re.findall(r"--([a-z_]+\.[a-z_0-9]+)", README))
-    values = {
-        "data.validation": 0.1, "lora.target_modules": ["q_proj"], "lora.r": 8, "model.dtype": "float32",
-        "model.chat_template": "my.jinja", "data.on_bad_row": "skip", "data.control_tokens": "escape", "data.system": "merge", "data.over_length": "truncate",
-        "data.train_on": "last", "training.gradient_checkpointing": True, "training.learning_rate": 1e-4,
-    }  # fmt: skip
-    assert len(flags) > 5
-    load_config(
-        ROOT / "configs" / "mistral.yaml", {name: values.get(name, 1) for name in flags if name != "data.train"}, "lora"
-    )
+    assert len(FLAGS) > 12
+    parse_command_line([str(ROOT / "configs" / "mistral.yaml"), flag, shlex.split(value)[0]], "lora", "")
 
 
 def test_what_qlora_adds_is_the_recorded_diff():

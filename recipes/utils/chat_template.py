@@ -4,8 +4,8 @@ from pathlib import Path
 
 from recipes.utils.console import UserError
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "configs" / "chat_templates"
@@ -77,6 +77,10 @@ def _named_template(name: str, tokenizer) -> str:
         known = ["auto", "mistral", *sorted(file.stem for file in TEMPLATES.glob("*.jinja"))]
         raise UserError(f"model.chat_template: no {name!r}; known: {', '.join(known)}, or the path of a .jinja file")
     template = path.read_text(encoding="utf-8")
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
     if not has_generation_markers(template):
         raise UserError(f"{path}: marks no answers, so nothing would be learnt: {HOW_TO}")
     return template

@@ -40,6 +40,9 @@ class Config:
     dry_run: bool = False
     resume: str | None = None
     cpu_asked_for: bool = False
+    new_folders: list[Path] = dataclasses.field(
+        default_factory=list
+    )  # the run folder and parents that are not there yet
 
     @property
     def run_folder(self) -> Path:
@@ -106,6 +109,8 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
     _resolve_training(config, path)
     if new_run:
         _resolve_run_folder(config)
+    run_folder = config.run_folder if new_run else Path()
+    config.new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     check_initialisation(config.lora, config.method)
     check_continued(config.model.adapter)
     # Some values only the classes themselves can judge (names of schedulers, optimizers, strategies): build them once
@@ -140,6 +145,8 @@ def _resolve_training(config: Config, path) -> None:
 def _check_together(config: Config, path) -> None:
     """Refuse settings that are fine each and wrong together."""
     training = config.training
+    if config.quantization.get("load_in_4bit") is False or config.quantization.get("load_in_8bit"):
+        raise UserError(f"{path}: quantization: Q-LoRA trains on a base in 4 bit; without one, run recipes/sft_lora.py")
     if training.get("packing_strategy") == "wrapped":
         raise UserError(f"{path}: training.packing_strategy: 'wrapped' lets chats see each other; use bfd")
     if training.get("max_length", 1024) is None:
@@ -159,6 +166,8 @@ def _resolve_run_folder(config: Config) -> None:
     """Set `training.output_dir` and the checkpoint to resume from; a folder that holds a run is never written over."""
     given = config.training.get("output_dir")
     default = f"runs/{config.name}-{config.method}"
+    if given and Path(given).exists() and not Path(given).is_dir():
+        raise UserError(f"training.output_dir: {given} is a file, not a folder")
     if config.resume is None:
         if given and _holds_a_run(Path(given)):
             raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
@@ -179,6 +188,8 @@ def _resolve_run_folder(config: Config) -> None:
         checkpoint = Path(config.resume)
         if not (checkpoint / "trainer_state.json").is_file():
             raise UserError(f"--resume: {checkpoint} is no checkpoint (it has no trainer_state.json)")
+    if given and Path(given).resolve() != checkpoint.resolve().parent:
+        raise UserError(f"--resume: {checkpoint} is not in training.output_dir {given}; leave one of the two out")
     config.resume = str(checkpoint)
     config.training["output_dir"] = str(checkpoint.parent)
 

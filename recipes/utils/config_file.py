@@ -9,7 +9,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e-4 as a string; this loader reads it as the number that was meant."""
+    """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` is a word (1.1 reads false)."""
 
 
 _Loader.add_implicit_resolver(
@@ -17,7 +17,10 @@ _Loader.add_implicit_resolver(
 )
 # the resolver above also matches plain integers, so those are asked first
 _Loader.yaml_implicit_resolvers = {
-    first: sorted(pairs, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+    first: sorted(
+        (pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool" or first in "tTfF"),
+        key=lambda pair: pair[0] != "tag:yaml.org,2002:int",
+    )
     for first, pairs in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -34,12 +37,15 @@ def read_yaml(path: Path):
         raise UserError(f"{path}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
     seen = {}
     for section, body in root.value:
+        _text(section, path)
         if isinstance(body, yaml.MappingNode):
-            pairs = [(f"{section.value}.{key.value}", key, value) for key, value in body.value]
+            pairs = [(f"{section.value}.{_text(key, path)}", key, value) for key, value in body.value]
         else:
             pairs = [(section.value, section, body)] if body.value else []  # a section without keys says nothing
         for name, key, value in [(section.value, section, None), *pairs] if section.value in seen else pairs:
@@ -47,8 +53,17 @@ def read_yaml(path: Path):
             if name in seen:
                 raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
             seen[name] = line
-            yield name, loader.construct_object(value, deep=True), line
+            try:
+                yield name, loader.construct_object(value, deep=True), line
+            except yaml.YAMLError as error:
+                raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
         seen[section.value] = section.start_mark.line + 1
+
+
+def _text(key: yaml.Node, path: Path) -> str:
+    if not isinstance(key, yaml.ScalarNode):
+        raise UserError(f"{path}:{key.start_mark.line + 1}: a key must be a word")
+    return key.value
 
 
 def read_flags(words: list[str]) -> dict[str, object]:
@@ -67,5 +82,8 @@ def read_flags(words: list[str]) -> dict[str, object]:
             value = words.pop(0)
         if name in flags:
             raise UserError(f"--{name} is given twice")
-        flags[name] = yaml.load(value, _Loader)
+        try:
+            flags[name] = yaml.load(value, _Loader)
+        except yaml.YAMLError:  # a glob such as *.jsonl, which a shell has left as it is
+            flags[name] = value
     return flags

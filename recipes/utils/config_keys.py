@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import typing
 from typing import Literal
 
 from recipes.utils.console import UserError
@@ -98,7 +99,24 @@ REFUSED = {
     "training.do_train": "a recipe trains; recipes/evaluate_adapter.py evaluates",
     "training.do_eval": "use training.eval_strategy",
     "training.do_predict": "use recipes/evaluate_adapter.py",
+    "training.hub_token": "it would be written into every checkpoint; use: hf auth login",
     "lora.task_type": "it is CAUSAL_LM here",
+    "lora.inference_mode": "an adapter that is trained is not in inference mode",
+    "lora.trainable_token_indices": "TRL's fused head cannot train single rows; use --lora.modules_to_save '[lm_head]'",
+}
+
+
+SMALLEST = 1e-12  # above zero
+RANGES = {
+    "training.per_device_train_batch_size": (1, 100_000),
+    "training.per_device_eval_batch_size": (1, 100_000),
+    "training.gradient_accumulation_steps": (1, 1_000_000),
+    "training.learning_rate": (SMALLEST, 1e3),
+    "training.num_train_epochs": (SMALLEST, 1e6),
+    "training.max_length": (2, 10_000_000),
+    "lora.r": (1, 100_000),
+    "lora.lora_dropout": (0, 0.999),
+    "data.max_over_length": (0, 1),
 }
 
 
@@ -141,6 +159,11 @@ def type_checker() -> ArgumentParser:
 def check_value(checker: ArgumentParser, section: str, name: str, value):
     """`value` as the type that the library class declares for it."""
     key = f"{section}.{name}"
+    declared = inspect.signature(SECTIONS[section]).parameters[name]
+    if value is None and declared.default is not None and type(None) not in typing.get_args(declared.annotation):
+        raise UserError(f"{key}: needs a value; leave the key out for the default")
+    if key in RANGES and isinstance(value, (int, float)) and not RANGES[key][0] <= value <= RANGES[key][1]:
+        raise UserError(f"{key}: {value} is not between {RANGES[key][0]} and {RANGES[key][1]}")
     if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
         return value  # declared as a Literal that spells out a placeholder
     if name.endswith(("_dtype", "_storage")) and section == "quantization":
@@ -151,10 +174,17 @@ def check_value(checker: ArgumentParser, section: str, name: str, value):
         raise UserError(f"{key}: {value!r} is not nf4 or fp4")
     if name.startswith(("load_in_", "bnb_4bit_use")) and not isinstance(value, bool):
         raise UserError(f"{key}: expected true or false, got {value!r}")
+    field = getattr(SECTIONS[section], "__dataclass_fields__", {}).get(name)
+    choices = field.metadata.get("choices") if field else None
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        raise UserError(
+            f"{key}: {value!r} is not one of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     try:
         return getattr(checker.parse_object({section: {name: value}}, defaults=False)[section], name)
     except ArgumentError as error:
-        declared = inspect.signature(SECTIONS[section]).parameters[name].annotation
+        declared = declared.annotation
         expected = declared.__name__ if isinstance(declared, type) else re.sub(r"[\w.]+\.", "", str(declared))
         raise UserError(f"{key}: expected {expected}, got {value!r}") from error
 

@@ -1,5 +1,6 @@
 """What a person sees: the run table, one-line errors, exit codes."""
 
+import contextlib
 import math
 import os
 import sys
@@ -114,6 +115,26 @@ def print_table(title: str, rows: dict[str, object]) -> None:
             table.add_row(name, str(value))
     if is_main_process():
         out.print(table, markup=False)
+
+
+@contextlib.contextmanager
+def settings_judged(new_folders):
+    """Turn what the libraries raise about settings that only they can judge (a target module that the model lacks, a
+    tracker that is not installed) into a `UserError`; the `new_folders` that they made meanwhile go."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
+        discard_empty(new_folders)
+        raise UserError(f"the settings cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def discard_empty(folders) -> None:
+    """Remove folders that hold nothing, the innermost first: of a run that was not begun, nothing stays."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def run(main, argv: list[str] | None = None) -> int:

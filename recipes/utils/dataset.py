@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from recipes.utils.console import UserError
 from recipes.utils.jsonl import BadRow, data_files, read_lines
-from recipes.utils.row_shapes import SHAPES, check_message, check_tools, row_shape, turns_of
+from recipes.utils.row_shapes import MESSAGE_KEYS, SHAPES, check_message, check_tools, row_shape, turns_of
 
 MOST_ERRORS = 20
 
@@ -20,6 +20,7 @@ class Chat(NamedTuple):
     messages: list[dict]
     where: str
     tools: list[dict] | None = None
+    line: str = ""  # the row as it stands in the file
 
 
 @dataclass
@@ -66,7 +67,7 @@ def stream_chats(paths: str | list[str], report: Report, merge_system: bool = Fa
             try:
                 if isinstance(row, BadRow):
                     raise row
-                yield _chat(row, where, report, merge_system)
+                yield _chat(row, where, report, merge_system)._replace(line=line)
             except BadRow as error:
                 report.add_bad(where, error, line)
         if not rows:
@@ -101,6 +102,10 @@ def _chat(row: dict, where: str, report: Report, merge_system: bool) -> Chat:
         raise BadRow("no answer", "every answer has weight 0, so there is nothing to learn; remove the row")
     report.shapes[shape] += 1
     report.ignored_keys.update(row.keys() - set(SHAPES[shape]))
+    if shape == "messages":
+        report.ignored_keys.update(
+            f"messages.{key}" for turn in row["messages"] for key in turn.keys() - set(MESSAGE_KEYS)
+        )
     if messages[-1]["role"] != "assistant":
         report.trimmed += 1
         while messages[-1]["role"] != "assistant":
@@ -118,4 +123,6 @@ def _merge_system(messages: list[dict]) -> list[dict]:
             waiting = []
         else:
             merged.append(message)
+    if waiting:
+        raise BadRow("system not first", "a system message at the end has no user turn to be merged into; remove it")
     return merged

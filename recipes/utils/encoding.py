@@ -59,13 +59,19 @@ def encode_documents(rows: list[Document], tokenizer, control: Control) -> list[
     The pieces are tokenised on their own: that is what inference does (the prompt is tokenised, the answer is generated
     after it), so no token ever straddles the border between the two.
     """
-    plain = [text for row in rows if not row.escaped for text, _ in row.pieces]
-    ids = iter(tokenizer.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
+    plain = [row for row in rows if not row.escaped]
+    first = [row.pieces[0][0] for row in plain]
+    going_on = [text for row in plain for text, _ in row.pieces[1:]]
+    first_ids = iter(tokenizer.backend_tokenizer.encode_batch_fast(first, add_special_tokens=False))
+    ids = iter(control.going_on.encode_batch_fast(going_on, add_special_tokens=False))
     encoded = []
     for row in rows:
         input_ids, labels, trained, stops = [], [], 0, True
-        for text, learnt in row.pieces:
-            piece = encode_escaped(text, tokenizer, control) if row.escaped else next(ids).ids
+        for place, (text, learnt) in enumerate(row.pieces):
+            if row.escaped:
+                piece = encode_escaped(text, tokenizer, control, first=place == 0)
+            else:
+                piece = next(ids if place else first_ids).ids
             input_ids += piece
             labels += piece if learnt else [-100] * len(piece)
             if learnt:
@@ -85,7 +91,7 @@ def documents(chat: Chat, tokenizer, control: Control, train_on: str, escape: bo
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [index for index in answers if messages[index].get("weight") != 0]
     if train_on == "last":
-        wanted = [index for index in wanted if index == answers[-1]]
+        wanted = wanted[-1:]
     try:
         text, spans = _spans(messages, tools, answers, tokenizer, control)
         _check_carried(text, messages, tools)
@@ -108,9 +114,15 @@ def documents(chat: Chat, tokenizer, control: Control, train_on: str, escape: bo
     return rows
 
 
-def prompt_ids(messages: list[dict], tokenizer, tools=None) -> list[int]:
-    """The token ids that inference sends for `messages`, which end where an answer is due."""
+def prompt_ids(messages: list[dict], tokenizer, tools=None, escape: bool = False) -> list[int]:
+    """The token ids that inference sends for `messages`, which end where an answer is due; with `escape`, those that
+    training had for a chat with typed control tokens."""
+    control = control_tokens(tokenizer) if escape else None
+    if control:
+        messages, tools, escape = guard_control_tokens(Chat(messages, "", tools), control, escape)
     text = render(tokenizer, messages, tools, add_generation_prompt=True)[0]
+    if escape:
+        return encode_escaped(text, tokenizer, control, first=True)
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat, held_out, read_chats
+from recipes.utils.dataset import Chat, Report, held_out, stream_chats
 from recipes.utils.encoding import Encoded, encode_chats, prompt_ids, stop_token_ids
 
 import torch
@@ -27,14 +27,15 @@ class Answer(NamedTuple):
 def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
     """The rows to score a run on: `data`, else its data.test, else its validation rows; `record` is its run.json."""
     options = DataOptions(**record["data"])
-    merge_system = options.system == "merge"
-    if isinstance(options.validation, float) and not (data or options.test):
-        chats = read_chats(options.train, merge_system)
-        return [chat for chat in chats if held_out(chat, options.validation, record["seed"])]
-    paths = data or options.test or options.validation
+    share = isinstance(options.validation, float) and not (data or options.test)
+    paths = options.train if share else data or options.test or options.validation
     if paths is None:
         raise UserError("the run has no test or validation rows; name a JSONL file with --data")
-    return read_chats(paths, merge_system)
+    report = Report()
+    chats = list(stream_chats(paths, report, options.system == "merge"))
+    if options.on_bad_row == "error":
+        report.raise_if_bad()
+    return [chat for chat in chats if not share or held_out(chat, options.validation, record["seed"])]
 
 
 def evaluate(
@@ -46,14 +47,13 @@ def evaluate(
     `exact_match` and `stopped` (shares of the generated answers), `rows` and `generated_rows` (counts).
     The last answer of a chat is the one that is generated.
     """
-    encoded = encode_chats(chats, tokenizer)
-    loss, accuracy = score_answers(model, tokenizer, encoded)
+    loss, accuracy = score_answers(model, tokenizer, encode_chats(chats, tokenizer, escape=True))
     asked = chats[:max_rows]
-    expected = [chat.messages[-1]["content"] for chat in asked]
-    if max_new_tokens is None:  # room for the longest expected answer and half as much again, so that babble shows
-        longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in expected)
-        max_new_tokens = min(1024, longest + longest // 2 + 8)
-    prompts = [prompt_ids(chat.messages[:-1], tokenizer, chat.tools) for chat in asked]
+    answers_ids = [_last_answer(chat, tokenizer) for chat in asked]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers_ids]
+    if max_new_tokens is None:  # room for the longest expected answer and some more, so that babble shows
+        max_new_tokens = min(1024, max(map(len, answers_ids)) + 16)
+    prompts = [prompt_ids(chat.messages[:-1], tokenizer, chat.tools, escape=True) for chat in asked]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
     exact = [answer.text.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]
     metrics = {
@@ -66,6 +66,13 @@ def evaluate(
         "generated_rows": len(asked),
     }
     return metrics, answers
+
+
+def _last_answer(chat: Chat, tokenizer) -> list[int]:
+    """The token ids of the chat's last answer, its end-of-turn token included."""
+    messages = [{**message, "weight": 1} for message in chat.messages]
+    labels = encode_chats([chat._replace(messages=messages)], tokenizer, train_on="last", escape=True)[0].labels
+    return [label for label in labels if label != -100]
 
 
 @torch.no_grad()

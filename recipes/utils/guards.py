@@ -4,7 +4,7 @@ import tempfile
 
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, say, steps_of
-from recipes.utils.encoding import encode_chats
+from recipes.utils.control_tokens import control_tokens
 from recipes.utils.leakage import Finding, leave_out_copies, near_duplicates, sample
 from recipes.utils.prepare import Prepared
 
@@ -31,7 +31,7 @@ def check_rows(train: Prepared, validation: Prepared | None, config: Config, tok
         if prepared:
             findings += _lost_to_length(prepared.counts, part, config)
             findings += _marks(prepared, part, tokenizer)
-    findings += _prompt_parity(config, tokenizer)
+    findings += _prompt_parity(train, config, tokenizer)
     if validation:
         leaked, validation = leave_out_copies(train, validation)
         findings += leaked + near_duplicates(config)
@@ -153,34 +153,32 @@ def _marks(prepared: Prepared, part: str, tokenizer) -> list[Finding]:
     return findings
 
 
-def _prompt_parity(config: Config, tokenizer) -> list[Finding]:
-    """Each trained answer must follow the very tokens that inference sends, through the tokenizer as it will be saved."""
+def _prompt_parity(train: Prepared, config: Config, tokenizer) -> list[Finding]:
+    """Each trained answer of the prepared rows must follow the very tokens that inference sends for it, through the
+    tokenizer as it will be saved."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         served = AutoTokenizer.from_pretrained(folder)
-    for chat in sample(config, "train", ROWS_COMPARED):
-        answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        prompts = None
-        try:
-            rows = encode_chats([chat], tokenizer, config.data.train_on)
-        except UserError:  # told already, or escaped: a typed control token is real to a server that reads text
-            continue
-        for row in rows:
-            starts = [
-                place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100
-            ]
-            prompts = prompts or [
-                served.apply_chat_template(
-                    chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
+    chats = {chat.where: chat for chat in sample(config, "train", ROWS_COMPARED)}
+    for row in train.rows.select(range(min(len(train.rows), ROWS_COMPARED))):
+        chat = chats.get(row["where"])
+        if chat is None or control_tokens(tokenizer).pattern.search(chat.line):
+            continue  # not among the first rows; or escaped: a typed control token is real to a server that reads text
+        prompts = [
+            served.apply_chat_template(
+                chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
+            )
+            for index, message in enumerate(chat.messages)
+            if message["role"] == "assistant"
+        ]
+        labels = row["labels"]
+        starts = [place for place, label in enumerate(labels) if label != -100 and labels[place - 1] == -100]
+        if any(row["input_ids"][:start] not in prompts for start in starts):
+            return [
+                Finding(
+                    "stop",
+                    f"{chat.where}: the training row does not begin with the tokens that inference sends for "
+                    "its prompt; the chat template and the saved tokenizer do not agree",
                 )
-                for index in answers
             ]
-            if any(row.input_ids[:start] not in prompts for start in starts):
-                return [
-                    Finding(
-                        "stop",
-                        f"{chat.where}: the training row does not begin with the tokens that inference sends for "
-                        "its prompt; the chat template and the saved tokenizer do not agree",
-                    )
-                ]
     return []

@@ -4,7 +4,9 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import re
+import zlib
 from pathlib import Path
 
 from recipes.utils.console import UserError
@@ -22,13 +24,16 @@ def data_files(paths: str | list[str]) -> list[Path]:
     """The files that a path, a list or a glob names, in order. Raises `UserError` for one that is not there."""
     files = []
     for pattern in [paths] if isinstance(paths, str) else paths:
-        matches = sorted(glob.glob(pattern)) if any(mark in pattern for mark in "*?[") else [pattern]
+        is_glob = any(mark in pattern for mark in "*?[") and not Path(pattern).exists()
+        matches = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
         if not matches:
             raise UserError(f"{pattern}: no file matches")
         for name in matches:
             if not Path(name).is_file():
                 hint = " (it is a folder; name the files: *.jsonl)" if Path(name).is_dir() else ""
                 raise UserError(f"{name}: no such data file{hint}; paths are relative to where the command runs")
+            if not os.access(name, os.R_OK):
+                raise UserError(f"{name}: cannot be read: permission denied")
             files.append(Path(name))
     return files
 
@@ -45,9 +50,18 @@ def file_hash(path: Path) -> str:
 def read_lines(path: Path):
     """Yield (file:line, object or `BadRow`, the line's text) for each line that is not blank; (file:line, None, "") for
     one that is. One line is held at a time."""
+    number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(file)
+        while True:
+            try:
+                line = next(lines)
+            except StopIteration:
+                return
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
+            number += 1
             where, text = f"{path}:{number}", ""
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -64,14 +78,15 @@ def _parse(text: str, number: int) -> dict:
         row = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         hint = "; write one object a line, not an array" if number == 1 and text.lstrip()[0] == "[" else ""
+        hint = hint or "; mend this line, or remove it"
         raise BadRow("not JSON", f"not JSON: {error.msg} (column {error.colno}){hint}") from error
-    except RecursionError:
-        raise BadRow("not JSON", "not JSON that can be read: nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise BadRow("not JSON", f"not JSON that can be read: {error}; remove the line") from error
     if not isinstance(row, dict):
         raise BadRow("not an object", f"expected a JSON object, found {type(row).__name__}; write one object a line")
     # Only such text can hold what no tokenizer takes, so other rows are spared the search.
     if "\\u" in text or "\0" in text:
-        _check_characters(row)
+        check_characters(row)
     return row
 
 
@@ -84,13 +99,14 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _check_characters(value, path: str = "") -> None:
+def check_characters(value, path: str = "") -> None:
+    """Raise a `BadRow` where a text within `value` holds what no tokenizer takes."""
     if isinstance(value, dict):
         for key, part in value.items():
-            _check_characters(part, f"{path}.{key}" if path else key)
+            check_characters(part, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for number, part in enumerate(value, start=1):
-            _check_characters(part, f"{path}[{number}]")
+            check_characters(part, f"{path}[{number}]")
     elif isinstance(value, str):
         if "\0" in value:
             raise BadRow("NUL", f"{path}: holds a NUL character; remove it")

@@ -37,9 +37,7 @@ class Monitor(TrainerCallback):
         # After a resume the steps since the checkpoint are done again: their old lines go.
         kept = []
         if self.path.exists():
-            kept = [
-                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
-            ]
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
         self.path.write_text("".join(line + "\n" for line in kept))
         if sys.stdout.isatty():
             self.bar = Progress(
@@ -98,3 +96,11 @@ class Monitor(TrainerCallback):
         """Time left as h:mm:ss, from the mean step time of this process so far."""
         seconds = (now - self.started) / max(1, state.global_step) * (state.max_steps - state.global_step)
         return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; none for a line that a kill has cut off."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")

@@ -5,6 +5,7 @@ noticed and an unchanged file costs nothing but reading it.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -83,13 +84,24 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
             shutil.rmtree(temporary, ignore_errors=True)
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     if not counts["rows"]:
-        raise UserError(
-            f"no {part} row is left to use: {counts['over_length']} are over training.max_length {max_length}; 99 % would "
-            f"fit in {counts['length_99']}"
-            if counts["over_length"]
-            else f"data.validation: {data.validation} of these rows is none; give a larger share, or a file"
-        )
+        raise UserError(_nothing_left(counts, data, part, max_length))
     return Prepared(datasets.Dataset.from_file(str(folder / "rows.arrow")), counts)
+
+
+def _nothing_left(counts: dict, data: DataOptions, part: str, max_length: int) -> str:
+    if counts["over_length"]:
+        return (
+            f"no {part} row is left to use: {counts['over_length']} are over training.max_length {max_length}; 99 % "
+            f"would fit in {counts['length_99']}"
+        )
+    if counts["bad"]:
+        bad = counts["bad"][0]
+        return f"no {part} row is left to use: all {len(counts['bad'])} are bad, such as {bad['where']}: {bad['error']}"
+    if isinstance(data.validation, float):
+        return (
+            f"data.validation: with a share of {data.validation} no {part} row is left; give another share, or a file"
+        )
+    return f"data.{part}: names no rows"
 
 
 def document_hash(input_ids) -> bytes:
@@ -106,7 +118,9 @@ def fingerprint(chat: Chat) -> int:
     """The same number for chats that differ in case, space and (ASCII) punctuation alone."""
     digest = hashlib.blake2b(digest_size=8)
     for message in chat.messages:
-        digest.update(message["content"].casefold().encode().translate(None, NO_LETTERS) + b"\n")
+        calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+        text = message["content"] + calls
+        digest.update(message["role"].encode() + text.casefold().encode().translate(None, NO_LETTERS) + b"\n")
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
@@ -175,7 +189,7 @@ def _texts(chats, report: Report, tokenizer, control, data: DataOptions, part: s
             for document in documents(chat, tokenizer, control, data.train_on, data.control_tokens == "escape"):
                 yield document, fingerprint(chat)
         except BadRow as error:
-            report.add_bad(chat.where, error)
+            report.add_bad(chat.where, error, chat.line)
 
 
 def _key(paths, tokenizer, settings: list) -> str:
@@ -183,6 +197,8 @@ def _key(paths, tokenizer, settings: list) -> str:
     digest = hashlib.sha256(repr([datasets.__version__, *settings]).encode())
     for module in sorted(Path(recipes.utils.__file__).parent.glob("*.py")):
         digest.update(module.read_bytes())
+    if "strftime_now" in tokenizer.chat_template:
+        digest.update(str(datetime.date.today()).encode())  # such a template writes the date
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr([tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]).encode())
     for path in data_files(paths):

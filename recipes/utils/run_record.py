@@ -47,7 +47,7 @@ def begin_run(config: Config, seed: int, train: dict, validation: dict | None) -
         "seed": seed,
     }
     _write(config.run_folder, record)
-    bad = train["bad"] + (validation["bad"] if validation else [])
+    bad = {row["where"]: row for part in (train, validation) if part for row in part["bad"]}.values()
     if bad:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in bad]
         (config.run_folder / "bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -56,14 +56,8 @@ def begin_run(config: Config, seed: int, train: dict, validation: dict | None) -
 def finish_run(config: Config, **results) -> None:
     """Set run.json's status to `finished` and add `results`."""
     if is_main_process():
-        _write(config.run_folder, {**read_run(config.run_folder), "status": "finished", "finished": _now(), **results})
-
-
-def discard_empty(folder: Path) -> Path:
-    """Remove the folder that the trainer made for a run that was not begun."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    return folder
+        record = json.loads((config.run_folder / "run.json").read_text(encoding="utf-8"))
+        _write(config.run_folder, {**record, "status": "finished", "finished": _now(), **results})
 
 
 def read_run(folder: Path) -> dict:
@@ -71,6 +65,8 @@ def read_run(folder: Path) -> dict:
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
+    if not (path.parent / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: holds no adapter yet (its run did not finish); go on with --resume")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
