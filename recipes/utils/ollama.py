@@ -1,0 +1,95 @@
+"""A Modelfile for Ollama, whose Go template is derived from the very chat template that was trained."""
+
+import json
+from pathlib import Path
+
+from recipes.utils.console import UserError
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+SYSTEM, FIRST, ANSWER, SECOND = "<<the system>>", "<<first question>>", "<<an answer>>", "<<second question>>"
+DIALOGUE = [
+    {"role": "user", "content": FIRST},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": SECOND},
+]
+
+
+def write_modelfile(output: Path, gguf: str, tokenizer, stop_ids: list[int]) -> None:
+    """Write `output`/Modelfile: the GGUF file, the template, and every text that ends an answer.
+
+    Raises:
+        UserError: if the chat template puts texts in places that this cannot express.
+    """
+    stops = [json.dumps(token, ensure_ascii=False) for token in tokenizer.convert_ids_to_tokens(stop_ids)]
+    lines = [f"FROM {gguf}", f'TEMPLATE """{go_template(tokenizer)}"""', *(f"PARAMETER stop {stop}" for stop in stops)]
+    (output / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def go_template(tokenizer) -> str:
+    """The Go template that renders what the tokenizer's chat template renders: one system message or none, then user
+    and assistant in turn. The begin-of-sequence token is left out: llama.cpp puts it there.
+
+    The chat template is rendered with four known texts, and what stands between them is taken over.
+    """
+    plain = _render(tokenizer, DIALOGUE)
+    head, opening, closing, end = _between(plain, [FIRST, ANSWER, SECOND])
+    system = {"role": "system", "content": SYSTEM}
+    first = [_quote(head), ""]
+    last = ""
+    try:
+        with_system = _render(tokenizer, [system, *DIALOGUE])
+    except TemplateError:
+        with_system = plain  # the template knows no system message
+    if end != opening:
+        raise UserError(
+            "--ollama: the chat template asks for a second answer otherwise than for the first; write a Modelfile"
+        )
+    if SYSTEM in with_system and with_system.index(SYSTEM) < with_system.index(FIRST):
+        before, after, *rest = _between(with_system, [SYSTEM, FIRST, ANSWER, SECOND])
+        first = [
+            f"{{{{ if $.System }}}}{_quote(before)}{{{{ $.System }}}}{_quote(after)}{{{{ else }}}}{_quote(head)}{{{{ end }}}}",
+            "",
+        ]
+    elif SYSTEM in with_system:  # in the last user message, as Mistral v3 has it
+        *rest, before, after, end = _between(with_system, [FIRST, ANSWER, SYSTEM, SECOND])
+        rest = [*rest[1:], before, end]
+        last = f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{{{{ $.System }}}}{_quote(after)}{{{{ end }}}}"
+    else:
+        rest = [opening, closing, end]
+    if rest != [opening, closing, end]:
+        raise UserError("--ollama: the chat template changes more than the system message with it; write a Modelfile")
+    return (
+        "{{- $first := true }}{{- range $i, $message := .Messages }}"
+        f'{{{{- if eq .Role "user" }}}}{{{{ if $first }}}}{first[0]}{{{{ $first = false }}}}{{{{ else }}}}{_quote(closing)}'
+        f'{{{{ end }}}}{last}{{{{ .Content }}}}{_quote(opening)}{{{{- else if eq .Role "assistant" }}}}{{{{ .Content }}}}'
+        "{{- end }}{{- end }}"
+    )
+
+
+def _render(tokenizer, messages: list[dict]) -> str:
+    """The text of a prompt, without its begin-of-sequence token."""
+    text = render_jinja_template(
+        conversations=[messages],
+        chat_template=tokenizer.chat_template,
+        add_generation_prompt=True,
+        **tokenizer.special_tokens_map,
+    )[0][0]
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def _between(text: str, marks: list[str]) -> list[str]:
+    """What stands before, between and after `marks`, in this order."""
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found:
+            raise UserError(f"--ollama: the chat template leaves out {mark!r} where it is expected; write a Modelfile")
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _quote(text: str) -> str:
+    """A Go action that writes `text` as it is: plain text beside an action could lose its blanks."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
