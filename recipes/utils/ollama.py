@@ -34,37 +34,33 @@ def go_template(tokenizer) -> str:
     The chat template is rendered with four known texts, and what stands between them is taken over.
     """
     plain = _render(tokenizer, DIALOGUE)
-    head, opening, closing, end = _between(plain, [FIRST, ANSWER, SECOND])
-    system = {"role": "system", "content": SYSTEM}
-    first = [_quote(head), ""]
-    last = ""
+    head, opening, closing, prompt = _between(plain, [FIRST, ANSWER, SECOND])
+    if not opening.startswith(prompt):
+        raise UserError(
+            "--ollama: the chat template asks otherwise for the next answer than for this; write a Modelfile"
+        )
+    lead = opening.removeprefix(prompt)  # Mistral: the blank that begins an answer is the model's to write
     try:
-        with_system = _render(tokenizer, [system, *DIALOGUE])
+        with_system = _render(tokenizer, [{"role": "system", "content": SYSTEM}, *DIALOGUE])
     except TemplateError:
         with_system = plain  # the template knows no system message
-    if end != opening:
-        raise UserError(
-            "--ollama: the chat template asks for a second answer otherwise than for the first; write a Modelfile"
-        )
-    if SYSTEM in with_system and with_system.index(SYSTEM) < with_system.index(FIRST):
+    start, last, rest = _quote(head), "", [opening, closing, prompt]
+    if SYSTEM in with_system.partition(FIRST)[0]:
         before, after, *rest = _between(with_system, [SYSTEM, FIRST, ANSWER, SECOND])
-        first = [
-            f"{{{{ if $.System }}}}{_quote(before)}{{{{ $.System }}}}{_quote(after)}{{{{ else }}}}{_quote(head)}{{{{ end }}}}",
-            "",
-        ]
+        given = f"{_quote(before)}{{{{ $.System }}}}{_quote(after)}"
+        start = f"{{{{ if $.System }}}}{given}{{{{ else }}}}{start}{{{{ end }}}}"
     elif SYSTEM in with_system:  # in the last user message, as Mistral v3 has it
-        *rest, before, after, end = _between(with_system, [FIRST, ANSWER, SYSTEM, SECOND])
-        rest = [*rest[1:], before, end]
-        last = f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{{{{ $.System }}}}{_quote(after)}{{{{ end }}}}"
-    else:
-        rest = [opening, closing, end]
-    if rest != [opening, closing, end]:
+        _, *rest, after, end = _between(with_system, [FIRST, ANSWER, SYSTEM, SECOND])
+        rest.append(end)
+        given = f"{{{{ $.System }}}}{_quote(after)}"
+        last = f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{given}{{{{ end }}}}"
+    if rest != [opening, closing, prompt]:
         raise UserError("--ollama: the chat template changes more than the system message with it; write a Modelfile")
+    user = f"{{{{ if $first }}}}{start}{{{{ $first = false }}}}{{{{ else }}}}{_quote(closing)}{{{{ end }}}}{last}"
     return (
         "{{- $first := true }}{{- range $i, $message := .Messages }}"
-        f'{{{{- if eq .Role "user" }}}}{{{{ if $first }}}}{first[0]}{{{{ $first = false }}}}{{{{ else }}}}{_quote(closing)}'
-        f'{{{{ end }}}}{last}{{{{ .Content }}}}{_quote(opening)}{{{{- else if eq .Role "assistant" }}}}{{{{ .Content }}}}'
-        "{{- end }}{{- end }}"
+        f'{{{{- if eq .Role "user" }}}}{user}{{{{ .Content }}}}{_quote(prompt)}'
+        f'{{{{- else if eq .Role "assistant" }}}}{_quote(lead)}{{{{ .Content }}}}{{{{- end }}}}{{{{- end }}}}'
     )
 
 
