@@ -5,7 +5,9 @@ PEFT's merge_and_unload(safe_merge=False) gives with the adapter in float32. Wha
 bytes. The largest thing held is one weight's B·A in float32.
 """
 
+import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from recipes.utils.round_trip import RoundTrip
 
 import torch
 
-PIECE = 1 << 22  # bytes read, changed and written at a time: small enough to stay in the processor's cache
+PIECE = 1 << 19  # numbers read, changed and written at a time: few enough to stay in the processor's cache
 
 
 def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: str, scale: float) -> tuple[bool, str]:
@@ -42,7 +44,7 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
     Raises:
         UserError: if a merged weight is not finite, or none differs from the base's.
     """
-    changed = 0
+    changed, space = 0, {}
     for file_name, tensors in plan.files.items():
         header, place = {"__metadata__": {"format": "pt"}}, 0
         for name, (source, _, _) in tensors.items():
@@ -53,7 +55,7 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
         with open(output / file_name, "wb", buffering=0) as file:
             _write(file, len(head).to_bytes(8, "little") + head)
             for name, target in tensors.items():
-                changed += _write_tensor(file, name, target, round_trip)
+                changed += _write_tensor(file, name, target, round_trip, space)
                 if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.fsync(file.fileno())
@@ -67,75 +69,100 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
     return changed
 
 
-def _write_tensor(file, name: str, target: Target, round_trip) -> bool:
-    """Write one tensor piece by piece; True if the adapter changed it."""
+def _write_tensor(file, name: str, target: Target, round_trip: RoundTrip | None, space: dict) -> bool:
+    """Write one tensor piece by piece; True if the adapter changed it. `space` is memory used again and again: to get
+    it anew for each tensor takes longer than to compute."""
     source, parts, scaling = target
     with open(source.file, "rb", buffering=0) as base:
         through_4_bit = round_trip is not None and name in round_trip.names
         if not parts and not through_4_bit:
-            for start in range(0, source.size, PIECE):
-                _write(file, _read(base, source.start + start, min(PIECE, source.size - start)))
+            for start in range(0, source.size, 4 * PIECE):
+                piece = _room(space, "bytes", min(4 * PIECE, source.size - start), torch.uint8)
+                _write(file, _read(base, source.start + start, piece))
             return False
         dtype, rows = DTYPES[source.dtype], source.shape[0]
-        row_size = source.size // rows
+        row_size, row_length = source.size // rows, math.prod(source.shape[1:])
         whole = None
         if "full" in parts:
             whole = _load(parts["full"]).to(dtype)
         elif through_4_bit:
             whole = round_trip.apply(_load(source)).to(dtype)
         changed = "full" in parts and not torch.equal(whole, _load(source))
-        delta = _delta(parts, scaling)
+        delta = _delta(parts, space)
         magnitude = _load(parts["lora_magnitude_vector"]).float() if "lora_magnitude_vector" in parts else None
-        step = max(1, PIECE // row_size)
-        for start in range(0, rows, step):
-            here = slice(start, min(start + step, rows))
-            if whole is not None:
-                old = whole[here]
-            else:
-                piece = _read(base, source.start + here.start * row_size, (here.stop - here.start) * row_size)
-                old = torch.frombuffer(piece, dtype=dtype).view(-1, *source.shape[1:])
-            if delta is None:
+        step = max(1, PIECE // row_length)
+        with _one_thread():
+            for start in range(0, rows, step):
+                here = slice(start, min(start + step, rows))
+                shape = (here.stop - here.start, *source.shape[1:])
+                if whole is not None:
+                    old = whole[here]
+                else:
+                    old = _room(space, "old", shape, dtype)
+                    _read(base, source.start + here.start * row_size, old)
                 new = old
-            else:
-                new = delta[here].add_(old)  # float32, in the place of the delta
-                if magnitude is not None:
-                    new *= (magnitude[here] / torch.linalg.norm(new, dim=1)).view(-1, 1)
-                new = new.to(dtype)
-            if not new.sum(dtype=torch.float32).isfinite():
-                raise UserError(
-                    f"{name}: the merged weights are not finite; the adapter is broken, or {dtype} too small"
-                )
-            changed = changed or (new is not old and not torch.equal(new, old))
-            _write(file, new.contiguous().view(torch.uint8).numpy())
+                if delta is not None:
+                    total = _room(space, "sum", shape, torch.float32).copy_(old).add_(delta[here].mul_(scaling))
+                    if magnitude is not None:
+                        total *= (magnitude[here] / torch.linalg.norm(total, dim=1)).view(-1, 1)
+                    new = _room(space, "new", shape, dtype).copy_(total)
+                if not new.sum(dtype=torch.float32).isfinite():
+                    raise UserError(
+                        f"{name}: the merged weights are not finite; the adapter is broken, or {dtype} too small"
+                    )
+                changed = changed or (new is not old and not torch.equal(new, old))
+                _write(file, new)
     return changed
 
 
-def _delta(parts: dict[str, Stored], scaling: float) -> torch.Tensor | None:
-    """What is added to the base's tensor, float32 and of its shape; the product in one piece, as PEFT takes it."""
+def _delta(parts: dict[str, Stored], space: dict) -> torch.Tensor | None:
+    """What is to be scaled and added to the base's tensor, float32 and of its shape; B·A in one piece, as PEFT has it."""
     if "lora_A" in parts:
-        return (_load(parts["lora_B"]).float() @ _load(parts["lora_A"]).float()).mul_(scaling)
+        up, down = _load(parts["lora_B"]).float(), _load(parts["lora_A"]).float()
+        return torch.mm(up, down, out=_room(space, "delta", (len(up), down.shape[1]), torch.float32))
     if "lora_embedding_A" in parts:
-        return (_load(parts["lora_embedding_B"]).float() @ _load(parts["lora_embedding_A"]).float()).mul_(scaling).T
-    if "lora_B.bias" in parts:
-        return _load(parts["lora_B.bias"]).float() * scaling
-    return None
+        return (_load(parts["lora_embedding_B"]).float() @ _load(parts["lora_embedding_A"]).float()).T
+    return _load(parts["lora_B.bias"]).float() if "lora_B.bias" in parts else None
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """For pieces of half a million numbers, waiting for other threads takes longer than what they would do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _room(space: dict, name: str, shape, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor in the memory that `space` keeps under `name`; what is in it is left over."""
+    size = math.prod(shape) if isinstance(shape, tuple) else shape
+    if name not in space or space[name].dtype != dtype or space[name].numel() < size:
+        space.pop(name, None)  # first, so that both are never held
+        space[name] = torch.empty(size, dtype=dtype)
+    return space[name][:size].view(shape)
 
 
 def _load(stored: Stored) -> torch.Tensor:
     """A whole tensor."""
     with open(stored.file, "rb", buffering=0) as file:
-        return torch.frombuffer(_read(file, stored.start, stored.size), dtype=DTYPES[stored.dtype]).view(stored.shape)
+        return _read(file, stored.start, torch.empty(stored.shape, dtype=DTYPES[stored.dtype]))
 
 
-def _read(file, start: int, size: int) -> bytearray:
-    data, done = bytearray(size), 0
+def _read(file, start: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Fill the contiguous `tensor` with the bytes that stand in `file` from `start`."""
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     file.seek(start)
-    while done < size:  # one call reads at most 2 GB
-        done += file.readinto(memoryview(data)[done:])
-    return data
+    while view:  # one call reads at most 2 GB
+        view = view[file.readinto(view) :]
+    return tensor
 
 
-def _write(file, data) -> None:
-    view = memoryview(data).cast("B")
+def _write(file, data: torch.Tensor | bytes) -> None:
+    if isinstance(data, torch.Tensor):
+        data = data.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(data)
     while view:  # a full disk may take a part and refuse the rest
         view = view[file.write(view) :]
