@@ -293,6 +293,15 @@ def test_another_tools_adapter_is_merged_on_rows_that_are_named(lora_run, tmp_pa
     assert json.loads((output / "merge.json").read_text())["mean_kl"] < 1e-9
 
 
+def test_a_checkpoint_of_a_run_is_merged_with_the_runs_record(lora_run, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-12"
+    shutil.copytree(lora_run, checkpoint, ignore=shutil.ignore_patterns("merged", "evaluation", "run.json"))
+    shutil.copyfile(lora_run / "run.json", tmp_path / "run" / "run.json")
+    drift = json.loads((merge_adapter(checkpoint, rows=2) / "merge.json").read_text())
+    assert drift["adapter"] == "small"
+    assert drift["mean_kl"] < 1e-9
+
+
 def test_the_modelfile_holds_the_template_the_stops_and_the_gguf_file(merged):
     lines = (merged / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./mine.gguf"

@@ -55,9 +55,10 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
         with open(output / file_name, "wb", buffering=0) as file:
             _write(file, len(head).to_bytes(8, "little") + head)
             for name, target in tensors.items():
+                start = file.tell()
                 changed += _write_tensor(file, name, target, round_trip, space)
                 if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.posix_fadvise(file.fileno(), start, target.source.size, os.POSIX_FADV_DONTNEED)
             os.fsync(file.fileno())
     if plan.index:
         plan.index.setdefault("metadata", {})["total_size"] = plan.size
