@@ -24,7 +24,7 @@ from recipes.utils.merge import stream_merge
 from recipes.utils.merge_in_memory import merge_in_memory
 from recipes.utils.merge_plan import NotStreamable
 from recipes.utils.model_card import base_revision, public_name, write_card
-from recipes.utils.ollama import write_modelfile
+from recipes.utils.ollama import make_modelfile
 from recipes.utils.run_record import newest_run
 from recipes.utils.scale import check_linear
 
@@ -51,6 +51,8 @@ def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data
     record = read_adapter(adapter)
     base_folder, output = find_base(record), Path(output or adapter / "merged")
     tokenizer = load_adapter_tokenizer(adapter, record)
+    stop_ids = stop_token_ids(tokenizer)
+    modelfile = make_modelfile(ollama, tokenizer, stop_ids) if ollama else None
     chats = rows_to_compare(record, data)[:rows] if verify else []
     check_linear(adapter, scale)
     if base == "dequantized" and record["method"] != "qlora":
@@ -70,17 +72,16 @@ def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data
             untied, how["dtype"] = merge_in_memory(record, adapter, partial)
 
         # 3. What makes weights a model: tokenizer, template, every stop id, and at last the config.
-        stop_ids = stop_token_ids(tokenizer)
         write_tokenizer(base_folder, partial, tokenizer)
         write_generation_config(base_folder, partial, stop_ids)
-        if ollama:
-            write_modelfile(partial, ollama, tokenizer, stop_ids)
+        if modelfile:
+            (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
         write_config(base_folder, partial, how["dtype"], untied)
 
         # 4. Read it back and compare: what is on the disk must say what the adapter said.
         drift = None
         if verify:
-            with live_answers(record, adapter, scale, chats, tokenizer, scratch=output.parent) as drift_of:
+            with live_answers(record, adapter, scale, chats, tokenizer, scratch=partial) as drift_of:
                 drifts = {base: drift_of(partial)}
                 if record["method"] == "qlora":
                     drifts |= drift_into_the_other_base(record, base_folder, adapter, partial, base, scale, drift_of)

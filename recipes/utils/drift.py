@@ -88,10 +88,10 @@ def measure_drift(merged: Path, rows: list[Encoded], folder: Path) -> dict:
 
 def drift_into_the_other_base(record, base_folder, adapter, merged: Path, base: str, scale: float, drift_of) -> dict:
     """What the drift would be in the other base, {} where there is no room to try; that model is not kept."""
-    with tempfile.TemporaryDirectory(dir=merged.parent, prefix=".other-base-") as folder:
+    with tempfile.TemporaryDirectory(dir=merged, prefix=".other-base-") as folder:
         try:
             stream_merge(record, base_folder, adapter, Path(folder), OTHER[base], scale)
-        except (UserError, NotStreamable) as error:
+        except (UserError, NotStreamable, OSError) as error:
             say(f"--base {OTHER[base]} is not compared: {error}")
             return {}
         shutil.copyfile(merged / "config.json", Path(folder) / "config.json")

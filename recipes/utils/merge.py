@@ -88,19 +88,18 @@ def _write_tensor(file, name: str, target: Target, round_trip: RoundTrip | None,
             whole = _load(parts["full"]).to(dtype)
         elif through_4_bit:
             whole = round_trip.apply(_load(source)).to(dtype)
-        changed = "full" in parts and not torch.equal(whole, _load(source))
-        delta = _delta(parts, space)
+        changed, delta = False, _delta(parts, space)
         magnitude = _load(parts["lora_magnitude_vector"]).float() if "lora_magnitude_vector" in parts else None
         step = max(1, PIECE // row_length)
         with _one_thread():
             for start in range(0, rows, step):
                 here = slice(start, min(start + step, rows))
                 shape = (here.stop - here.start, *source.shape[1:])
+                if whole is None or "full" in parts:
+                    old = _read(base, source.start + here.start * row_size, _room(space, "old", shape, dtype))
                 if whole is not None:
+                    changed = changed or ("full" in parts and not torch.equal(whole[here], old))
                     old = whole[here]
-                else:
-                    old = _room(space, "old", shape, dtype)
-                    _read(base, source.start + here.start * row_size, old)
                 new = old
                 if delta is not None:
                     total = _room(space, "sum", shape, torch.float32).copy_(old).add_(delta[here].mul_(scaling))

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 
 def merge_in_memory(record: dict, adapter: Path, output: Path) -> tuple[bool, str]:
-    """Write the weights of the merged model into the folder `output`; `record` names the base; returns (the head is untied now, its dtype).
+    """Write the weights of the merged model into the folder `output`; returns (the head is untied now, its dtype).
+
+    `record` names the base.
 
     Raises:
         UserError: if a merged weight is not finite, or none differs from the base's.

@@ -1,7 +1,6 @@
 """A Modelfile for Ollama, whose Go template is derived from the very chat template that was trained."""
 
 import json
-from pathlib import Path
 
 from recipes.utils.console import UserError
 
@@ -16,15 +15,15 @@ DIALOGUE = [
 ]
 
 
-def write_modelfile(output: Path, gguf: str, tokenizer, stop_ids: list[int]) -> None:
-    """Write `output`/Modelfile: the GGUF file, the template, and every text that ends an answer.
+def make_modelfile(gguf: str, tokenizer, stop_ids: list[int]) -> str:
+    """The text of a Modelfile: the GGUF file, the template, and every text that ends an answer.
 
     Raises:
         UserError: if the chat template puts texts in places that this cannot express.
     """
     stops = [json.dumps(token, ensure_ascii=False) for token in tokenizer.convert_ids_to_tokens(stop_ids)]
     lines = [f"FROM {gguf}", f'TEMPLATE """{go_template(tokenizer)}"""', *(f"PARAMETER stop {stop}" for stop in stops)]
-    (output / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def go_template(tokenizer) -> str:
