@@ -57,7 +57,7 @@ def test_reset_forgets_all_but_the_system_message_and_quit_ends(merged):
     assert len(messages) <= 3
 
 
-def test_an_answer_ends_at_the_stop_ids_of_the_folder(adapter, merged):
+def test_an_answer_ends_at_the_stop_ids_of_the_folder(adapter, merged, capsys):
     """What the model writes first is made a stop id: of a merged folder they stand in generation_config.json."""
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     text = chat(merged, max_new_tokens=8, lines=["Hello"])[-1]["content"]
@@ -65,8 +65,10 @@ def test_an_answer_ends_at_the_stop_ids_of_the_folder(adapter, merged):
     before = path.read_text()
     stop = tokenizer.encode(text, add_special_tokens=False)[0]
     path.write_text(json.dumps({**json.loads(before), "eos_token_id": [stop]}))
+    capsys.readouterr()
     messages = chat(merged, max_new_tokens=8, lines=["Hello"])
     path.write_text(before)
+    assert capsys.readouterr().out == tokenizer.decode([stop]) + "\n", "nothing is generated after it"
     assert messages == [], "an empty answer is no turn"
 
 
