@@ -95,7 +95,13 @@ def measure(script: str, *words) -> dict:
     if status:
         raise SystemExit(f"failed:\n{output}")
     seconds = time.perf_counter() - began
-    return {"process_s": seconds, "work_s": float(output.splitlines()[-1]), "peak_mb": usage.ru_maxrss * 1024 / 1e6}
+    cpu = usage.ru_utime + usage.ru_stime  # what a busy machine does not change much
+    return {
+        "process_s": seconds,
+        "process_cpu_s": cpu,
+        "work_s": float(output.splitlines()[-1]),
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6,
+    }
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -115,6 +121,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the model is generated (the system's temporary folder)")
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}")
     options = parser.parse_args()
+    load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak of a process begins with its parent's
@@ -130,10 +137,11 @@ def main() -> None:
     best = {way: {key: round(min(run[key] for run in runs), 2) for key in runs[0]} for way, runs in found.items()}
     ours, peft = best["this project"], best["peft"]
     result = {
-        "machine": options.machine, "date": date.today().isoformat(), "torch": version("torch"), "transformers": version("transformers"), "peft": version("peft"), **model, **best,
+        "machine": options.machine, "load average before": load, "date": date.today().isoformat(), "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, **model, **best,
         "same bytes as peft": same,
         "share of peft's time, whole process": round(ours["process_s"] / peft["process_s"], 3),
         "share of peft's time, after imports": round(ours["work_s"] / peft["work_s"], 3),
+        "share of peft's processor time": round(ours["process_cpu_s"] / peft["process_cpu_s"], 3),
         "share of peft's memory": round(ours["peak_mb"] / peft["peak_mb"], 3),
         "times the copy, after imports": round(ours["work_s"] / best["copy"]["work_s"], 2),
         "memory allowed, MB": round(2 * model["largest_tensor_float32_mb"] + 400, 1),

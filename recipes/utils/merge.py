@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from recipes.utils.console import UserError
@@ -45,21 +46,27 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
         UserError: if a merged weight is not finite, or none differs from the base's.
     """
     changed, space = 0, {}
-    for file_name, tensors in plan.files.items():
-        header, place = {"__metadata__": {"format": "pt"}}, 0
-        for name, (source, _, _) in tensors.items():
-            header[name] = {"dtype": source.dtype, "shape": source.shape, "data_offsets": [place, place + source.size]}
-            place += source.size
-        head = json.dumps(header, separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8, as readers that map the file expect
-        with open(output / file_name, "wb", buffering=0) as file:
-            _write(file, len(head).to_bytes(8, "little") + head)
-            for name, target in tensors.items():
-                start = file.tell()
-                changed += _write_tensor(file, name, target, round_trip, space)
-                if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
-                    os.posix_fadvise(file.fileno(), start, target.source.size, os.POSIX_FADV_DONTNEED)
-            os.fsync(file.fileno())
+    with _one_thread(), ThreadPoolExecutor(1) as ahead:
+        deltas = _deltas([target for tensors in plan.files.values() for target in tensors.values()], ahead, space)
+        for file_name, tensors in plan.files.items():
+            header, place = {"__metadata__": {"format": "pt"}}, 0
+            for name, (source, _, _) in tensors.items():
+                header[name] = {
+                    "dtype": source.dtype,
+                    "shape": source.shape,
+                    "data_offsets": [place, place + source.size],
+                }
+                place += source.size
+            head = json.dumps(header, separators=(",", ":")).encode()
+            head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8, as readers that map the file expect
+            with open(output / file_name, "wb", buffering=0) as file:
+                _write(file, len(head).to_bytes(8, "little") + head)
+                for name, target in tensors.items():
+                    start = file.tell()
+                    changed += _write_tensor(file, name, target, next(deltas), round_trip, space)
+                    if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
+                        os.posix_fadvise(file.fileno(), start, target.source.size, os.POSIX_FADV_DONTNEED)
+                os.fsync(file.fileno())
     if plan.index:
         plan.index.setdefault("metadata", {})["total_size"] = plan.size
         (output / "model.safetensors.index.json").write_text(json.dumps(plan.index, indent=2) + "\n", encoding="utf-8")
@@ -70,9 +77,9 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
     return changed
 
 
-def _write_tensor(file, name: str, target: Target, round_trip: RoundTrip | None, space: dict) -> bool:
-    """Write one tensor piece by piece; True if the adapter changed it. `space` is memory used again and again: to get
-    it anew for each tensor takes longer than to compute."""
+def _write_tensor(file, name: str, target: Target, delta, round_trip: RoundTrip | None, space: dict) -> bool:
+    """Write one tensor piece by piece, with `delta` scaled and added; True if the adapter changed it. `space` is memory
+    used again and again: to get it anew for each tensor takes longer than to compute."""
     source, parts, scaling = target
     with open(source.file, "rb", buffering=0) as base:
         through_4_bit = round_trip is not None and name in round_trip.names
@@ -88,38 +95,49 @@ def _write_tensor(file, name: str, target: Target, round_trip: RoundTrip | None,
             whole = _load(parts["full"]).to(dtype)
         elif through_4_bit:
             whole = round_trip.apply(_load(source)).to(dtype)
-        changed, delta = False, _delta(parts, space)
+        changed = False
         magnitude = _load(parts["lora_magnitude_vector"]).float() if "lora_magnitude_vector" in parts else None
         step = max(1, PIECE // row_length)
-        with _one_thread():
-            for start in range(0, rows, step):
-                here = slice(start, min(start + step, rows))
-                shape = (here.stop - here.start, *source.shape[1:])
-                if whole is None or "full" in parts:
-                    old = _read(base, source.start + here.start * row_size, _room(space, "old", shape, dtype))
-                if whole is not None:
-                    changed = changed or ("full" in parts and not torch.equal(whole[here], old))
-                    old = whole[here]
-                new = old
-                if delta is not None:
-                    total = _room(space, "sum", shape, torch.float32).copy_(old).add_(delta[here].mul_(scaling))
-                    if magnitude is not None:
-                        total *= (magnitude[here] / torch.linalg.norm(total, dim=1)).view(-1, 1)
-                    new = _room(space, "new", shape, dtype).copy_(total)
-                if not new.sum(dtype=torch.float32).isfinite():
-                    raise UserError(
-                        f"{name}: the merged weights are not finite; the adapter is broken, or {dtype} too small"
-                    )
-                changed = changed or (new is not old and not torch.equal(new, old))
-                _write(file, new)
+        for start in range(0, rows, step):
+            here = slice(start, min(start + step, rows))
+            shape = (here.stop - here.start, *source.shape[1:])
+            if whole is None or "full" in parts:
+                old = _read(base, source.start + here.start * row_size, _room(space, "old", shape, dtype))
+            if whole is not None:
+                changed = changed or ("full" in parts and not torch.equal(whole[here], old))
+                old = whole[here]
+            new = old
+            if delta is not None:
+                total = _room(space, "sum", shape, torch.float32).copy_(old).add_(delta[here].mul_(scaling))
+                if magnitude is not None:
+                    total *= (magnitude[here] / torch.linalg.norm(total, dim=1)).view(-1, 1)
+                new = _room(space, "new", shape, dtype).copy_(total)
+            if not new.sum(dtype=torch.float32).isfinite():
+                raise UserError(
+                    f"{name}: the merged weights are not finite; the adapter is broken, or {dtype} too small"
+                )
+            changed = changed or (new is not old and not torch.equal(new, old))
+            _write(file, new)
     return changed
 
 
-def _delta(parts: dict[str, Stored], space: dict) -> torch.Tensor | None:
+def _deltas(targets: list[Target], ahead: ThreadPoolExecutor, space: dict):
+    """Yield what is to be added to each of `targets`, having begun with the next one; never more than one of them and
+    the next where both together are larger than the model's largest tensor."""
+    largest, coming = max(math.prod(target.source.shape) for target in targets), None
+    for number, target in enumerate(targets):
+        delta = coming.result() if coming else _delta(target.parts, {}, 0)
+        coming, following = None, targets[number + 1 : number + 2]
+        if following and sum(math.prod(each.source.shape) for each in (target, *following)) <= largest:
+            coming = ahead.submit(_delta, following[0].parts, space, (number + 1) % 2)
+        yield delta
+
+
+def _delta(parts: dict[str, Stored], space: dict, place: int) -> torch.Tensor | None:
     """What is to be scaled and added to the base's tensor, float32 and of its shape; B·A in one piece, as PEFT has it."""
     if "lora_A" in parts:
         up, down = _load(parts["lora_B"]).float(), _load(parts["lora_A"]).float()
-        return torch.mm(up, down, out=_room(space, "delta", (len(up), down.shape[1]), torch.float32))
+        return torch.mm(up, down, out=_room(space, f"delta {place}", (len(up), down.shape[1]), torch.float32))
     if "lora_embedding_A" in parts:
         return (_load(parts["lora_embedding_B"]).float() @ _load(parts["lora_embedding_A"]).float()).T
     return _load(parts["lora_B.bias"]).float() if "lora_B.bias" in parts else None
@@ -127,7 +145,8 @@ def _delta(parts: dict[str, Stored], space: dict) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def _one_thread():
-    """For pieces of half a million numbers, waiting for other threads takes longer than what they would do."""
+    """For pieces of half a million numbers, waiting for other threads takes longer than what they would do; the second
+    core has the next product to compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
