@@ -1,125 +1,123 @@
-"""Adapter and base into one plain model that every runtime loads.
+"""Adapter and base into one plain model that every runtime loads, in little memory.
 
     python recipes/merge_adapter.py                                   the newest finished run, into RUN/merged
     python recipes/merge_adapter.py runs/mistral-lora --output mistral-7b-mine
+    python recipes/merge_adapter.py runs/mistral-qlora --base dequantized     into the base as Q-LoRA saw it
+    python recipes/merge_adapter.py runs/mistral-lora --scale 0.75            a weaker dose, without training again
 
-The adapter goes into the 16-bit base, also after Q-LoRA: merged into 4-bit weights, most of what was learnt would be
-rounded away. The merged model is read back and compared with the adapter before success is said.
+The adapter goes into the 16-bit base, or into the base after its trip through 4 bit; never into 4-bit weights, where
+most of what was learnt would be rounded away. The merged model is read back and compared with the live adapter on the
+run's validation rows; the folder gets its name only after that.
 """
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
-from recipes.utils.chat_template import ANSWER, USER
-from recipes.utils.console import UserError, print_table, run, say
-from recipes.utils.dataset import Chat
-from recipes.utils.encoding import encode_chats, stop_token_ids
-from recipes.utils.evaluation import rows_to_score
-from recipes.utils.model import fit_to_save, hub_errors, load_run_base
-from recipes.utils.run_record import newest_run, read_run
+from recipes.utils.adapter_folder import find_base, load_adapter_tokenizer, read_adapter
+from recipes.utils.console import UserError, run, say
+from recipes.utils.drift import drift_into_the_other_base, live_answers, print_drift, rows_to_compare
+from recipes.utils.encoding import stop_token_ids
+from recipes.utils.export import staged, write_config, write_generation_config, write_tokenizer
+from recipes.utils.merge import stream_merge
+from recipes.utils.merge_in_memory import merge_in_memory
+from recipes.utils.merge_plan import NotStreamable
+from recipes.utils.model_card import base_revision, public_name, write_card
+from recipes.utils.ollama import make_modelfile
+from recipes.utils.run_record import newest_run
+from recipes.utils.scale import check_linear
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROWS_COMPARED = 4
+def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=1.0, verify=True, ollama=None) -> Path:  # fmt: skip
+    """Merge an adapter into its base; returns the folder of the merged model.
 
+    Args:
+        run_folder: a run, one of its checkpoints, or an adapter folder of another tool; the newest finished run.
+        base: `original`, the base's own weights, or `dequantized`, what a Q-LoRA adapter saw of them.
+        scale: the adapter's share: 1 as trained, 0.5 half of it.
+        data: a JSONL file to compare on; the run's validation rows without it.
+        rows: how many of them.
+        max_kl: the largest mean KL divergence from the live adapter, in nats a token, that is accepted.
+        verify: False where the model cannot be loaded: nothing is compared then.
+        ollama: the path of a GGUF file, to write a Modelfile for it.
 
-def merge_adapter(run_folder=None, output=None) -> Path:
-    """Merge a run's adapter into its 16-bit base; returns the folder of the merged model."""
-    # 1. The run, and a target that holds nothing yet.
-    run_folder = Path(run_folder or newest_run())
-    record = read_run(run_folder)
-    output = Path(output or run_folder / "merged")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; name another folder with --output")
-    tokenizer = AutoTokenizer.from_pretrained(run_folder)
+    Raises:
+        UserError: for a target that is not empty, a full disk, weights that are not finite or did not change, or a
+            merged model farther than `max_kl` from the adapter. Nothing is left then.
+    """
+    # 1. The adapter, its base, and a target that holds nothing yet.
+    adapter = Path(run_folder or newest_run())
+    record = read_adapter(adapter)
+    base_folder, output = find_base(record), Path(output or adapter / "merged")
+    tokenizer = load_adapter_tokenizer(adapter, record)
+    stop_ids = stop_token_ids(tokenizer)
+    modelfile = make_modelfile(ollama, tokenizer, stop_ids) if ollama else None
+    chats = rows_to_compare(record, data)[:rows] if verify else []
+    check_linear(adapter, scale)
+    if base == "dequantized" and record["method"] != "qlora":
+        raise UserError(
+            "--base dequantized: the adapter was trained on 16-bit weights, so there is nothing to dequantise"
+        )
 
-    # 2. What the adapter says where it was trained (after Q-LoRA: on the 4-bit base), to compare with later.
-    try:
-        chats = rows_to_score(record)[:ROWS_COMPARED]
-    except UserError:  # a run without validation rows, or whose files are elsewhere now: any chat will do
-        chats = [Chat([USER, ANSWER], "")]
-    rows = encode_chats(chats, tokenizer, escape=True)
-    live = _logits(PeftModel.from_pretrained(load_run_base(record), run_folder), rows)
+    with staged(output) as partial:
+        # 2. Weights: base + scale · B·A in float32, rounded once to the base's own dtype, one tensor at a time.
+        how = {"adapter": record["name"], "base": base, "scale": scale}
+        try:
+            untied, how["dtype"] = stream_merge(record, base_folder, adapter, partial, base, scale)
+        except NotStreamable as reason:
+            if base == "dequantized":
+                raise UserError(f"--base dequantized: {reason}, which only PEFT merges, and that into --base original") from None  # fmt: skip
+            say(f"merging through PEFT, with the whole model in memory: {reason}")
+            untied, how["dtype"] = merge_in_memory(record, adapter, partial)
 
-    # 3. Merge: base + scale · B·A, the adapter read in float32, the sum rounded once to the base's own dtype.
-    options = record["model"]
-    with hub_errors(options["name_or_path"]):
-        base = AutoModelForCausalLM.from_pretrained(options["name_or_path"], revision=options["revision"], dtype="auto")
-    adapter = PeftModel.from_pretrained(base, run_folder)
-    modules_to_save = adapter.peft_config["default"].modules_to_save or []
-    merged = adapter.merge_and_unload(safe_merge=False)
-    if "lm_head" in modules_to_save:
-        merged.config.tie_word_embeddings = False  # the trained head is no longer the embedding
-    # The end-of-turn token that was trained: a base may not stop at it, and runtimes read the stop ids from here.
-    merged.generation_config.eos_token_id = stop_token_ids(tokenizer)
-    fit_to_save(merged)
+        # 3. What makes weights a model: tokenizer, template, every stop id, and at last the config.
+        write_tokenizer(base_folder, partial, tokenizer)
+        write_generation_config(base_folder, partial, stop_ids)
+        if modelfile:
+            (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
+        write_config(base_folder, partial, how["dtype"], untied)
 
-    # 4. Write under another name, then rename: a kill leaves either nothing or a whole model.
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(output)
-    del base, adapter, merged
+        # 4. Read it back and compare: what is on the disk must say what the adapter said.
+        drift = None
+        if verify:
+            with live_answers(record, adapter, scale, chats, tokenizer, scratch=partial) as drift_of:
+                drifts = {base: drift_of(partial)}
+                if record["method"] == "qlora":
+                    drifts |= drift_into_the_other_base(record, base_folder, adapter, partial, base, scale, drift_of)
+            drift = drifts[base]
+            print_drift(drifts, base)
+            if not drift["mean_kl"] <= max_kl:  # NaN too
+                raise UserError(f"the merged model is {drift['mean_kl']:.2e} nats a token from the adapter, over --max-kl {max_kl:g}; nothing was kept")  # fmt: skip
+        how |= {
+            "base_model": public_name(record["model"]["name_or_path"]),
+            "revision": base_revision(record, base_folder),
+        }
+        (partial / "merge.json").write_text(json.dumps({**how, **(drift or {})}, indent=2) + "\n", encoding="utf-8")
+        write_card(partial, record, base_folder, adapter, how, drift)
 
-    # 5. Read it back and compare: what is on the disk must say what the adapter said.
-    drift = _drift(live, _logits(AutoModelForCausalLM.from_pretrained(output, dtype="auto", device_map="auto"), rows))
-    (output / "merge.json").write_text(
-        json.dumps({"adapter": record["name"], **drift}, indent=2) + "\n", encoding="utf-8"
-    )
-    print_table(
-        "merged model against live adapter",
-        {
-            "rows compared": f"{len(rows)}, {drift['tokens']} answer tokens",
-            "largest logit difference": f"{drift['max_logit_difference']:.2e}",
-            "KL divergence": f"{drift['mean_kl']:.2e} nats a token",
-            "same next token": f"{drift['top1_agreement']:.1%}",
-            "note": "a 4-bit base was trained on and the 16-bit one merged into, so some difference is due"
-            if record["method"] == "qlora"
-            else None,
-        },
-    )
-    if not drift["mean_kl"] < 1.0:  # NaN too
-        raise UserError(f"{output}: the merged model does not say what the adapter says; it should not be used")
-    say(f"merged: {output}\nnext:   python recipes/evaluate_adapter.py {run_folder} --model {output}")
+    say(f"merged: {output}" + ("" if verify else " (not compared with the adapter)"))
+    if (adapter / "run.json").is_file():
+        say(f"next:   python recipes/evaluate_adapter.py {adapter} --model {output}")
+    say(f"        python recipes/chat.py {output}")
     return output
-
-
-@torch.no_grad()
-def _logits(model, rows: list) -> list[torch.Tensor]:
-    """Per row, the float32 logits (answer tokens, vocabulary) of the positions that predict an answer token."""
-    model.eval()
-    logits = []
-    for row in rows:
-        learnt = torch.tensor(row.labels)[1:] != -100
-        output = model(input_ids=torch.tensor([row.input_ids], device=model.device))
-        logits.append(output.logits[0, :-1].float().cpu()[learnt])
-    return logits
-
-
-def _drift(live: list[torch.Tensor], merged: list[torch.Tensor]) -> dict:
-    """How far the merged model is from the live adapter, over all answer tokens; KL(live || merged) in nats."""
-    live, merged = torch.cat(live), torch.cat(merged)
-    kl = torch.nn.functional.kl_div(
-        merged.log_softmax(-1), live.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    return {
-        "tokens": len(live),
-        "max_logit_difference": (live - merged).abs().max().item(),
-        "mean_kl": kl.mean().item(),
-        "top1_agreement": (live.argmax(-1) == merged.argmax(-1)).float().mean().item(),
-    }
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
+    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
     parser.add_argument("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
+    parser.add_argument(
+        "--base", choices=["original", "dequantized"], default="original", help="after Q-LoRA: which form of the base"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
+    parser.add_argument("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
+    parser.add_argument("--rows", type=int, default=16, help="how many rows to compare on (16)")
+    parser.add_argument("--max-kl", type=float, default=1.0, help="refuse a larger KL divergence, nats a token (1.0)")
+    parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not load the model to compare")
+    parser.add_argument(
+        "--ollama", nargs="?", const="./model-q4_k_m.gguf", metavar="GGUF", help="write a Modelfile too"
+    )
     merge_adapter(**vars(parser.parse_args(argv)))
 
 

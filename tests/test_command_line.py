@@ -61,7 +61,10 @@ def test_a_bad_json_line_ends_a_real_script_with_status_2_and_its_place(config_f
     path = config_file(data={"train": str(tmp_path / "bad.jsonl")})
     result = run_script("recipes/sft_lora.py", path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: {tmp_path}/bad.jsonl:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
+    assert (
+        result.stderr
+        == f"error: {tmp_path}/bad.jsonl:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
+    )
     assert not (tmp_path / "run").exists()
 
 

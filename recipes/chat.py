@@ -1,0 +1,105 @@
+"""Talk to an adapter or a merged model, with the chat template that it was trained with.
+
+    python recipes/chat.py                                  the newest finished run
+    python recipes/chat.py runs/mistral-lora/merged --system "Answer in one sentence." --temperature 0.7
+    echo "Why is the sky blue?" | python recipes/chat.py runs/mistral-lora
+
+/reset forgets the conversation, /quit ends it. Each line is a message; in a pipe only the answers are printed.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from recipes.utils.adapter_folder import load_adapter, load_adapter_tokenizer, read_adapter
+from recipes.utils.console import UserError, run, say
+from recipes.utils.encoding import prompt_ids, stop_token_ids
+from recipes.utils.run_record import newest_run
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+
+
+def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None) -> list[dict]:
+    """Answer each of `lines` (standard input without it) on standard output as the answer is generated.
+
+    `temperature` 0 takes the most likely token each time. Returns the conversation since the last /reset.
+
+    Raises:
+        UserError: if `path` holds neither an adapter nor a model.
+    """
+    model, tokenizer, stop_ids = _load(Path(path or newest_run()))
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    for line in _typed() if lines is None else lines:
+        text = line.strip()
+        if text == "/quit":
+            break
+        if text == "/reset":
+            messages = list(opening)
+        if not text or text == "/reset":
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            prompt = prompt_ids(messages, tokenizer)
+        except TemplateError as error:
+            raise UserError(f"the chat template cannot carry this conversation: {error.message}") from error
+        ids = torch.tensor([prompt], device=model.device)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+        )
+        answer = [token for token in output[0, len(prompt) :].tolist() if token not in stop_ids]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        if text.strip():
+            messages.append({"role": "assistant", "content": text})
+        else:
+            messages.pop()  # templates refuse an empty answer in a conversation
+    return messages
+
+
+def _load(folder: Path):
+    """(model, tokenizer, the ids that end an answer) of an adapter folder or of a whole model's."""
+    if (folder / "adapter_config.json").is_file():
+        record = read_adapter(folder)
+        tokenizer = load_adapter_tokenizer(folder, record)
+        return load_adapter(folder, record).eval(), tokenizer, stop_token_ids(tokenizer)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no adapter (adapter_config.json) and no model (config.json)")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    stop_ids = model.generation_config.eos_token_id
+    return model, AutoTokenizer.from_pretrained(folder), stop_ids if isinstance(stop_ids, list) else [stop_ids]
+
+
+def _typed():
+    """Lines of standard input, with a prompt if a person types them, until its end or Ctrl-D."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    say("/reset forgets the conversation, /quit ends it")
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest finished run"
+    )
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
+    with contextlib.suppress(KeyboardInterrupt):
+        chat(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

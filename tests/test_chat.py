@@ -1,0 +1,91 @@
+"""The chat answers as the adapter does, keeps the conversation, stops, and works in a pipe."""
+
+import json
+import subprocess
+import sys
+
+from recipes.chat import chat
+from recipes.merge_adapter import merge_adapter
+from recipes.utils.adapter_folder import load_adapter, read_adapter
+from recipes.utils.console import UserError
+from recipes.utils.encoding import prompt_ids
+from recipes.utils.evaluation import generate_answers
+
+import pytest
+from conftest import ROOT
+from test_merged_folder import small_run
+from transformers import AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("chat"), "lora")
+
+
+@pytest.fixture(scope="module")
+def merged(adapter):
+    return merge_adapter(adapter, verify=False)
+
+
+def answer_of(adapter, messages, tokens=40) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    live = load_adapter(adapter, read_adapter(adapter))
+    return generate_answers(live, tokenizer, [prompt_ids(messages, tokenizer)], tokens)[0].text
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_each_answer_is_the_adapters_to_the_whole_conversation(adapter, merged, capsys):
+    first = answer_of(adapter, [user("Two apples, please.")])
+    second = answer_of(
+        adapter, [user("Two apples, please."), {"role": "assistant", "content": first}, user("One more")]
+    )
+    expected = [user("Two apples, please."), {"role": "assistant", "content": first}, user("One more"), {"role": "assistant", "content": second}]  # fmt: skip
+    capsys.readouterr()
+    for folder in (adapter, merged):
+        assert chat(folder, max_new_tokens=40, lines=["Two apples, please.\n", "\n", "One more\n"]) == expected
+        assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_reset_forgets_all_but_the_system_message_and_quit_ends(merged):
+    system = {"role": "system", "content": "Be brief."}
+    lines = ["a", "/reset", "b", "/quit", "c"]
+    messages = chat(merged, system="Be brief.", max_new_tokens=5, lines=lines)
+    assert messages[:2] == [system, user("b")]
+    assert len(messages) <= 3
+
+
+def test_an_answer_ends_at_the_stop_ids_of_the_folder(adapter, merged, capsys):
+    """What the model writes first is made a stop id: of a merged folder they stand in generation_config.json."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    text = chat(merged, max_new_tokens=8, lines=["Hello"])[-1]["content"]
+    path = merged / "generation_config.json"
+    before = path.read_text()
+    stop = tokenizer.encode(text, add_special_tokens=False)[0]
+    path.write_text(json.dumps({**json.loads(before), "eos_token_id": [stop]}))
+    capsys.readouterr()
+    messages = chat(merged, max_new_tokens=8, lines=["Hello"])
+    path.write_text(before)
+    assert capsys.readouterr().out == tokenizer.decode([stop]) + "\n", "nothing is generated after it"
+    assert messages == [], "an empty answer is no turn"
+
+
+def test_a_temperature_samples(merged, capsys):
+    for _ in range(4):
+        chat(merged, temperature=5.0, max_new_tokens=12, lines=["Hello"])
+    assert len(set(capsys.readouterr().out.splitlines())) > 1
+
+
+def test_a_folder_without_adapter_or_model_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="holds no adapter"):
+        chat(tmp_path, lines=[])
+
+
+def test_in_a_pipe_only_the_answer_is_printed(adapter):
+    result = subprocess.run(
+        [sys.executable, "recipes/chat.py", str(adapter), "--max-new-tokens", "20"], cwd=ROOT, input="hi\n",
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert result.stdout == answer_of(adapter, [user("hi")], 20) + "\n"

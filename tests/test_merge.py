@@ -1,0 +1,397 @@
+"""The streaming merge gives PEFT's very bits in little memory, and leaves a whole model or nothing."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from recipes.merge_adapter import merge_adapter
+from recipes.utils import round_trip
+from recipes.utils.config_keys import ModelOptions
+from recipes.utils.console import UserError
+from recipes.utils.merge import write_merge
+from recipes.utils.merge_plan import NotStreamable, plan_merge, read_header
+from recipes.utils.model import load_base_model
+from recipes.utils.round_trip import RoundTrip
+
+import pytest
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+from conftest import ROOT, TINY, read_jsonl, write_jsonl
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, Qwen2Config
+
+SHAPES = {"qwen2": Qwen2Config, "mistral": MistralConfig}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIONS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3}, "alpha_pattern": {"v_proj": 32}},
+    "trained head": {"modules_to_save": ["lm_head"]},
+    "trained embedding": {"modules_to_save": ["embed_tokens"]},
+    "biases": {"bias": "all"},
+    "lora on the head": {"target_modules": ["lm_head", "q_proj"]},
+    "some layers": {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+}
+
+
+def small_base(folder: Path, shape: str = "qwen2", dtype=torch.float32, tied=False, shard_size="1GB") -> Path:
+    torch.manual_seed(0)
+    config = SHAPES[shape](
+        vocab_size=320, hidden_size=96, intermediate_size=224, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, dtype=dtype,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.05)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def random_adapter(folder: Path, base: Path, peft_config=None, **options) -> Path:
+    """An adapter with weights that are far from zero, saved as PEFT saves it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    config = peft_config or LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"target_modules": "all-linear", **options}
+    )
+    model = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape).to(parameter.dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_base(base: Path):
+    return AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+
+
+def merged_by_peft(base: Path, adapter: Path) -> dict:
+    return PeftModel.from_pretrained(load_base(base), adapter).merge_and_unload(safe_merge=False).state_dict()
+
+
+def streamed(base: Path, adapter: Path, output: Path, scale=1.0) -> dict:
+    output.mkdir()
+    plan = plan_merge(base, adapter, scale)
+    write_merge(plan, output)
+    return {name: tensor for file in plan.files for name, tensor in load_file(output / file).items()}
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([list(range(60, 160))])).logits[0].float()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_streamed_tensor_equals_pefts_merge_bit_for_bit(tmp_path, shape, dtype, tied):
+    """For each option, in one file (untied) and in shards (tied)."""
+    base = small_base(tmp_path / "base", shape, DTYPES[dtype], tied, "200KB" if tied else "1GB")
+    assert (base / "model.safetensors.index.json").is_file() == tied
+    options = OPTIONS | ({"lora bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}} if shape == "qwen2" else {})  # fmt: skip
+    for name, option in options.items():
+        adapter = random_adapter(tmp_path / f"adapter {name}", base, **option)
+        found, expected = streamed(base, adapter, tmp_path / name), merged_by_peft(base, adapter)
+        if tied and name in ("lora on the head", "trained embedding"):
+            # PEFT changes the one weight that head and embedding share; here each has its own
+            expected = {key: tensor for key, tensor in expected.items() if key not in ("lm_head.weight", "model.embed_tokens.weight")}  # fmt: skip
+        before = load_base(base).state_dict()
+        assert set(found) >= {key for key in expected if not (tied and key == "lm_head.weight")}, name
+        assert all(torch.equal(found[key], tensor.to(DTYPES[dtype])) for key, tensor in expected.items() if key in found), name  # fmt: skip
+        assert any(not torch.equal(found[key], before[key]) for key in found), name
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("head", {"target_modules": ["lm_head", "q_proj"]}),
+        ("embedding", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("trained embedding", {"modules_to_save": ["embed_tokens"]}),
+    ],
+)
+def test_a_tied_head_parts_from_the_embedding_where_the_adapter_changes_one_of_them(tmp_path, name, option):
+    base = small_base(tmp_path / "base", tied=True)
+    adapter = random_adapter(tmp_path / "adapter", base, **option)
+    plan = plan_merge(base, adapter)
+    streamed(base, adapter, tmp_path / "out")
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert plan.untied
+    live = PeftModel.from_pretrained(load_base(base), adapter)
+    assert (logits_of(load_base(tmp_path / "out")) - logits_of(live)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_on_an_embedding_is_rounded_once(tmp_path, dtype):
+    """PEFT rounds the difference before it adds it, so only float32 has its very bits."""
+    base = small_base(tmp_path / "base", dtype=DTYPES[dtype])
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens"])
+    found, name = streamed(base, adapter, tmp_path / "out"), "model.embed_tokens"
+    parts = load_file(adapter / "adapter_model.safetensors")
+    down, up = (parts[f"base_model.model.{name}.lora_embedding_{side}"].float() for side in "AB")
+    expected = (load_base(base).state_dict()[f"{name}.weight"].float() + ((up @ down) * 2).T).to(DTYPES[dtype])
+    assert torch.equal(found[f"{name}.weight"], expected)
+    if dtype == "float32":
+        assert torch.equal(expected, merged_by_peft(base, adapter)[f"{name}.weight"])
+
+
+def test_the_index_is_followed_and_other_weights_in_the_folder_are_left_alone(tmp_path):
+    base = small_base(tmp_path / "base", shard_size="200KB")
+    save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, base / "consolidated.safetensors")
+    save_file({"model.norm.weight": torch.zeros(2)}, base / "model-extra.safetensors")
+    adapter = random_adapter(tmp_path / "adapter", base)
+    found, expected = streamed(base, adapter, tmp_path / "out"), merged_by_peft(base, adapter)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    shards = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert shards == {path.name for path in base.glob("model-0*.safetensors")}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert {name: index["weight_map"][name] for name in found} == {
+        name: file for file in shards for name in read_header(tmp_path / "out" / file)
+    }
+
+
+def test_what_the_adapter_does_not_touch_is_copied_byte_for_byte(tmp_path):
+    """Also a dtype that nothing here could compute with."""
+    base = small_base(tmp_path / "base", dtype=torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "unknown": torch.arange(6, dtype=torch.int16)}, base / "model.safetensors")
+    adapter = random_adapter(tmp_path / "adapter", small_base(tmp_path / "twin", dtype=torch.bfloat16), target_modules=["q_proj"])  # fmt: skip
+    found = streamed(base, adapter, tmp_path / "out")
+    assert found["unknown"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors if "q_proj.weight" not in name)
+    assert sum(not torch.equal(found[name], tensors[name]) for name in tensors) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "pissa changed the base"),
+        (
+            {"peft_config": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])},
+            "the adapter is IA3",
+        ),
+        ({"trainable_token_indices": [3, 4]}, "the adapter has trainable_token_indices"),
+    ],
+    ids=["pissa", "ia3", "token rows"],
+)
+def test_what_cannot_be_streamed_goes_through_peft_in_memory_and_says_so(tmp_path, capsys, option, reason):
+    base = small_base(tmp_path / "base")
+    copy_tokenizer(base)
+    adapter = random_adapter(tmp_path / "adapter", base, **option)
+    with pytest.raises(NotStreamable, match=reason):
+        plan_merge(base, adapter)
+    output = merge_adapter(adapter, data=str(rows_file(tmp_path)))
+    assert f"merging through PEFT, with the whole model in memory: {reason}" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+    live = PeftModel.from_pretrained(load_base(base), adapter)
+    assert (logits_of(load_base(output)) - logits_of(live)).abs().max() < 1e-4
+
+
+def test_a_merge_in_memory_that_changes_nothing_or_breaks_a_weight_is_an_error(tmp_path):
+    base = small_base(tmp_path / "base")
+    copy_tokenizer(base)
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    adapter = random_adapter(tmp_path / "adapter", base, peft_config=config)
+    path = adapter / "adapter_model.safetensors"
+    for value, message in ((1.0, "changes no weight"), (float("nan"), "not finite")):
+        save_file({name: torch.full_like(tensor, value) for name, tensor in load_file(path).items()}, path, {"format": "pt"})  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            merge_adapter(adapter, verify=False)
+        assert sorted(file.name for file in adapter.iterdir()) == ["README.md", "adapter_config.json", path.name]
+
+
+def copy_tokenizer(base: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(TINY / "base" / name, base / name)
+
+
+def rows_file(folder: Path) -> Path:
+    return write_jsonl(folder / "rows.jsonl", read_jsonl(TINY / "validation.jsonl")[:4])
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "changes no weight"), (float("nan"), "not finite"), (1e30, "not finite")])  # fmt: skip
+def test_a_merge_that_changes_nothing_or_breaks_a_weight_is_an_error_and_leaves_nothing(tmp_path, value, message):
+    base = small_base(tmp_path / "base", dtype=torch.float16)
+    copy_tokenizer(base)
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, value) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=message):
+        merge_adapter(adapter, verify=False)
+    assert not [file.name for file in adapter.iterdir() if "merged" in file.name]
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    base = small_base(tmp_path / "base")
+    adapter = random_adapter(tmp_path / "adapter", base)
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantised"):
+        plan_merge(base, adapter)
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 4096], ids=["in one piece", "in pieces"])
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_round_trip_through_4_bit_equals_the_live_models_weights(monkeypatch, dtype, double, piece):
+    monkeypatch.setattr(round_trip, "PIECE", piece)
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": dtype}  # fmt: skip
+    options = ModelOptions(str(TINY / "base"), dtype=dtype)
+    live = load_base_model(options, "sdpa", True, BitsAndBytesConfig(**quantization))
+    trip = RoundTrip({"model": vars(options), "quantization": quantization})
+    base = load_file(TINY / "base" / "model.safetensors")
+    layers = {f"{name}.weight": layer for name, layer in live.named_modules() if isinstance(layer, Linear4bit)}
+    assert trip.names == set(layers)
+    assert "lm_head.weight" not in trip.names
+    for name, layer in layers.items():
+        expected = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(trip.apply(base[name].clone()), expected), name
+
+
+CHILD = """
+import json, os, random, resource, signal, sys, time
+from pathlib import Path
+from recipes.merge_adapter import merge_adapter
+from recipes.utils.merge import write_merge
+from recipes.utils.merge_plan import plan_merge
+from recipes.utils.run_record import file_hash
+folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_merge(plan_merge(folder / "large base", folder / "large adapter"), folder / "large")
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+def start(output):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        merge_adapter(folder / "adapter", output, verify=False)
+        os._exit(0)
+    return child
+
+def hashes(output):
+    return {path.name: file_hash(path) for path in output.iterdir()}
+
+began = time.monotonic()
+os.waitpid(start(folder / "whole"), 0)
+length, whole = time.monotonic() - began, hashes(folder / "whole")
+states, dice = [], random.Random(0)
+for number in range(rounds):
+    output = folder / str(number)
+    child = start(output)
+    time.sleep(dice.uniform(0, 1.2 * length))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    states.append("absent" if not output.exists() else "whole" if hashes(output) == whole else "half")
+weights = file_hash(folder / "whole" / "model.safetensors")
+left = list(folder.glob(".*.partial-*"))
+models = [path for path in left if (path / "config.json").exists() and file_hash(path / "model.safetensors") != weights]
+print(json.dumps({"grown": grown, "states": states, "left": len(left), "half with a config": len(models)}))
+"""
+
+
+def in_a_child(folder: Path, rounds: int) -> dict:
+    """One process, since its imports take longest: merge a model of 128 MB with weights of at most 16 MB in float32, and
+    say how much memory that took; then merge a small one and kill it, again and again."""
+    for name in ("large base", "large adapter", "large"):
+        (folder / name).mkdir()
+    weights = {f"model.layers.{n}.mlp.up_proj.weight": torch.full((2048, 2048), 0.5).bfloat16() for n in range(16)}
+    save_file(weights, folder / "large base" / "model.safetensors")
+    (folder / "large base" / "config.json").write_text("{}")
+    parts = {}
+    for name in weights:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        parts |= {f"{module}.lora_A.weight": torch.ones(4, 2048), f"{module}.lora_B.weight": torch.ones(2048, 4)}
+    save_file(parts, folder / "large adapter" / "adapter_model.safetensors")
+    (folder / "large adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
+    base = small_base(folder / "base")
+    copy_tokenizer(base)
+    random_adapter(folder / "adapter", base)
+    result = subprocess.run([sys.executable, "-c", CHILD, folder, str(rounds)], cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    return in_a_child(tmp_path_factory.mktemp("child"), 8)
+
+
+def test_memory_grows_by_the_largest_weight_and_not_by_the_model(child):
+    """The promise is twice the largest weight in float32 and 400 MB, most of which the imports take."""
+    assert child["grown"] < 2 * 16 + 32
+
+
+def test_killed_at_random_moments_no_half_model_is_found(child):
+    assert set(child["states"]) <= {"absent", "whole"}
+    assert "absent" in child["states"]
+    assert child["half with a config"] == 0
+
+
+@pytest.mark.slow
+def test_killed_at_50_random_moments_no_half_model_is_found(tmp_path):
+    found = in_a_child(tmp_path, 50)
+    print({state: found["states"].count(state) for state in ("absent", "whole", "half")}, "left:", found["left"])
+    assert set(found["states"]) <= {"absent", "whole"}
+    assert found["half with a config"] == 0
+    assert found["left"] >= 10, "most kills must have come in the middle of a merge"
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """An adapter that merges into 700 kB."""
+    base = small_base(tmp_path / "base")
+    copy_tokenizer(base)
+    return random_adapter(tmp_path / "adapter", base)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a tmpfs with the options given, or skips where that is not permitted."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, check=False).returncode:  # fmt: skip
+            pytest.skip("mounting is not permitted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_too_little_disk_is_noticed_before_the_first_byte_with_the_number_needed(ready, small_disk):
+    disk = small_disk("size=20m")
+    with pytest.raises(UserError, match=r"disk: the merged model needs 0.07 GB and 0.02 GB are free"):
+        merge_adapter(ready, disk / "merged", verify=False)
+    assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_is_full_in_the_middle_ends_with_a_line_and_leaves_nothing(ready, small_disk):
+    """Room for the bytes, but after the folder and its weights no entry for another file."""
+    disk = small_disk("size=100m,nr_inodes=4")
+    with pytest.raises(UserError, match="merged: the disk is full; nothing is left there"):
+        merge_adapter(ready, disk / "merged", verify=False)
+    assert list(disk.iterdir()) == []
+
+
+def test_a_quota_reached_inside_the_weights_ends_with_a_line_and_leaves_nothing(ready, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="the disk is full; nothing is left there"):
+            merge_adapter(ready, tmp_path / "quota" / "merged", verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "quota").iterdir()) == []
