@@ -1,10 +1,10 @@
 """The README tells the truth: its commands parse, its diff is the recorded one, its tree names every file."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
-from recipes import evaluate_adapter, inspect_data, merge_adapter
 from recipes.utils.config import parse_command_line
 
 import pytest
@@ -34,9 +34,7 @@ def test_each_recipe_command_parses(command, tmp_path, monkeypatch):
         assert parse_command_line(words, "qlora" if "qlora" in recipe else "lora", "").training["output_dir"]
     else:
         function = Path(recipe).stem
-        module = {"evaluate_adapter": evaluate_adapter, "merge_adapter": merge_adapter, "inspect_data": inspect_data}[
-            function
-        ]
+        module = importlib.import_module(f"recipes.{function}")
         called = []
         monkeypatch.setattr(module, function, lambda *args, **options: called.append(options))
         module.main(words)
