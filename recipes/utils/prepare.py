@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -131,8 +132,7 @@ def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, par
     chats = _texts(stream_chats(paths, report, data.system == "merge"), report, tokenizer, control, data, part, seed)
     started = told = time.monotonic()
     with ArrowWriter(features=FEATURES, path=str(path)) as writer:
-        while batch := list(islice(chats, BATCH)):
-            encoded = encode_documents([row for row, _ in batch], tokenizer, control)
+        for batch, encoded in _encoded(chats, tokenizer, control):
             kept = {name: [] for name in FEATURES}
             for (
                 row,
@@ -178,6 +178,20 @@ def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, par
         "blank": report.blank,
         "bad": report.bad,
     }
+
+
+def _encoded(chats, tokenizer, control):
+    """Yield (batch, its rows as token ids): one batch is tokenised in a thread, outside Python's lock, while the next one is
+    read and rendered."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        while batch := list(islice(chats, BATCH)):
+            job = batch, pool.submit(encode_documents, [row for row, _ in batch], tokenizer, control)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = job
+        if waiting:
+            yield waiting[0], waiting[1].result()
 
 
 def _texts(chats, report: Report, tokenizer, control, data: DataOptions, part: str, seed: int):
