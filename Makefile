@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(VENV)/python recipes/evaluate_adapter.py runs/tiny-lora --model runs/tiny-lora/merged
 
 test: .venv/installed-dev
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2
 
 slow: .venv/installed-dev
 	$(VENV)/python -m pytest -m slow

@@ -76,7 +76,7 @@ def test_random_rows_differ(inspect):
 
 
 def test_what_would_stop_a_run_is_shown_and_does_not_stop_the_inspection(inspect):
-    status, shown, _ = inspect("--training.max_length", 140)
+    status, shown, _ = inspect("--training.max_length", 125)
     assert status == 0
     assert "stop: " in shown
     assert "--data.max_over_length" in shown

@@ -104,7 +104,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config_file, tmp
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-8", broken / "checkpoint-8")
     shutil.copy(whole / "metrics.jsonl", broken / "metrics.jsonl")
-    resumed = train(path, method, resume=str(broken / "checkpoint-8"))
+    resumed = train(path, method, resume=str(broken / "checkpoint-8"), overrides={"training.output_dir": str(broken)})
     assert resumed == broken
     assert same(adapter_of(whole), adapter_of(resumed))
     lines = [
