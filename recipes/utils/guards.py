@@ -160,9 +160,10 @@ def _prompt_parity(train: Prepared, config: Config, tokenizer) -> list[Finding]:
         tokenizer.save_pretrained(folder)
         served = AutoTokenizer.from_pretrained(folder)
     chats = {chat.where: chat for chat in sample(config, "train", ROWS_COMPARED)}
+    typed = control_tokens(tokenizer).pattern
     for row in train.rows.select(range(min(len(train.rows), ROWS_COMPARED))):
         chat = chats.get(row["where"])
-        if chat is None or control_tokens(tokenizer).pattern.search(chat.line):
+        if chat is None or typed.search(chat.line):
             continue  # not among the first rows; or escaped: a typed control token is real to a server that reads text
         prompts = [
             served.apply_chat_template(
