@@ -11,6 +11,7 @@ Takes the keys of a config as flags, as the training recipes do. Loads no model 
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -85,7 +86,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
 
 def _rows_to_show(train: Prepared, where: str | None, count: int, pick: bool, seed: int) -> list[dict]:
     if where:
-        places = [index for index, place in enumerate(train.rows["where"]) if place == where]
+        places = [index for index, place in enumerate(train.rows["where"]) if place == os.path.relpath(where)]
         if not places:
             raise UserError(
                 f"--row {where}: no such row is trained on; rows are named as the config names the file, such as "

@@ -11,14 +11,18 @@ Made to be copied: `cp recipes/sft_lora.py my_run.py`, then change what you need
 import sys
 from pathlib import Path
 
-from recipes.utils.adapter import keep_start, save_plain
+from recipes.utils.adapter import keep_start, save_adapter
+from recipes.utils.checkpoint import begin_from, check_disk, save_whole
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import discard_empty, print_run_table, run, say, settings_judged
+from recipes.utils.failures import stop_if_not_finite
 from recipes.utils.guards import check_model, check_rows, check_settings, heed
-from recipes.utils.model import check_machine, choose_attention, load_base_model, load_tokenizer
+from recipes.utils.model import check_machine, check_sharded, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
 from recipes.utils.prepare import prepare
-from recipes.utils.run_record import begin_run, finish_run
+from recipes.utils.run_record import recorded
+from recipes.utils.same_run import check_same_run, describe
+from recipes.utils.stop import stoppable
 
 from peft import LoraConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
@@ -57,23 +61,34 @@ def train_lora(config: Config) -> Path:
             processing_class=tokenizer,
             peft_config=lora_config,
         )
+        check_sharded(trainer)
+        disk = check_disk(trainer)
+        made_of = describe(config, trainer, train, validation, attention)
+        accepted = check_same_run(config, trainer, made_of)
     watch(trainer, config.run_folder)
-    reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
+    reasons = {
+        "attention": f"{attention} ({attention_reason})",
+        "chat template": template_reason,
+        "checkpoints": disk,
+    }
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
     heed(check_settings(training_args, len(trainer.train_dataset), train.counts))
     if config.dry_run:
         discard_empty(config.new_folders)
         return config.run_folder
 
-    # 6. Train. The best checkpoint by validation loss is kept, and loaded at the end.
+    # 6. Train, so that nothing is lost but the steps since the last checkpoint: signals, divergence and full disks end
+    # the run with a whole one. The best checkpoint by validation loss is loaded at the end.
+    save_whole(trainer, made_of)
+    begin_from(trainer, config.resume)
+    stop_if_not_finite(trainer, train, validation)
     start = keep_start(trainer.model)
-    begin_run(config, training_args.seed, train.counts, validation.counts if validation else None)
-    result = trainer.train(resume_from_checkpoint=config.resume)
+    with recorded(config, trainer, train, validation, accepted) as results, stoppable(trainer, config.max_hours):
+        results["train"] = trainer.train(resume_from_checkpoint=config.resume).metrics
 
-    # 7. Save the adapter with the tokenizer and the chat template that it was trained with.
-    trainer.save_model()
-    save_plain(trainer.model, config.run_folder, start)
-    finish_run(config, train=result.metrics, best_validation_loss=trainer.state.best_metric)
+        # 7. Save the adapter with the tokenizer and the chat template that it was trained with.
+        save_adapter(trainer, start)
+        results["best_validation_loss"] = trainer.state.best_metric
     say(f"\nadapter: {config.run_folder}\nnext:    python recipes/evaluate_adapter.py {config.run_folder}")
     return config.run_folder
 

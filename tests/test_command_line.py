@@ -1,10 +1,6 @@
 """What a person meets at the terminal: exit codes, one-line errors, nothing left behind."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
 
 from recipes.utils import console
 from recipes.utils.config import load_config
@@ -61,9 +57,10 @@ def test_a_bad_json_line_ends_a_real_script_with_status_2_and_its_place(config_f
     path = config_file(data={"train": str(tmp_path / "bad.jsonl")})
     result = run_script("recipes/sft_lora.py", path)
     assert (result.returncode, result.stdout) == (2, "")
+    where = os.path.relpath(tmp_path / "bad.jsonl", ROOT)
     assert (
         result.stderr
-        == f"error: {tmp_path}/bad.jsonl:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
+        == f"error: {where}:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -83,22 +80,6 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ZeroDivisionError):
         console.run(main, [])
-
-
-def test_ctrl_c_ends_without_a_traceback(config_file, tmp_path):
-    path = config_file(training={"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000})
-    process = subprocess.Popen(
-        [sys.executable, "recipes/sft_lora.py", str(path)], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert "Traceback" not in errors
-    assert "--resume" in errors
 
 
 def machine(monkeypatch, gpus, capability=(9, 0), bfloat16=True, flash=False):

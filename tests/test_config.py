@@ -246,19 +246,17 @@ def test_an_explicit_folder_that_holds_a_run_is_refused(tmp_path):
         load(tmp_path, BASE, {"training.output_dir": str(tmp_path / "used")})
 
 
-def test_resume_takes_the_newest_checkpoint_of_the_config_and_its_folder(tmp_path, monkeypatch):
+def test_resume_takes_the_run_of_the_config_that_was_written_last(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(BASE)
-    with pytest.raises(UserError, match="no checkpoint under"):
-        load_config("my.yaml", {}, "lora", resume="latest")
-    for number, name in enumerate(
-        ["runs/my-lora/checkpoint-9", "runs/my-lora-2/checkpoint-10", "runs/other-lora/checkpoint-3"]
-    ):
-        Path(name).mkdir(parents=True)
-        state = Path(name, "trainer_state.json")
-        state.touch()
-        os.utime(state, (number, number))
     config = load_config("my.yaml", {}, "lora", resume="latest")
-    assert (config.resume, config.training["output_dir"]) == ("runs/my-lora-2/checkpoint-10", "runs/my-lora-2")
-    with pytest.raises(UserError, match="is no checkpoint"):
-        load_config("my.yaml", {}, "lora", resume="runs/my-lora")
+    assert (config.resume, config.training["output_dir"]) == (None, "runs/my-lora")
+    assert "the run begins at its first step" in capsys.readouterr().out
+    for number, name in enumerate(["runs/my-lora", "runs/my-lora-3", "runs/my-lora-2", "runs/other-lora"]):
+        Path(name).mkdir(parents=True)
+        Path(name, "run.json").touch()
+        os.utime(Path(name, "run.json"), (number, number))
+    config = load_config("my.yaml", {}, "lora", resume="latest")
+    assert (config.resume, config.training["output_dir"]) == (None, "runs/my-lora-2")
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_config("my.yaml", {}, "lora", resume="runs/my-lora/checkpoint-2")

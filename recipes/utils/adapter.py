@@ -8,8 +8,13 @@ it is a plain LoRA on the base as it is published: it can be switched off, merge
 import json
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from recipes.utils.console import UserError, is_main_process
+from recipes.utils.checkpoint import sync
+from recipes.utils.console import RunEnded, UserError, is_main_process
+
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 
 CHANGE_THE_BASE = ("pissa", "olora")
 NEED_MORE = {
@@ -46,6 +51,9 @@ def check_continued(folder: str | None) -> None:
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
         raise UserError(f"model.adapter: {folder} is no adapter folder (it has no adapter_config.json)")
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; pickled weights are not loaded, since "
+                        "they can run code")  # fmt: skip
     start = str(json.loads(config.read_text(encoding="utf-8")).get("init_lora_weights", True))
     if start.startswith((*CHANGE_THE_BASE, *NEED_MORE)):
         raise UserError(
@@ -54,16 +62,50 @@ def check_continued(folder: str | None) -> None:
         )
 
 
-def keep_start(model) -> tempfile.TemporaryDirectory | None:
-    """Keep the untrained adapter of `model` where `save_plain` needs it, else None."""
-    if not str(model.peft_config["default"].init_lora_weights).startswith(CHANGE_THE_BASE) or not is_main_process():
-        return None
-    folder = tempfile.TemporaryDirectory()
-    model.save_pretrained(folder.name)
-    return folder
+class Start(NamedTuple):
+    """An adapter before training: the shape of each of its tensors, and its own files where `save_adapter` needs them."""
+
+    shapes: dict[str, list[int]]
+    files: tempfile.TemporaryDirectory | None
 
 
-def save_plain(model, folder: Path, start: tempfile.TemporaryDirectory | None) -> None:
-    """Write the adapter over the one in `folder` as a plain LoRA, if it began as something else."""
-    if start is not None:
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=start.name)
+def keep_start(model) -> Start:
+    """What `save_adapter` has to know of the untrained adapter of `model`."""
+    files = None
+    if str(model.peft_config["default"].init_lora_weights).startswith(CHANGE_THE_BASE) and is_main_process():
+        files = tempfile.TemporaryDirectory()
+        model.save_pretrained(files.name)
+    return Start(adapter_shapes(model), files)
+
+
+def adapter_shapes(model) -> dict[str, list[int]]:
+    """{name in the adapter's file: shape} of the adapter of `model`."""
+    return {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """{name: shape} of the adapter file in `folder`."""
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def save_adapter(trainer, start: Start) -> None:
+    """Write adapter, tokenizer and template into the run folder, each file whole and adapter_config.json last: where it
+    stands, an adapter stands. One that began by changing the base is written as a plain LoRA.
+
+    Raises `RunEnded` if the file is not the whole adapter (sharded training can leave empty or flattened tensors).
+    """
+    folder = Path(trainer.args.output_dir)
+    staging = folder / ".adapter"
+    trainer.save_model(str(staging))
+    if not is_main_process():
+        return
+    if start.files:
+        trainer.model.save_pretrained(staging, path_initial_model_for_weight_conversion=start.files.name)
+    elif stored_shapes(staging) != start.shapes:
+        raise RunEnded("failed", f"{staging}: the adapter that was written is not whole; its checkpoints are kept")
+    (staging / "training_args.bin").unlink()  # a pickle, with the paths of this machine
+    sync(staging)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+        path.replace(folder / path.name)
+    staging.rmdir()

@@ -6,7 +6,7 @@ names the line, before any data or model is read.
 
 import argparse
 import dataclasses
-import itertools
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from recipes.utils.config_keys import (
     type_checker,
 )
 from recipes.utils.console import UserError
+from recipes.utils.run_folder import find_run_folder
 
 import torch
 
@@ -39,6 +40,8 @@ class Config:
     quantization: dict
     dry_run: bool = False
     resume: str | None = None
+    accept_changes: bool = False
+    max_hours: float | None = None
     cpu_asked_for: bool = False
     new_folders: list[Path] = dataclasses.field(
         default_factory=list
@@ -64,16 +67,20 @@ def parse_command_line(argv: list[str], method: str, description: str) -> Config
         nargs="?",
         const="latest",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a path, from the newest one of this config",
+        help="go on from a checkpoint; without a path, from the newest complete one of this config",
     )
+    parser.add_argument("--accept-changes", action="store_true", help="resume although settings or data were changed")
+    parser.add_argument("--max-hours", type=float, help="stop with a checkpoint before so many hours are over")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
     options, rest = parser.parse_known_args(argv)
-    return load_config(options.config, read_flags(rest), method, dry_run=options.dry_run, resume=options.resume)
+    flags = {name: getattr(options, name) for name in ("dry_run", "resume", "accept_changes", "max_hours")}
+    return load_config(options.config, read_flags(rest), method, **flags)
 
 
-def load_config(path, overrides: dict[str, object], method: str, dry_run=False, resume=None, new_run=True) -> Config:
+def load_config(path, overrides: dict[str, object], method: str, new_run=True, **flags) -> Config:
     """Read `path`, lay `overrides` ({"training.learning_rate": 1e-4}) over it, check every key and resolve what
-    depends on this machine. Without `new_run` no run folder is looked for: the config is only to be read.
+    depends on this machine. `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`. Without `new_run` no run
+    folder is looked for: the config is only to be read.
 
     Raises:
         UserError: for anything that is not a key of the library class behind its section, or not a value of its type.
@@ -98,17 +105,17 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
     config = Config(
         name=Path(path).stem,
         method=method,
-        dry_run=dry_run,
-        resume=resume,
+        **flags,
         model=ModelOptions(**sections["model"]),
         data=DataOptions(**sections["data"]),
         lora={"task_type": "CAUSAL_LM", **sections["lora"]},
         training=sections["training"],
         quantization=sections["quantization"],
     )
+    _make_relative(config)
     _resolve_training(config, path)
     if new_run:
-        _resolve_run_folder(config)
+        find_run_folder(config)
     run_folder = config.run_folder if new_run else Path()
     config.new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     check_initialisation(config.lora, config.method)
@@ -122,6 +129,18 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
             raise UserError(class_error(error, section, given, path)) from error
     _check_together(config, path)
     return config
+
+
+def _make_relative(config: Config) -> None:
+    """Write absolute paths as relative ones, to where the command runs: they end up in the run folder and in trackers, and
+    where a home folder or a customer's data lies is nobody's business to whom the adapter is given."""
+    for options in (vars(config.model), vars(config.data), config.training):
+        for name, value in options.items():
+            options[name] = [_relative(each) for each in value] if isinstance(value, list) else _relative(value)
+
+
+def _relative(value):
+    return os.path.relpath(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _resolve_training(config: Config, path) -> None:
@@ -139,6 +158,7 @@ def _resolve_training(config: Config, path) -> None:
     training["bf16"] = config.model.dtype == "bfloat16"
     training["fp16"] = config.model.dtype == "float16"
     training.setdefault("report_to", "none")
+    training.setdefault("ddp_find_unused_parameters", False)  # a look at the whole graph a step, for nothing
     training.setdefault("logging_nan_inf_filter", False)  # the filter would log a NaN loss as 0.0 and train on
 
 
@@ -160,41 +180,3 @@ def _check_together(config: Config, path) -> None:
                 f"{path}: training.{wants[0]} needs validation rows: --data.validation 0.05, or without them "
                 "--training.eval_strategy no --training.load_best_model_at_end false"
             )
-
-
-def _resolve_run_folder(config: Config) -> None:
-    """Set `training.output_dir` and the checkpoint to resume from; a folder that holds a run is never written over."""
-    given = config.training.get("output_dir")
-    default = f"runs/{config.name}-{config.method}"
-    if given and Path(given).exists() and not Path(given).is_dir():
-        raise UserError(f"training.output_dir: {given} is a file, not a folder")
-    if config.resume is None:
-        if given and _holds_a_run(Path(given)):
-            raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
-        numbered = itertools.chain([default], (f"{default}-{number}" for number in itertools.count(2)))
-        config.training["output_dir"] = given or next(name for name in numbered if not _holds_a_run(Path(name)))
-        return
-    if config.resume == "latest":
-        folders = (
-            [Path(given)]
-            if given
-            else [*Path("runs").glob(Path(default).name), *Path("runs").glob(f"{Path(default).name}-*")]
-        )
-        checkpoints = [file for folder in folders for file in folder.glob("checkpoint-*/trainer_state.json")]
-        if not checkpoints:
-            raise UserError(f"--resume: no checkpoint under {given or default}*; run without --resume to begin")
-        checkpoint = max(checkpoints, key=lambda file: file.stat().st_mtime).parent
-    else:
-        checkpoint = Path(config.resume)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise UserError(f"--resume: {checkpoint} is no checkpoint (it has no trainer_state.json)")
-    if given and Path(given).resolve() != checkpoint.resolve().parent:
-        raise UserError(f"--resume: {checkpoint} is not in training.output_dir {given}; leave one of the two out")
-    config.resume = str(checkpoint)
-    config.training["output_dir"] = str(checkpoint.parent)
-
-
-def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("run.json", "adapter_config.json")) or any(
-        folder.glob("checkpoint-*")
-    )

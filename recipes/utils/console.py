@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 OK, FAILED, USER_ERROR = 0, 1, 2
+# How a run can end before its end: the word in run.json, and the exit status.
+ENDS = {"failed": FAILED, "diverged": 3, "stopped": 75}
 
 # A log file or a pipe has no width of its own.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -21,6 +23,14 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 class UserError(Exception):
     """Something the user can mend: a config, a data file, a path. The message says what, where and how, in a line or
     two; `run` prints it without a traceback and exits with status 2."""
+
+
+class RunEnded(Exception):
+    """A run that began and did not reach its end: the `word` for run.json, and what happened and what to do next."""
+
+    def __init__(self, word: str, message: str):
+        super().__init__(message)
+        self.word = word
 
 
 def is_main_process() -> bool:
@@ -125,6 +135,9 @@ def settings_judged(new_folders):
         yield
     except torch.OutOfMemoryError:
         raise
+    except UserError:
+        discard_empty(new_folders)
+        raise
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
         discard_empty(new_folders)
         raise UserError(f"the settings cannot be used: {str(error).splitlines()[0]}") from error
@@ -138,9 +151,10 @@ def discard_empty(folders) -> None:
 
 
 def run(main, argv: list[str] | None = None) -> int:
-    """Call `main(argv)` and turn what it raises into an exit status: 0 done, 2 a `UserError`, 1 anything else.
+    """Call `main(argv)` and turn what it raises into an exit status: 0 done, 2 a `UserError`, 3
+    diverged, 75 stopped after a checkpoint, 1 anything else. (Launchers turn all of them into 1: see run.json.)
 
-    With `--traceback` among the arguments a `UserError` shows where in the code it arose.
+    With `--traceback` among the arguments a `UserError` or `RunEnded` shows where in the code it arose.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
@@ -154,8 +168,21 @@ def run(main, argv: list[str] | None = None) -> int:
     except UserError as error:
         if show_traceback:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return USER_ERROR
+    except RunEnded as ended:
+        if show_traceback:
+            traceback.print_exc()
+        if ended.word != "stopped":
+            _complain(f"{ended.word}: {ended}")
+        elif is_main_process():  # all processes agreed on it
+            print(ended, file=sys.stderr)
+        return ENDS[ended.word]
     except KeyboardInterrupt:
         print("interrupted: the last complete checkpoint is in the run folder; go on with --resume", file=sys.stderr)
         return FAILED
+
+
+def _complain(message: str) -> None:
+    """Print to standard error; each further process says which one it is, since one alone may have met the fault."""
+    print(message if is_main_process() else f"[process {os.environ['RANK']}] {message}", file=sys.stderr)

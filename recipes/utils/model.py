@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+from pathlib import Path
 
+from recipes.utils import OFFLINE_ASKED_FOR
 from recipes.utils.chat_template import choose_chat_template
 from recipes.utils.config import Config, ModelOptions
-from recipes.utils.console import UserError, say
+from recipes.utils.console import UserError, out, say
 
 import torch
+from huggingface_hub import constants
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
@@ -20,8 +23,17 @@ def check_machine(config: Config) -> None:
 
     Raises:
         UserError: several GPUs without a launcher; a precision that the model does not stand; billions of parameters
-            without a GPU.
+            without a GPU; sharding (FSDP) that would not take place.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if config.training["use_cpu"]:
+            raise UserError("FSDP was asked for, and without GPUs it would be plain data parallelism: use ddp.yaml")
+        storage = config.quantization.get("bnb_4bit_quant_storage")
+        if config.method == "qlora" and storage != config.model.dtype:
+            raise UserError(
+                "FSDP leaves 4-bit weights that are kept as bytes whole on each GPU: "
+                f"--quantization.bnb_4bit_quant_storage {config.model.dtype}"
+            )
     gpus = 0 if config.training["use_cpu"] else torch.cuda.device_count()
     recipe = f"recipes/sft_{config.method}.py"
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
@@ -29,6 +41,8 @@ def check_machine(config: Config) -> None:
             f"{gpus} GPUs are visible and no launcher was used: accelerate launch --num_processes {gpus} {recipe} ..., "
             f"or one GPU: CUDA_VISIBLE_DEVICES=0 python {recipe} ..."
         )
+    if config.model.trust_remote_code:
+        out.print(f"[bold red]model.trust_remote_code: code that comes with {config.model.name_or_path} is run here[/]")
     model_config = load_model_config(config.model)
     if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
@@ -38,6 +52,12 @@ def check_machine(config: Config) -> None:
             f"{config.model.name_or_path} has {billions:.1f} billion parameters and this machine has no GPU that torch "
             "sees (nvidia-smi shows whether there is one); --training.use_cpu true trains on the CPU all the same"
         )
+
+
+def check_sharded(trainer) -> None:
+    """Raise `UserError` if the launcher was to shard the model (FSDP) and `trainer` does not."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise UserError("FSDP was asked for and is not in use: launch with configs/accelerate/fsdp2.yaml as it is")
 
 
 def load_model_config(options: ModelOptions):
@@ -123,6 +143,7 @@ def load_base_model(options: ModelOptions, attention: str, use_cpu: bool, quanti
             attn_implementation=attention,
             device_map={"": device},
             quantization_config=quantization_config,
+            use_safetensors=True,
         )
     keep_nf4_as_packed(model)
     fit_to_save(model)
@@ -145,7 +166,10 @@ def keep_nf4_as_packed(model) -> None:
 
 @contextlib.contextmanager
 def hub_errors(name: str):
-    """Turn what the hub client raises about `name` into a line that says what to do."""
+    """Turn what the hub client raises about `name` into a line that says what to do. With a `name` that is no folder, the
+    network may be used from here on, unless HF_HUB_OFFLINE is set."""
+    if not Path(name).is_dir():
+        constants.HF_HUB_OFFLINE = OFFLINE_ASKED_FOR
     try:
         yield
     except OSError as error:
@@ -158,6 +182,11 @@ def hub_errors(name: str):
             raise UserError(
                 f"{name}: there is no such folder here, and the Hugging Face hub cannot be reached; give a folder as "
                 "model.name_or_path"
+            ) from error
+        if "safetensors" in chain:
+            raise UserError(
+                f"{name}: has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: "
+                "transformers' from_pretrained and save_pretrained, on a machine that you can spare"
             ) from error
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
 

@@ -72,6 +72,11 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
     paths = data.train if share or part == "train" else data.validation
     key = _key(paths, tokenizer, [repr(data), max_length, part, seed])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        # One process of a machine prepares. A barrier would give up after its timeout; where that process fails, the
+        # launcher ends this one.
+        while not (folder / "counts.json").is_file():
+            time.sleep(0.2)
     if not (folder / "counts.json").is_file():
         temporary = folder.with_name(f"{key}.{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""Sharded training as far as a CPU goes: torch's own fully_shard over gloo on an adapter, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+from recipes.utils.config import load_config
+from recipes.utils.console import UserError
+from recipes.utils.model import check_machine, check_sharded
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT
+
+SHARDED = """
+import os, torch, torch.distributed as dist
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import MistralConfig, MistralForCausalLM
+
+from recipes.utils.adapter import adapter_shapes
+
+dist.init_process_group("gloo")
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, sliding_window=None)
+model = get_peft_model(MistralForCausalLM(config), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+whole = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+before = adapter_shapes(model)
+for layer in model.get_base_model().model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+ids = torch.arange(16).view(2, 8) + dist.get_rank()
+model(input_ids=ids, labels=ids).loss.backward()
+full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+assert adapter_shapes(model) == before
+if dist.get_rank() == 0:
+    adapter = get_peft_model_state_dict(model, state_dict=full)
+    assert {name: list(tensor.shape) for name, tensor in adapter.items()} == before
+    assert all(torch.equal(adapter[name], whole[name]) for name in whole)
+    print("whole")
+dist.destroy_process_group()
+"""
+
+
+def test_an_adapter_comes_back_whole_from_raw_fully_shard_over_gloo(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert result.stdout.strip() == "whole", result.stderr
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_each_accelerate_config_is_read_by_accelerate(name):
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+    assert config.use_cpu is False
+
+
+def test_sharding_that_would_silently_be_something_else_is_refused(config_file, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = load_config(config_file(), {}, "lora")
+    with pytest.raises(UserError, match="plain data parallelism"):
+        check_machine(config)
+    config = load_config(config_file(), {}, "qlora")
+    config.training["use_cpu"] = False
+    with pytest.raises(UserError, match="--quantization.bnb_4bit_quant_storage float32"):
+        check_machine(config)
+
+    class Trainer:
+        is_fsdp_enabled = False
+
+    with pytest.raises(UserError, match="is not in use"):
+        check_sharded(Trainer())
+
+
+def test_the_slurm_script_is_a_script():
+    assert subprocess.run(["bash", "-n", ROOT / "configs" / "slurm.sbatch"], check=False).returncode == 0

@@ -1,0 +1,152 @@
+"""Stop signals and deadlines: the step in hand, a whole checkpoint, status 75; and what a second Ctrl-C does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from recipes import sft_lora
+from recipes.utils import console, stop
+from recipes.utils.checkpoint import fault
+from recipes.utils.config import load_config
+from recipes.utils.console import RunEnded
+
+import pytest
+from conftest import ROOT, read_jsonl
+from transformers import TrainerCallback
+
+LONG = {"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000}
+
+
+def begin(path, *flags):
+    process = subprocess.Popen(
+        [sys.executable, "recipes/sft_lora.py", str(path), *flags], cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return process
+
+
+def wait_for(path, text=""):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (path.exists() and text in path.read_text()):
+        time.sleep(0.1)
+    assert path.exists(), "the run did not begin"
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal at one moment of the run."""
+
+    def __init__(self, event, step, number):
+        self.step, self.number = step, number
+        setattr(self, event, self.send)
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.number:
+            os.kill(os.getpid(), self.number)
+            self.number = None
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Add a `SignalAt` to the trainer of the next run."""
+
+    def plan(*when):
+        class Signalled(sft_lora.SFTTrainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.add_callback(SignalAt(*when))
+
+        monkeypatch.setattr(sft_lora, "SFTTrainer", Signalled)
+
+    return plan
+
+
+def test_sigterm_ends_a_real_script_with_status_75_a_whole_checkpoint_and_no_final_adapter(config_file, tmp_path):
+    process = begin(config_file(training=LONG))
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "SIGTERM: stopping after this step" in errors
+    assert "is complete; run again with --resume" in errors
+    assert "Traceback" not in errors
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert fault(checkpoint) is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    last = [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line][-1]
+    assert checkpoint.name == f"checkpoint-{last}"
+
+
+def test_a_second_ctrl_c_ends_at_once(config_file, tmp_path):
+    process = begin(
+        config_file(training={**LONG, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 50})
+    )
+    wait_for(tmp_path / "run" / "run.json")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "the first one lets the step finish"
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "event", "step", "stops_at"),
+    [
+        (signal.SIGTERM, "on_step_begin", 2, 3),
+        (signal.SIGINT, "on_step_begin", 2, 3),
+        (signal.SIGUSR1, "on_step_begin", 2, 3),
+        (signal.SIGTERM, "on_prediction_step", 4, 4),
+        (signal.SIGTERM, "on_save", 4, 4),
+        (signal.SIGTERM, "on_step_end", 8, 8),
+    ],
+)
+def test_each_signal_stops_at_the_next_end_of_a_step_or_within_an_evaluation(
+    config_file, tmp_path, signal_at, number, event, step, stops_at
+):
+    before = signal.getsignal(number)
+    signal_at(event, step, number)
+    assert console.run(sft_lora.main, [str(config_file())]) == 75
+    folder = tmp_path / "run"
+    assert max(int(path.name[11:]) for path in folder.glob("checkpoint-*")) == stops_at
+    assert fault(folder / f"checkpoint-{stops_at}") is None
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["step"]) == ("stopped", stops_at)
+    assert not (folder / "adapter_config.json").exists()
+    assert signal.getsignal(number) == before
+
+
+def test_an_evaluation_that_a_stop_put_off_is_made_up_at_the_resume(
+    config_file, tmp_path, signal_at, monkeypatch, capsys
+):
+    path = config_file(lora={"lora_dropout": 0.1})
+    with monkeypatch.context():
+        signal_at("on_step_begin", 3, signal.SIGTERM)
+        assert console.run(sft_lora.main, [str(path)]) == 75
+        monkeypatch.undo()
+    folder = tmp_path / "run"
+    assert not any("eval_loss" in line for line in read_jsonl(folder / "metrics.jsonl"))
+    assert console.run(sft_lora.main, [str(path), "--resume"]) == 0
+    assert "evaluation that the stop has put off comes first" in capsys.readouterr().out
+    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line] == [4, 8]
+    whole = tmp_path / "whole"
+    assert console.run(sft_lora.main, [str(path), "--training.output_dir", str(whole)]) == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_max_hours_stops_before_the_deadline_with_time_left_for_the_save(config_file, tmp_path):
+    config = load_config(config_file(training=LONG), {}, "lora")
+    # the clock runs from the start of this process; a save and a step take far less than what is left here
+    config.max_hours = (time.time() - stop.psutil.Process().create_time() + 8) / 3600
+    with pytest.raises(RunEnded, match="stopped by --max-hours"):
+        sft_lora.train_lora(config)
+    assert time.time() < stop.psutil.Process().create_time() + config.max_hours * 3600
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert fault(checkpoint) is None
