@@ -58,7 +58,7 @@ def random_adapter(folder: Path, base: Path, peft_config=None, **options) -> Pat
     """An adapter with weights that are far from zero, saved as PEFT saves it."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     config = peft_config or LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"target_modules": "all-linear", **options}
+        task_type="CAUSAL_LM", lora_alpha=8, **{"r": 4, "target_modules": "all-linear", **options}
     )
     model = get_peft_model(model, config)
     torch.manual_seed(1)
@@ -107,6 +107,23 @@ def test_every_streamed_tensor_equals_pefts_merge_bit_for_bit(tmp_path, shape, d
         assert set(found) >= {key for key in expected if not (tied and key == "lm_head.weight")}, name
         assert all(torch.equal(found[key], tensor.to(DTYPES[dtype])) for key, tensor in expected.items() if key in found), name  # fmt: skip
         assert any(not torch.equal(found[key], before[key]) for key in found), name
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64])
+def test_the_bits_do_not_depend_on_how_the_work_is_divided(tmp_path, monkeypatch, rank):
+    """Four workers, and pieces so small that a careless cut would leave one of few rows, which BLAS sums up otherwise."""
+    base = small_base(tmp_path / "base", "qwen2", torch.float32, shard_size="200KB")
+    threads = torch.get_num_threads()
+    for name, targets in (("layers", {"use_dora": True}), ("embedding", {"target_modules": ["embed_tokens"]})):
+        adapter = random_adapter(tmp_path / f"adapter {name}", base, r=rank, **targets)
+        whole = streamed(base, adapter, tmp_path / f"{name} whole")
+        monkeypatch.setattr("recipes.utils.merge.PIECE", 19 * 96)
+        torch.set_num_threads(4)
+        divided = streamed(base, adapter, tmp_path / f"{name} divided")
+        assert torch.get_num_threads() == 4, "as it was before"
+        torch.set_num_threads(threads)
+        monkeypatch.undo()
+        assert all(torch.equal(divided[key], whole[key]) for key in whole), name
 
 
 @pytest.mark.parametrize(
