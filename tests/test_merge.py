@@ -226,6 +226,80 @@ def test_a_merge_in_memory_that_changes_nothing_or_breaks_a_weight_is_an_error(t
         assert sorted(file.name for file in adapter.iterdir()) == ["README.md", "adapter_config.json", path.name]
 
 
+def test_on_a_tied_base_what_peft_merges_into_the_embedding_stays_out_of_the_head(tmp_path):
+    base = small_base(tmp_path / "base", tied=True)
+    copy_tokenizer(base)
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    output = merge_adapter(adapter, data=str(rows_file(tmp_path)))
+    live = PeftModel.from_pretrained(load_base(base), adapter)
+    assert (logits_of(load_base(output)) - logits_of(live)).abs().max() < 1e-4
+    assert not json.loads((output / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_tied_base_whose_embedding_peft_leaves_alone_stays_tied(tmp_path):
+    base = small_base(tmp_path / "base", tied=True)
+    copy_tokenizer(base)
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    output = merge_adapter(random_adapter(tmp_path / "adapter", base, config), data=str(rows_file(tmp_path)))
+    assert "lm_head.weight" not in load_file(output / "model.safetensors")
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_file_that_was_cut_in_a_copy_is_named_before_anything_is_written(tmp_path):
+    """Its header says that all is there, and a reader would wait for the rest."""
+    base = small_base(tmp_path / "base", shard_size="200KB")
+    adapter = random_adapter(tmp_path / "adapter", base)
+    for path in (adapter / "adapter_model.safetensors", max(base.glob("model-*.safetensors"))):
+        content = path.read_bytes()
+        path.write_bytes(content[:-10])
+        with pytest.raises(UserError, match=f"{path.name}: its last 10 bytes are missing"):
+            plan_merge(base, adapter)
+        path.write_bytes(b"")
+        with pytest.raises(UserError, match=f"{path.name}: is no safetensors file"):
+            plan_merge(base, adapter)
+        path.write_bytes(content)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name}: is not there, though the index"):
+        plan_merge(base, adapter)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    base = small_base(tmp_path / "base")
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    parts = load_file(path)
+    save_file({name: part.repeat(1, 2).contiguous() if "lora_A" in name else part for name, part in parts.items()}, path)  # fmt: skip
+    with pytest.raises(UserError, match=r"q_proj.weight is \[96, 96\].*the adapter belongs to another base"):
+        plan_merge(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", "{", "adapter_config.json: is no JSON"),
+        ("run.json", "{", "run.json: is no JSON"),
+        ("adapter_config.json", None, "is no run folder and no adapter"),
+        ("adapter_model.safetensors", None, "holds no adapter weights"),
+    ],
+)
+def test_a_broken_adapter_folder_is_a_user_error(ready, file, content, message):
+    if content:
+        (ready / file).write_text(content)
+    else:
+        (ready / file).unlink()
+    with pytest.raises(UserError, match=message):
+        merge_adapter(ready, verify=False)
+
+
+def test_a_base_or_an_output_that_cannot_be_is_a_user_error(ready, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        merge_adapter(ready, tmp_path / "file" / "merged", verify=False)
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="base: the folder of the adapter's base is not there"):
+        merge_adapter(ready, verify=False)
+
+
 def copy_tokenizer(base: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TINY / "base" / name, base / name)

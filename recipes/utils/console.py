@@ -157,5 +157,5 @@ def run(main, argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted: the last complete checkpoint is in the run folder; go on with --resume", file=sys.stderr)
+        print("interrupted; a training run goes on from its last complete checkpoint with --resume", file=sys.stderr)
         return FAILED
