@@ -4,11 +4,11 @@
     python recipes/chat.py runs/mistral-lora/merged --system "Answer in one sentence." --temperature 0.7
     echo "Why is the sky blue?" | python recipes/chat.py runs/mistral-lora
 
-/reset forgets the conversation, /quit ends it. Each line is a message; in a pipe only the answers are printed.
+/reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only the answers are printed.
 """
 
 import argparse
-import contextlib
+import math
 import sys
 from pathlib import Path
 
@@ -28,8 +28,10 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
     `temperature` 0 takes the most likely token each time. Returns the conversation since the last /reset.
 
     Raises:
-        UserError: if `path` holds neither an adapter nor a model.
+        UserError: if `path` holds neither an adapter nor a model with a chat template, or a setting cannot be.
     """
+    if not 0 <= temperature < math.inf or max_new_tokens < 1:
+        raise UserError("--temperature is 0 or more, and --max-new-tokens 1 or more")
     model, tokenizer, stop_ids = _load(Path(path or newest_run()))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -71,9 +73,13 @@ def _load(folder: Path):
         return load_adapter(folder, record).eval(), tokenizer, stop_token_ids(tokenizer)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no adapter (adapter_config.json) and no model (config.json)")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: has no chat template, so it is no model to talk to")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
     stop_ids = model.generation_config.eos_token_id
-    return model, AutoTokenizer.from_pretrained(folder), stop_ids if isinstance(stop_ids, list) else [stop_ids]
+    stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
+    return model, tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids]
 
 
 def _typed():
@@ -81,7 +87,7 @@ def _typed():
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    say("/reset forgets the conversation, /quit ends it")
+    say("/reset forgets the conversation, /quit or Ctrl-C ends it")
     while True:
         try:
             yield input("> ")
@@ -97,8 +103,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         chat(**vars(parser.parse_args(argv)))
+    except KeyboardInterrupt:
+        say("")  # the shell's prompt begins a line of its own
 
 
 if __name__ == "__main__":

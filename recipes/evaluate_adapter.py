@@ -39,6 +39,8 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
     record = read_run(run_folder)
     if max_rows < 1:
         raise UserError("--max-rows: at least one answer must be generated")
+    if (scales and model) or (forgetting and not scales):
+        raise UserError("--scales scores the adapter, so not with --model; --forgetting goes with --scales alone")
     if model and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: is no model folder (it has no config.json)")
     chats = rows_to_score(record, data)
@@ -116,7 +118,7 @@ def _print(metrics: dict, results: dict, chats: list[Chat]) -> None:
             say(f"{name:<9} {results[name][1][index].text}")
 
 
-def _numbers(text: str) -> list[float]:
+def _scales(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
@@ -129,9 +131,7 @@ def main(argv: list[str]) -> None:
         "--max-rows", type=int, default=200, help="how many answers to generate (200); losses use all rows"
     )
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; half as long again as the longest expected")
-    parser.add_argument(
-        "--scales", metavar="0.5,1,...", type=_numbers, help="score the adapter at each of these scales"
-    )
+    parser.add_argument("--scales", metavar="0.5,1,...", type=_scales, help="score the adapter at each of these scales")
     parser.add_argument("--forgetting", metavar="FILE", help="with --scales: rows that the base must not unlearn")
     evaluate_adapter(**vars(parser.parse_args(argv)))
 

@@ -29,7 +29,7 @@ from recipes.utils.run_record import newest_run
 from recipes.utils.scale import check_linear
 
 
-def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=1.0, verify=True, ollama=None) -> Path:  # fmt: skip
+def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None) -> Path:  # fmt: skip
     """Merge an adapter into its base; returns the folder of the merged model.
 
     Args:
@@ -47,6 +47,8 @@ def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data
             merged model farther than `max_kl` from the adapter. Nothing is left then.
     """
     # 1. The adapter, its base, and a target that holds nothing yet.
+    if rows < 1:
+        raise UserError("--rows: at least one is needed; --no-verify compares nothing")
     adapter = Path(run_folder or newest_run())
     record = read_adapter(adapter)
     base_folder, output = find_base(record), Path(output or adapter / "merged")
@@ -113,7 +115,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
     parser.add_argument("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
     parser.add_argument("--rows", type=int, default=16, help="how many rows to compare on (16)")
-    parser.add_argument("--max-kl", type=float, default=1.0, help="refuse a larger KL divergence, nats a token (1.0)")
+    parser.add_argument("--max-kl", type=float, default=0.5, help="refuse a larger KL divergence, nats a token (0.5)")
     parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not load the model to compare")
     parser.add_argument(
         "--ollama", nargs="?", const="./model-q4_k_m.gguf", metavar="GGUF", help="write a Modelfile too"

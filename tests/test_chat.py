@@ -1,6 +1,7 @@
 """The chat answers as the adapter does, keeps the conversation, stops, and works in a pipe."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +77,32 @@ def test_a_temperature_samples(merged, capsys):
     for _ in range(4):
         chat(merged, temperature=5.0, max_new_tokens=12, lines=["Hello"])
     assert len(set(capsys.readouterr().out.splitlines())) > 1
+
+
+def test_a_model_without_generation_settings_stops_at_its_eos(merged, tmp_path):
+    model = shutil.copytree(merged, tmp_path / "model")
+    (model / "generation_config.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "eos_token_id"}))
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    text = chat(merged, max_new_tokens=8, lines=["Hello"])[-1]["content"]
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["eos_token"] = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:1])
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert chat(model, max_new_tokens=8, lines=["Hello"]) == []
+
+
+def test_a_model_without_a_chat_template_and_settings_that_cannot_be_are_user_errors(merged, tmp_path):
+    model = shutil.copytree(merged, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no chat template"):
+        chat(model, lines=["Hello"])
+    for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}):
+        with pytest.raises(UserError, match="--temperature is 0 or more, and --max-new-tokens 1 or more"):
+            chat(merged, lines=["Hello"], **wrong)
 
 
 def test_a_folder_without_adapter_or_model_is_a_user_error(tmp_path):

@@ -58,7 +58,7 @@ def random_adapter(folder: Path, base: Path, peft_config=None, **options) -> Pat
     """An adapter with weights that are far from zero, saved as PEFT saves it."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     config = peft_config or LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"target_modules": "all-linear", **options}
+        task_type="CAUSAL_LM", lora_alpha=8, **{"r": 4, "target_modules": "all-linear", **options}
     )
     model = get_peft_model(model, config)
     torch.manual_seed(1)
@@ -107,6 +107,23 @@ def test_every_streamed_tensor_equals_pefts_merge_bit_for_bit(tmp_path, shape, d
         assert set(found) >= {key for key in expected if not (tied and key == "lm_head.weight")}, name
         assert all(torch.equal(found[key], tensor.to(DTYPES[dtype])) for key, tensor in expected.items() if key in found), name  # fmt: skip
         assert any(not torch.equal(found[key], before[key]) for key in found), name
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64])
+def test_the_bits_do_not_depend_on_how_the_work_is_divided(tmp_path, monkeypatch, rank):
+    """Four workers, and pieces so small that a careless cut would leave one of few rows, which BLAS sums up otherwise."""
+    base = small_base(tmp_path / "base", "qwen2", torch.float32, shard_size="200KB")
+    threads = torch.get_num_threads()
+    for name, targets in (("layers", {"use_dora": True}), ("embedding", {"target_modules": ["embed_tokens"]})):
+        adapter = random_adapter(tmp_path / f"adapter {name}", base, r=rank, **targets)
+        whole = streamed(base, adapter, tmp_path / f"{name} whole")
+        monkeypatch.setattr("recipes.utils.merge.PIECE", 19 * 96)
+        torch.set_num_threads(4)
+        divided = streamed(base, adapter, tmp_path / f"{name} divided")
+        assert torch.get_num_threads() == 4, "as it was before"
+        torch.set_num_threads(threads)
+        monkeypatch.undo()
+        assert all(torch.equal(divided[key], whole[key]) for key in whole), name
 
 
 @pytest.mark.parametrize(
@@ -207,6 +224,80 @@ def test_a_merge_in_memory_that_changes_nothing_or_breaks_a_weight_is_an_error(t
         with pytest.raises(UserError, match=message):
             merge_adapter(adapter, verify=False)
         assert sorted(file.name for file in adapter.iterdir()) == ["README.md", "adapter_config.json", path.name]
+
+
+def test_on_a_tied_base_what_peft_merges_into_the_embedding_stays_out_of_the_head(tmp_path):
+    base = small_base(tmp_path / "base", tied=True)
+    copy_tokenizer(base)
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    output = merge_adapter(adapter, data=str(rows_file(tmp_path)))
+    live = PeftModel.from_pretrained(load_base(base), adapter)
+    assert (logits_of(load_base(output)) - logits_of(live)).abs().max() < 1e-4
+    assert not json.loads((output / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_tied_base_whose_embedding_peft_leaves_alone_stays_tied(tmp_path):
+    base = small_base(tmp_path / "base", tied=True)
+    copy_tokenizer(base)
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    output = merge_adapter(random_adapter(tmp_path / "adapter", base, config), data=str(rows_file(tmp_path)))
+    assert "lm_head.weight" not in load_file(output / "model.safetensors")
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_file_that_was_cut_in_a_copy_is_named_before_anything_is_written(tmp_path):
+    """Its header says that all is there, and a reader would wait for the rest."""
+    base = small_base(tmp_path / "base", shard_size="200KB")
+    adapter = random_adapter(tmp_path / "adapter", base)
+    for path in (adapter / "adapter_model.safetensors", max(base.glob("model-*.safetensors"))):
+        content = path.read_bytes()
+        path.write_bytes(content[:-10])
+        with pytest.raises(UserError, match=f"{path.name}: its last 10 bytes are missing"):
+            plan_merge(base, adapter)
+        path.write_bytes(b"")
+        with pytest.raises(UserError, match=f"{path.name}: is no safetensors file"):
+            plan_merge(base, adapter)
+        path.write_bytes(content)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name}: is not there, though the index"):
+        plan_merge(base, adapter)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    base = small_base(tmp_path / "base")
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    parts = load_file(path)
+    save_file({name: part.repeat(1, 2).contiguous() if "lora_A" in name else part for name, part in parts.items()}, path)  # fmt: skip
+    with pytest.raises(UserError, match=r"q_proj.weight is \[96, 96\].*the adapter belongs to another base"):
+        plan_merge(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", "{", "adapter_config.json: is no JSON"),
+        ("run.json", "{", "run.json: is no JSON"),
+        ("adapter_config.json", None, "is no run folder and no adapter"),
+        ("adapter_model.safetensors", None, "holds no adapter weights"),
+    ],
+)
+def test_a_broken_adapter_folder_is_a_user_error(ready, file, content, message):
+    if content:
+        (ready / file).write_text(content)
+    else:
+        (ready / file).unlink()
+    with pytest.raises(UserError, match=message):
+        merge_adapter(ready, verify=False)
+
+
+def test_a_base_or_an_output_that_cannot_be_is_a_user_error(ready, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        merge_adapter(ready, tmp_path / "file" / "merged", verify=False)
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="base: the folder of the adapter's base is not there"):
+        merge_adapter(ready, verify=False)
 
 
 def copy_tokenizer(base: Path) -> None:

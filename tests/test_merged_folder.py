@@ -17,6 +17,7 @@ from recipes.utils.dataset import read_chats
 from recipes.utils.encoding import prompt_ids
 from recipes.utils.evaluation import generate_answers
 from recipes.utils.export import plain_template
+from recipes.utils.model_card import write_card
 from recipes.utils.ollama import go_template
 from recipes.utils.scale import set_scale
 
@@ -132,12 +133,30 @@ def test_the_cards_base_is_the_hubs_name_and_revision(lora_run, merged, tmp_path
     snapshot = tmp_path / ("0123456789" * 4)
     export_to = tmp_path / "out"
     export_to.mkdir()
-    from recipes.utils.model_card import write_card
-
     write_card(export_to, record, snapshot, lora_run, {"base": "original", "scale": 1.0, "dtype": "bfloat16"}, None)
     card = (export_to / "README.md").read_text()
     assert "base_model: Qwen/Qwen2-7B\n" in card
     assert f"| base revision | {snapshot.name} |" in card
+
+
+def test_the_card_of_a_scaled_merge_has_the_scores_of_that_scale(lora_run, tmp_path):
+    evaluate_adapter(lora_run, max_rows=1, max_new_tokens=4, scales=[0.0, 0.5, 1.0])
+    scores = json.loads((lora_run / "evaluation" / "scales.json").read_text())
+    card = (merge_adapter(lora_run, tmp_path / "half", scale=0.5, verify=False) / "README.md").read_text()
+    assert "| score | base | adapter at scale 0.5 |" in card
+    assert f"| loss | {scores['0']['loss']:.4g} | {scores['0.5']['loss']:.4g} |" in card
+    card = (merge_adapter(lora_run, tmp_path / "other", scale=0.3, verify=False) / "README.md").read_text()
+    assert f"{scores['1']['loss']:.4g}" not in card
+
+
+def test_the_card_names_each_data_file_also_where_two_have_one_name(lora_run, tmp_path):
+    record = json.loads((lora_run / "run.json").read_text())
+    record["data_sha256"] = {"a/chats.jsonl": "1" * 64, "b/chats.jsonl": "2" * 64}
+    how = {"base": "original", "scale": 1.0, "dtype": "bfloat16"}
+    write_card(tmp_path, record, TINY / "base", lora_run, how, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "1" * 64 in card
+    assert "2" * 64 in card
 
 
 def test_a_hub_snapshot_in_the_cache_is_found_without_network(tmp_path, monkeypatch):
@@ -235,6 +254,25 @@ def test_scales_are_scored_without_training_again(lora_run, tmp_path):
     assert metrics["1"]["loss"] < metrics["0.5"]["loss"] < metrics["0"]["loss"]
     assert metrics["0"]["forgetting_loss"] != metrics["1"]["forgetting_loss"]
     assert json.loads((lora_run / "evaluation" / "scales.json").read_text()) == metrics
+
+
+def test_flags_that_would_be_ignored_are_refused(lora_run, merged):
+    for words in ({"scales": [1.0], "model": merged}, {"forgetting": str(TINY / "test.jsonl")}):
+        with pytest.raises(UserError, match="--scales scores the adapter, so not with --model"):
+            evaluate_adapter(lora_run, **words)
+    with pytest.raises(UserError, match="--rows: at least one"):
+        merge_adapter(lora_run, rows=0)
+
+
+def test_too_little_disk_for_the_comparison_is_an_error_that_says_how_much(lora_run, tmp_path, monkeypatch):
+    room = shutil.disk_usage(tmp_path)
+    asked = iter([room, room._replace(free=64 << 20)])  # for the weights, and for the predictions
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: next(asked))
+    with pytest.raises(
+        UserError, match=r"comparing with the adapter \(less with fewer --rows\) needs 0.07 GB and 0.07"
+    ):
+        merge_adapter(lora_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_that_is_not_linear_in_its_scale_is_refused(lora_run, tmp_path):

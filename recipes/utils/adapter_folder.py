@@ -22,18 +22,20 @@ def read_adapter(folder: Path) -> dict:
     tool, what its adapter_config.json says in the same form, without `data`.
 
     Raises:
-        UserError: if `folder` holds no adapter.
+        UserError: if `folder` holds no adapter, or a broken one.
     """
     config = folder / "adapter_config.json"
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
+    adapter = _read_json(config)
+    if not any((folder / f"adapter_model.{form}").is_file() for form in ("safetensors", "bin")):
+        raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors)")
     for place in (folder, folder.parent):
         if (place / "run.json").is_file() and (place == folder or folder.name.startswith("checkpoint-")):
-            return json.loads((place / "run.json").read_text(encoding="utf-8"))
-    adapter = json.loads(config.read_text(encoding="utf-8"))
+            return _read_json(place / "run.json")
     model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
     record = {"name": folder.resolve().name, "method": "lora", "model": dataclasses.asdict(model)}
-    config = json.loads((find_base(record) / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(find_base(record) / "config.json")
     record["model"]["dtype"] = config.get("dtype") or config.get("torch_dtype") or "float32"
     return record
 
@@ -64,6 +66,13 @@ def load_adapter_tokenizer(folder: Path, record: dict):
     return load_tokenizer(ModelOptions(**record["model"]))[0]
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON: {error}") from error
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
     """The snapshot in the cache, if all its weights are there."""
     try:
@@ -83,7 +92,9 @@ def _download(name: str, revision: str | None) -> Path:
         try:
             snapshot_download(name, revision=revision, allow_patterns=FILES)
         except ValueError as error:  # what the client raises for a name that cannot be one
-            raise OSError(str(error)) from error
+            raise UserError(
+                f"{name}: the folder of the adapter's base is not there; a relative path is one from where the command runs"
+            ) from error
     if base := _cached(name, revision):  # offline, the client gives what it has
         return base
     raise UserError(

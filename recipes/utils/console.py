@@ -179,7 +179,7 @@ def run(main, argv: list[str] | None = None) -> int:
             print(ended, file=sys.stderr)
         return ENDS[ended.word]
     except KeyboardInterrupt:
-        print("interrupted: the last complete checkpoint is in the run folder; go on with --resume", file=sys.stderr)
+        print("interrupted; a training run goes on from its last complete checkpoint with --resume", file=sys.stderr)
         return FAILED
 
 

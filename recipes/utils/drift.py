@@ -12,6 +12,7 @@ from recipes.utils.console import UserError, print_table, say
 from recipes.utils.dataset import Chat, read_chats
 from recipes.utils.encoding import Encoded, encode_chats
 from recipes.utils.evaluation import rows_to_score
+from recipes.utils.export import check_space
 from recipes.utils.merge import stream_merge
 from recipes.utils.merge_plan import NotStreamable
 from recipes.utils.scale import set_scale
@@ -19,6 +20,7 @@ from recipes.utils.scale import set_scale
 import torch
 from transformers import AutoModelForCausalLM
 
+PIECE = 128  # tokens whose logits are compared at a time: in float64 those of one take a megabyte
 OTHER = {"original": "dequantized", "dequantized": "original"}
 
 
@@ -44,12 +46,15 @@ def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
 @contextlib.contextmanager
 def live_answers(record: dict, adapter: Path, scale: float, rows: list[Chat], tokenizer, scratch: Path):
     """Let the live adapter at `scale` predict the answers of `rows`; yields a function that takes the folder of a
-    merged model and returns what `measure_drift` says of it.
+    merged model and returns what `measure_drift` says of it. Raises `UserError` if the disk has no room for them.
 
     The predictions are kept on the disk, below `scratch`: the logits of a few long answers over a large vocabulary
     take more memory than a model, and so do two models at once.
     """
     encoded = encode_chats(rows, tokenizer, escape=True)
+    answer_tokens = sum(label != -100 for row in encoded for label in row.labels)
+    width = getattr(torch, record["model"]["dtype"]).itemsize
+    check_space(scratch, answer_tokens * len(tokenizer) * width, "comparing with the adapter (less with fewer --rows)")  # fmt: skip
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".logits-") as folder:
         live = load_adapter(adapter, record)
         if scale != 1:
@@ -70,15 +75,17 @@ def measure_drift(merged: Path, rows: list[Encoded], folder: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="auto")
     kl = same = live_loss = merged_loss = largest = tokens = 0.0
     for number, row in enumerate(rows):
-        live, found = torch.load(folder / f"{number}.pt"), _logits(model, row)
-        answer = torch.tensor([label for label in row.labels[1:] if label != -100])
-        largest = max(largest, (live - found).abs().max().item())
-        same += (live.argmax(-1) == found.argmax(-1)).sum().item()
-        live, found = live.double().log_softmax(-1), found.double().log_softmax(-1)
-        kl += torch.nn.functional.kl_div(found, live, log_target=True, reduction="sum").item()
-        live_loss -= live.gather(1, answer[:, None]).sum().item()
-        merged_loss -= found.gather(1, answer[:, None]).sum().item()
-        tokens += len(answer)
+        answers = torch.tensor([label for label in row.labels[1:] if label != -100])
+        pieces = zip(torch.load(folder / f"{number}.pt").split(PIECE), _logits(model, row).split(PIECE), strict=True)
+        for (live, found), answer in zip(pieces, answers.split(PIECE), strict=True):
+            live, found = live.double(), found.double()
+            largest = max(largest, (live - found).abs().max().item())
+            same += (live.argmax(-1) == found.argmax(-1)).sum().item()
+            live, found = live.log_softmax(-1), found.log_softmax(-1)
+            kl += torch.nn.functional.kl_div(found, live, log_target=True, reduction="sum").item()
+            live_loss -= live.gather(1, answer[:, None]).sum().item()
+            merged_loss -= found.gather(1, answer[:, None]).sum().item()
+        tokens += len(answers)
     del model
     gc.collect()
     return {
@@ -124,7 +131,7 @@ def print_drift(drifts: dict[str, dict], base: str) -> None:
 
 @torch.no_grad()
 def _logits(model, row: Encoded) -> torch.Tensor:
-    """The float32 logits (answer tokens, vocabulary) of a row."""
+    """The logits (answer tokens, vocabulary) of a row, in the model's precision."""
     model.eval()
     learnt = torch.tensor(row.labels)[1:] != -100
-    return model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1].float().cpu()[learnt]
+    return model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1].cpu()[learnt]

@@ -31,16 +31,20 @@ def staged(output: Path):
     After an error nothing is left.
 
     Raises:
-        UserError: if `output` holds something, or the disk is full.
+        UserError: if `output` holds something or cannot be made, or the disk is full.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already; name another folder with --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{output.name}.partial-*"):
-        say(f"{left}: was left by another merge; if that one is not running, delete it")
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); name another folder with --output") from error
+    for left in output.parent.glob(f".{output.name}.partial-*"):
+        if left != partial:
+            say(f"{left}: was left by another merge; if that one is not running, delete it")
     try:
         yield partial
         for path in partial.iterdir():
@@ -55,13 +59,13 @@ def staged(output: Path):
         raise
 
 
-def check_space(folder: Path, size: int) -> None:
-    """Raise `UserError` if the disk under `folder` has no room for `size` bytes of weights and 64 MB beside them."""
+def check_space(folder: Path, size: int, what: str = "the merged model") -> None:
+    """Raise `UserError` if the disk under `folder` has no room for `size` bytes of `what` and 64 MB beside them."""
     free, needed = shutil.disk_usage(folder).free, size + (64 << 20)
     if free < needed:
         raise UserError(
-            f"{folder.parent}: the merged model needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; nothing was "
-            "written. Name another disk with --output"
+            f"{folder.parent}: {what} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; nothing was kept. "
+            "Name another disk with --output"
         )
 
 

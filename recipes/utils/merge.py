@@ -2,24 +2,31 @@
 
 Each number is `base + scale · alpha/r · B·A`, added in float32 and rounded once to the base's own dtype: bit for bit what
 PEFT's merge_and_unload(safe_merge=False) gives with the adapter in float32. What the adapter does not touch is copied as
-bytes. The largest thing held is one weight's B·A in float32.
+bytes. Each core takes a tensor of its own, and B·A is made a few rows at a time: no tensor is ever held in float32.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from recipes.utils.console import UserError
+from recipes.utils.console import UserError, out
 from recipes.utils.export import check_space
 from recipes.utils.merge_plan import DTYPES, Plan, Stored, Target, plan_merge
 from recipes.utils.round_trip import RoundTrip
 
 import torch
+from rich.progress import track
 
-PIECE = 1 << 19  # numbers read, changed and written at a time: few enough to stay in the processor's cache
+PIECE = (
+    1 << 18
+)  # numbers read, changed and written at a time: few enough to stay in a core's cache until they are written
+FEWEST_ROWS = 16  # in a piece: a product of fewer rows than 4 is summed up in another order, to other bits
+MOST_WORKERS = 8  # more would wait for the disk
 
 
 def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: str, scale: float) -> tuple[bool, str]:
@@ -40,32 +47,20 @@ def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: st
 def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -> int:
     """Write the planned files into the folder `output`, synced; returns how many tensors are not as they were.
 
-    With `round_trip` (utils/round_trip.py) the base is first made what it was in 4 bit.
+    With `round_trip` (utils/round_trip.py) the base is first made what it was in 4 bit, one whole tensor at a time.
 
     Raises:
         UserError: if a merged weight is not finite, or none differs from the base's.
     """
-    changed, space = 0, {}
-    with _one_thread(), ThreadPoolExecutor(1) as ahead:
-        deltas = _deltas([target for tensors in plan.files.values() for target in tensors.values()], ahead, space)
+    changed = 0
+    with _one_thread_each() as cores, ThreadPoolExecutor(1 if round_trip else min(cores, MOST_WORKERS)) as pool:
         for file_name, tensors in plan.files.items():
-            header, place = {"__metadata__": {"format": "pt"}}, 0
-            for name, (source, _, _) in tensors.items():
-                header[name] = {
-                    "dtype": source.dtype,
-                    "shape": source.shape,
-                    "data_offsets": [place, place + source.size],
-                }
-                place += source.size
-            head = json.dumps(header, separators=(",", ":")).encode()
-            head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8, as readers that map the file expect
-            with open(output / file_name, "wb", buffering=0) as file:
-                _write(file, len(head).to_bytes(8, "little") + head)
-                for name, target in tensors.items():
-                    start = file.tell()
-                    changed += _write_tensor(file, name, target, next(deltas), round_trip, space)
-                    if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
-                        os.posix_fadvise(file.fileno(), start, target.source.size, os.POSIX_FADV_DONTNEED)
+            path = output / file_name
+            places = _write_header(path, tensors)
+            count = len(tensors)
+            done = pool.map(_write_tensor, tensors, tensors.values(), places, [path] * count, [round_trip] * count)
+            changed += sum(track(done, f"merging {file_name}", count, console=out, disable=not sys.stdout.isatty()))
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
     if plan.index:
         plan.index.setdefault("metadata", {})["total_size"] = plan.size
@@ -77,111 +72,105 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
     return changed
 
 
-def _write_tensor(file, name: str, target: Target, delta, round_trip: RoundTrip | None, space: dict) -> bool:
-    """Write one tensor piece by piece, with `delta` scaled and added; True if the adapter changed it. `space` is memory
-    used again and again: to get it anew for each tensor takes longer than to compute."""
-    source, parts, scaling = target
-    with open(source.file, "rb", buffering=0) as base:
-        through_4_bit = round_trip is not None and name in round_trip.names
-        if not parts and not through_4_bit:
-            for start in range(0, source.size, 4 * PIECE):
-                piece = _room(space, "bytes", min(4 * PIECE, source.size - start), torch.uint8)
-                _write(file, _read(base, source.start + start, piece))
-            return False
-        dtype, rows = DTYPES[source.dtype], source.shape[0]
-        row_size, row_length = source.size // rows, math.prod(source.shape[1:])
-        whole = None
-        if "full" in parts:
-            whole = _load(parts["full"]).to(dtype)
-        elif through_4_bit:
-            whole = round_trip.apply(_load(source)).to(dtype)
-        changed = False
-        magnitude = _load(parts["lora_magnitude_vector"]).float() if "lora_magnitude_vector" in parts else None
-        step = max(1, PIECE // row_length)
-        for start in range(0, rows, step):
-            here = slice(start, min(start + step, rows))
-            shape = (here.stop - here.start, *source.shape[1:])
-            if whole is None or "full" in parts:
-                old = _read(base, source.start + here.start * row_size, _room(space, "old", shape, dtype))
-            if whole is not None:
-                changed = changed or ("full" in parts and not torch.equal(whole[here], old))
-                old = whole[here]
-            new = old
-            if delta is not None:
-                total = _room(space, "sum", shape, torch.float32).copy_(old).add_(delta[here].mul_(scaling))
-                if magnitude is not None:
-                    total *= (magnitude[here] / torch.linalg.norm(total, dim=1)).view(-1, 1)
-                new = _room(space, "new", shape, dtype).copy_(total)
-            if not new.sum(dtype=torch.float32).isfinite():
-                raise UserError(
-                    f"{name}: the merged weights are not finite; the adapter is broken, or {dtype} too small"
-                )
-            changed = changed or (new is not old and not torch.equal(new, old))
-            _write(file, new)
-    return changed
-
-
-def _deltas(targets: list[Target], ahead: ThreadPoolExecutor, space: dict):
-    """Yield what is to be added to each of `targets`, having begun with the next one; never more than one of them and
-    the next where both together are larger than the model's largest tensor."""
-    largest, coming = max(math.prod(target.source.shape) for target in targets), None
-    for number, target in enumerate(targets):
-        delta = coming.result() if coming else _delta(target.parts, {}, 0)
-        coming, following = None, targets[number + 1 : number + 2]
-        if following and sum(math.prod(each.source.shape) for each in (target, *following)) <= largest:
-            coming = ahead.submit(_delta, following[0].parts, space, (number + 1) % 2)
-        yield delta
-
-
-def _delta(parts: dict[str, Stored], space: dict, place: int) -> torch.Tensor | None:
-    """What is to be scaled and added to the base's tensor, float32 and of its shape; B·A in one piece, as PEFT has it."""
-    if "lora_A" in parts:
-        up, down = _load(parts["lora_B"]).float(), _load(parts["lora_A"]).float()
-        return torch.mm(up, down, out=_room(space, f"delta {place}", (len(up), down.shape[1]), torch.float32))
-    if "lora_embedding_A" in parts:
-        return (_load(parts["lora_embedding_B"]).float() @ _load(parts["lora_embedding_A"]).float()).T
-    return _load(parts["lora_B.bias"]).float() if "lora_B.bias" in parts else None
-
-
 @contextlib.contextmanager
-def _one_thread():
-    """For pieces of half a million numbers, waiting for other threads takes longer than what they would do; the second
-    core has the next product to compute."""
+def _one_thread_each():
+    """Yield how many threads torch had, having given it one: for pieces this small, threads that share one take longer
+    to wait for each other than to compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 
 
-def _room(space: dict, name: str, shape, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous tensor in the memory that `space` keeps under `name`; what is in it is left over."""
-    size = math.prod(shape) if isinstance(shape, tuple) else shape
-    if name not in space or space[name].dtype != dtype or space[name].numel() < size:
-        space.pop(name, None)  # first, so that both are never held
-        space[name] = torch.empty(size, dtype=dtype)
-    return space[name][:size].view(shape)
+def _write_header(path: Path, tensors: dict[str, Target]) -> list[int]:
+    """Begin the safetensors file `path`; returns where in it each of `tensors` has its place."""
+    header, places, place = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, (source, _, _) in tensors.items():
+        header[name] = {"dtype": source.dtype, "shape": source.shape, "data_offsets": [place, place + source.size]}
+        places.append(place)
+        place += source.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as readers that map the file expect
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return [8 + len(text) + place for place in places]
 
 
-def _load(stored: Stored) -> torch.Tensor:
-    """A whole tensor."""
+def _write_tensor(name: str, target: Target, place: int, path: Path, round_trip: RoundTrip | None) -> bool:
+    """Write one tensor into the file `path` at `place`, piece by piece; True if the adapter changed it."""
+    source, parts, scaling = target
+    with open(source.file, "rb", buffering=0) as base, open(path, "r+b", buffering=0) as file:
+        base.seek(source.start)
+        file.seek(place)
+        through_4_bit = round_trip is not None and name in round_trip.names
+        if not parts and not through_4_bit:
+            for start in range(0, source.size, 4 * PIECE):
+                _write(file, _read(base, torch.empty(min(4 * PIECE, source.size - start), dtype=torch.uint8)))
+            return False
+        whole = round_trip.apply(_load(source)).to(DTYPES[source.dtype]) if through_4_bit else None
+        add, changed = _adding(parts, scaling), False
+        for here in _pieces(source.shape):
+            new = old = _load(source, here) if whole is None else whole[here]
+            if "full" in parts:
+                new = _load(parts["full"], here).to(old.dtype)
+            if add:
+                new = add(here, new)
+            changed = changed or (new is not old and not torch.equal(new, old))
+            if not new.sum(dtype=torch.float32).isfinite():
+                raise UserError(
+                    f"{name}: the merged weights are not finite; the adapter is broken, or {new.dtype} too small"
+                )
+            _write(file, new)
+    return changed
+
+
+def _pieces(shape: list[int]) -> list[slice]:
+    """The rows of a tensor in pieces of nearly equal length."""
+    count = -(-shape[0] // max(FEWEST_ROWS, PIECE // math.prod(shape[1:])))
+    edges = [shape[0] * number // count for number in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
+
+
+def _adding(parts: dict[str, Stored], scaling: float):
+    """A function of some rows and the numbers there, which returns these with the adapter's added; None without one."""
+    if "lora_B.bias" in parts:
+        bias = _load(parts["lora_B.bias"]).float() * scaling
+        return lambda here, old: (old + bias[here]).to(old.dtype)
+    form = next((form for form in ("lora_{}", "lora_embedding_{}") if form.format("A") in parts), None)
+    if form is None:
+        return None
+    up, down = (_load(parts[form.format(side)]).float() for side in "BA")
+    magnitude = _load(parts["lora_magnitude_vector"]).float() if "lora_magnitude_vector" in parts else None
+
+    def add(here, old):
+        new = up[here] @ down if form == "lora_{}" else (up @ down[:, here]).T
+        new.mul_(scaling).add_(old)
+        if magnitude is not None:
+            new *= (magnitude[here] / torch.linalg.norm(new, dim=1)).view(-1, 1)
+        return new.to(old.dtype)
+
+    return add
+
+
+def _load(stored: Stored, rows: slice = slice(None)) -> torch.Tensor:
+    """A tensor, or some of its rows."""
+    first, last, _ = rows.indices(stored.shape[0])
+    tensor = torch.empty((last - first, *stored.shape[1:]), dtype=DTYPES[stored.dtype])
     with open(stored.file, "rb", buffering=0) as file:
-        return _read(file, stored.start, torch.empty(stored.shape, dtype=DTYPES[stored.dtype]))
+        file.seek(stored.start + first * (stored.size // stored.shape[0]))
+        return _read(file, tensor)
 
 
-def _read(file, start: int, tensor: torch.Tensor) -> torch.Tensor:
-    """Fill the contiguous `tensor` with the bytes that stand in `file` from `start`."""
+def _read(file, tensor: torch.Tensor) -> torch.Tensor:
+    """Fill the contiguous `tensor` with the next bytes of `file`."""
     view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    file.seek(start)
     while view:  # one call reads at most 2 GB
         view = view[file.readinto(view) :]
     return tensor
 
 
-def _write(file, data: torch.Tensor | bytes) -> None:
-    if isinstance(data, torch.Tensor):
-        data = data.reshape(-1).view(torch.uint8).numpy()
-    view = memoryview(data)
+def _write(file, tensor: torch.Tensor) -> None:
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
     while view:  # a full disk may take a part and refuse the rest
         view = view[file.write(view) :]

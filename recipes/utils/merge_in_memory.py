@@ -1,5 +1,6 @@
 """Adapters that are no plain LoRA, merged by PEFT with the whole base in memory."""
 
+import json
 import math
 from pathlib import Path
 
@@ -30,11 +31,16 @@ def merge_in_memory(record: dict, adapter: Path, output: Path) -> tuple[bool, st
             dtype="auto",
         )
     tied, dtype = model.config.tie_word_embeddings, model.dtype
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if tied and not config.get("trainable_token_indices") and not config.get("ensure_weight_tying"):
+        # what the adapter does to the embedding it does not do to the head, so PEFT must not merge it into both
+        model.config.tie_word_embeddings = False
+        model.get_output_embeddings().weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     before = {name: _digest(tensor) for name, tensor in model.state_dict().items()}
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=False).to(dtype)
-    untied = tied and merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight
-    if untied:
-        merged.config.tie_word_embeddings = False
+    untied = tied and not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
+    merged.config.tie_word_embeddings = tied and not untied
+    merged.tie_weights()
     after = {name: _digest(tensor) for name, tensor in merged.state_dict().items()}
     if wrong := [name for name, digest in after.items() if not math.isfinite(digest[0])]:
         raise UserError(f"{wrong[0]}: the merged weights are not finite; the adapter is broken, or {dtype} too small")

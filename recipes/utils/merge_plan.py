@@ -65,11 +65,23 @@ class Plan(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, in the order in which they lie there."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    """The tensors of a safetensors file, in the order in which they lie there.
+
+    Raises:
+        UserError: if the file is not there, or not whole: one that was cut in a copy looks whole from its header.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        missing = 8 + length + max(entry["data_offsets"][1] for entry in header.values()) - path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there, though the index of its folder names it; copy it again") from None
+    except ValueError:
+        raise UserError(f"{path}: is no safetensors file; copy or download it again") from None
+    if missing > 0:
+        raise UserError(f"{path}: its last {missing:,} bytes are missing; copy or download it again")
     found = [
         (name, Stored(path, 8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
                       entry["dtype"], entry["shape"]))
@@ -95,7 +107,7 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
 
     Raises:
         NotStreamable: for an adapter or a base that only PEFT can merge.
-        UserError: for a base whose weights are quantised.
+        UserError: for a base whose weights are quantised, an adapter of another base, or a file that is not whole.
     """
     base_config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in base_config:
@@ -111,9 +123,10 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
     files, index = read_weights(base)
     shard_of = {name: file for file, tensors in files.items() for name in tensors}
     changes, embedding = _changes(adapter), None
-    untied = bool(base_config.get("tie_word_embeddings")) and any(
-        name == "lm_head.weight" or name.endswith("embed_tokens.weight") for name in changes
-    )
+    if any({"lora_embedding_A", "lora_magnitude_vector"} <= set(parts) for parts in changes.values()):
+        raise NotStreamable("the adapter has DoRA on an embedding")
+    tied = base_config.get("tie_word_embeddings") or "lm_head.weight" not in shard_of
+    untied = bool(tied) and any(name == "lm_head.weight" or name.endswith("embed_tokens.weight") for name in changes)
     if untied:  # the head is written apart, from what the embedding was
         embedding = next((name for name in shard_of if name.endswith("embed_tokens.weight")), None)
         if embedding is None:
@@ -128,6 +141,9 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
         source = files[shard_of[name]][name]
         if source.dtype not in DTYPES:
             raise UserError(f"{base}: {name} is {source.dtype}; a base in 16 or 32 bit is needed")
+        if "lora_A" in parts and [parts["lora_B"].shape[0], parts["lora_A"].shape[1]] != source.shape:
+            raise UserError(f"{base}: {name} is {source.shape} and the adapter's part for it "
+                            f"{parts['lora_B'].shape} · {parts['lora_A'].shape}: the adapter belongs to another base")  # fmt: skip
         if "full" in parts and parts["full"].shape != source.shape:
             raise UserError(f"{name}: {parts['full'].shape} in the adapter and {source.shape} in the base; a vocabulary "
                             "that was resized cannot be merged")  # fmt: skip

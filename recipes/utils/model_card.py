@@ -30,20 +30,26 @@ def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict,
         **_settings(record.get("quantization") or {}, ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")),
         "rows trained on": record.get("rows", {}).get("train", {}).get("rows"),
         "best validation loss": record.get("best_validation_loss"),
-        **{f"sha256 of {Path(path).name}": digest for path, digest in record.get("data_sha256", {}).items()},
     }
     if drift:
         facts["distance from the adapter"] = (
             f"KL {drift['mean_kl']:.2e} nats a token, {drift['top1_agreement']:.1%} same"
         )
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items() if value is not None)]
-    scores = adapter / "evaluation" / "metrics.json"
-    if scores.is_file():
-        metrics = json.loads(scores.read_text(encoding="utf-8"))
-        metrics = {who: figures for who, figures in metrics.items() if who in ("base", "adapter")}
+    lines += [f"| sha256 of {Path(path).name} | {digest} |" for path, digest in record.get("data_sha256", {}).items()]
+    if metrics := _scores(adapter / "evaluation", how["scale"]):
         lines += ["", f"| score | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
         lines += [f"| {key} | {' | '.join(f'{figures[key]:.4g}' for figures in metrics.values())} |" for key in SCORES]
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _scores(folder: Path, scale: float) -> dict[str, dict]:
+    """What evaluate_adapter.py left in `folder` of the base and of the adapter at `scale`, {} without it."""
+    path, names = folder / "metrics.json", {"base": "base", "adapter": "adapter"}
+    if scale != 1:
+        path, names = folder / "scales.json", {"0": "base", f"{scale:g}": f"adapter at scale {scale:g}"}
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {names[who]: figures for who, figures in metrics.items() if who in names}
 
 
 def public_name(name_or_path: str) -> str:
