@@ -28,6 +28,7 @@ from recipes.utils.evaluation_record import (
     write_rows,
 )
 from recipes.utils.intervals import sentence, show_interval
+from recipes.utils.report import refresh_report
 from recipes.utils.run_record import newest_run, read_run
 from recipes.utils.scale import check_linear, score_scales
 from recipes.utils.scores import SCORES, show
@@ -87,7 +88,7 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
     for name, rows in parts.items():
         write_rows(folder / f"{name}.jsonl", scored[name], rows)
     _print(metrics, scored["predictions"], chats)
-    say(f"\nwritten: {folder}")
+    say(f"\nwritten: {folder}\nreport:  {refresh_report(run_folder)}")
     if not model:
         say(f"next:    python recipes/merge_adapter.py {run_folder}")
     return metrics
@@ -127,8 +128,7 @@ def _print(metrics: dict, scored: dict, chats: list) -> None:
         say(f"\n{title}, {part['base']['rows']:,} rows" if title else "")
         _print_table({name: part[name] for name in MODELS if name in part}, part["differences"]["adapter against base"])
     for pair, found in metrics["differences"].items():
-        ours, theirs = pair.split(" against ")
-        say("\n" + sentence(f"the {ours}", f"the {theirs}", found))
+        say("\n" + sentence(pair, found))
     if "forgetting" in metrics:
         part = metrics["forgetting"]
         say(f"\nforgetting, on {part['data']}, {part['base']['rows']:,} rows")

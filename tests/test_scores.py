@@ -142,6 +142,7 @@ def test_pairing_finds_what_two_separate_intervals_would_hide():
         ([1] * 30, [1] * 30, "the same"),
         ([1] * 19, [0] * 19, "too few rows to say"),
         ([1] * 5 + [0] * 95, [0] * 100, "too few rows to say"),  # the bootstrap alone would call it
+        ([1 + 1e-7] * 30, [1] * 30, "the same"),  # in the figures that are shown
         ([1, 0] * 50, [0, 1] * 50, "too few rows to say"),
         ([1], [0], "too few rows to say"),
         pytest.param(
@@ -163,7 +164,7 @@ def test_a_lower_loss_is_better_and_a_longer_answer_is_neither():
     assert {name: one["verdict"] for name, one in found.items()} == {
         "loss": "better", "perplexity": "better", "answer_tokens": "longer", "stopped": "too few rows to say",
     }  # fmt: skip
-    assert sentence("the adapter", "the base", found) == (
+    assert sentence("adapter against base", found) == (
         "The adapter is better than the base in loss (−0.5000, 95 % interval −0.5000 to −0.5000); gives longer answers; "
         "too few rows to say: stopped."
     )

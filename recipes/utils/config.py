@@ -40,6 +40,7 @@ class Config:
     dry_run: bool = False
     resume: str | None = None
     cpu_asked_for: bool = False
+    findings: list = dataclasses.field(default_factory=list)  # of the guards
     new_folders: list[Path] = dataclasses.field(
         default_factory=list
     )  # the run folder and parents that are not there yet

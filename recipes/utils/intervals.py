@@ -1,6 +1,7 @@
 """What a difference between two models is worth: paired bootstrap intervals over rows, and the word for it."""
 
 import math
+import re
 
 from recipes.utils.scores import SCORES, column, figure, show_difference
 
@@ -48,27 +49,30 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
         low = high = None
         if len(weights) > 1:
             low, high = interval(difference, our_values, their_values, weights)
-        different = int((our_values != their_values).sum())
-        found[name] = {
-            "difference": value, "low": low, "high": high, "rows": len(weights),
-            "verdict": _verdict(SCORES[name].better, low, high, len(weights), different),
-        }  # fmt: skip
+        verdict = _verdict(name, low, high, len(weights), int((our_values != their_values).sum()))
+        found[name] = {"difference": value, "low": low, "high": high, "rows": len(weights), "verdict": verdict}
     return found
 
 
-def _verdict(better: int, low: float | None, high: float | None, rows: int, different: int) -> str:
-    if not different:
+def _verdict(name: str, low: float | None, high: float | None, rows: int, different: int) -> str:
+    if not different or (rows >= FEWEST_ROWS and all(_is_zero(name, end) for end in (low, high))):
         return "the same"
     if rows < FEWEST_ROWS or different < FEWEST_DIFFERENT or not (low > 0 or high < 0):  # NaN says nothing either
         return "too few rows to say"
-    if not better:
+    if not SCORES[name].better:
         return "longer" if low > 0 else "shorter"
-    return "better" if (low > 0) == (better > 0) else "worse"
+    return "better" if (low > 0) == (SCORES[name].better > 0) else "worse"
 
 
-def sentence(ours: str, theirs: str, comparison: dict) -> str:
-    """What `compare` found in plain words: "The adapter is better than the base in loss (−3.24, 95 % interval −3.28 to
+def _is_zero(name: str, value: float) -> bool:
+    """True for a difference that is zero in the figures that are shown: rounding, such as that of a merge."""
+    return not re.search("[1-9]|nan|inf", show_difference(name, value))
+
+
+def sentence(pair: str, comparison: dict) -> str:
+    """What `compare` found of a pair ("adapter against base") in plain words: "The adapter is better than the base in loss (−3.24, 95 % interval −3.28 to
     −3.20) and exact match; its answers are longer; too few rows to say: stopped."."""
+    ours, theirs = (f"the {name}" + " model" * (name == "merged") for name in pair.split(" against "))
     named = {}
     for name, found in comparison.items():
         if name == "loss":

@@ -45,6 +45,7 @@ def begin_run(config: Config, seed: int, train: dict, validation: dict | None) -
             if counts
         },
         "seed": seed,
+        "findings": [finding._asdict() for finding in config.findings],
     }
     _write(config.run_folder, record)
     bad = {row["where"]: row for part in (train, validation) if part for row in part["bad"]}.values()
