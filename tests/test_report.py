@@ -203,11 +203,12 @@ def test_the_worst_rows_are_those_above_the_median_of_their_epoch(finished, tmp_
     usual = [
         {"where": f"usual:{n}", "epoch": epoch, "loss": 3.0 / epoch, "tokens": 9} for n in range(40) for epoch in (1, 2)
     ]
+    usual.append({"where": "usual in the first epoch, when all were high", "epoch": 1, "loss": 3.0, "tokens": 9})
     wrong = [{"where": f"wrong:{n}", "epoch": 2, "loss": 2.5 + n, "tokens": 9} for n in range(3)]
     write_jsonl(tmp_path / "ledger.jsonl", usual + wrong)
     write_report(tmp_path)
     text = outline(tmp_path).text
-    assert text.index("wrong:2") < text.index("wrong:1") < text.index("wrong:0") < text.index("usual:")
+    assert text.index("wrong:2") < text.index("wrong:1") < text.index("wrong:0") < text.index("usual")
 
 
 def test_plots_take_the_colours_of_the_page_and_name_their_series():
