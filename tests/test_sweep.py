@@ -41,7 +41,7 @@ for step in range(2 if resumed else 1, 4):
     (folder / f"checkpoint-{step}" / "trainer_state.json").touch()
     if alpha == float(os.environ.get("STOP", -1)) and not resumed:
         sys.exit(75)
-    time.sleep(float(os.environ.get("SLOW", 0)))
+    time.sleep(alpha > 40)
 """
 
 
@@ -137,7 +137,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(config_file, stand_i
 
 
 def test_points_of_a_range_are_the_same_after_a_stop(config_file, stand_in, monkeypatch):
-    flags = {"lora.lora_alpha": "1..64"}
+    flags = {"lora.lora_alpha": "1..40"}
     sweep(config_file(), flags, trials=5, folder=stand_in / "straight")
     drawn = [params["lora.lora_alpha"] for _, params, _, _ in table_of(stand_in / "straight")]
     assert len(set(drawn)) > 2
@@ -148,8 +148,7 @@ def test_points_of_a_range_are_the_same_after_a_stop(config_file, stand_in, monk
     assert table_of(stand_in / "stopped") == table_of(stand_in / "straight")
 
 
-def test_a_trial_that_does_worse_than_usual_is_stopped_early(config_file, stand_in, monkeypatch, capsys):
-    monkeypatch.setenv("SLOW", "0.3")
+def test_a_trial_that_does_worse_than_usual_is_stopped_early(config_file, stand_in, capsys):
     flags = {"lora.lora_alpha": "1,2,3,4,50"}
     sweep(config_file(), flags, folder=stand_in / "sweep")
     *first, last = table_of(stand_in / "sweep")
@@ -157,7 +156,6 @@ def test_a_trial_that_does_worse_than_usual_is_stopped_early(config_file, stand_
     assert last[2] == "PRUNED"
     assert len(read_jsonl(stand_in / "sweep" / "trial-005" / "metrics.jsonl")) < 3
     assert "stopped early at step 1" in capsys.readouterr().out
-    monkeypatch.setenv("SLOW", "0")
     sweep(config_file(), flags, pruning=False, folder=stand_in / "whole")
     assert table_of(stand_in / "whole")[-1][2] == "COMPLETE"
 

@@ -60,13 +60,13 @@ def write_report(run_folder: Path) -> None:
         _json(folder / "evaluation" / "metrics.json"),
         _lines(folder / "evaluation" / "predictions.jsonl"),
     )
-    differences = evaluation.get("differences", {})
+    ledger, differences = _lines(folder / "ledger.jsonl"), evaluation.get("differences", {})
     write_page(
         folder / "report.html", "report.html", folder=folder.resolve().name, record=record,
-        tiles=_tiles(record, metrics), curves=_curves(metrics), distributions=_distributions(record, answers),
+        tiles=_tiles(record, metrics), curves=_curves(metrics), distributions=_distributions(record, answers, ledger),
         verdicts=[sentence(pair, found) for pair, found in differences.items()],
         tables=_tables(evaluation), examples=_examples(answers), samples=_samples(_lines(folder / "samples.jsonl")),
-        worst=_worst_rows(_lines(folder / "ledger.jsonl")), longest=LONGEST,
+        worst=_worst_rows(ledger), longest=LONGEST,
     )  # fmt: skip
 
 
@@ -123,10 +123,13 @@ def _curves(metrics: list[dict]) -> list:
     return plots
 
 
-def _distributions(record: dict, answers: list[dict]) -> list:
+def _distributions(record: dict, answers: list[dict], ledger: list[dict]) -> list:
     plots = []
     if lengths := record["rows"].get("train", {}).get("length_histogram"):
         plots.append(bars("Length of train rows", "tokens", lengths["edges"], {"rows": lengths["rows"]}))
+    if ledger:
+        losses = {line["where"]: line["loss"] for line in ledger}  # the latest of each row
+        plots.append(histogram("Loss of train rows, when last seen", "nats a token", {"rows": list(losses.values())}))
     if answers:
         models = [name for name in MODELS if name in answers[0]][:2]
         losses = {name: [line[name]["loss"] for line in answers] for name in models}
