@@ -1,25 +1,37 @@
-"""Base against adapter on the test rows: loss, perplexity, token accuracy, exact match, and answers side by side.
+"""Base against adapter on the test rows: losses, scores of the answers, and whether the difference means anything.
 
     python recipes/evaluate_adapter.py                                the newest finished run
     python recipes/evaluate_adapter.py runs/mistral-lora --max-rows 50
     python recipes/evaluate_adapter.py runs/mistral-lora --model runs/mistral-lora/merged
+    python recipes/evaluate_adapter.py runs/mistral-lora --forgetting general.jsonl
     python recipes/evaluate_adapter.py runs/mistral-lora --scales 0,0.5,0.75,1,1.25 --forgetting general.jsonl
 
-Writes metrics.json and predictions.jsonl into RUN/evaluation/. A LoRA adapter is linear in its scale: --scales turns it
-down or up without training again, and merge_adapter.py --scale merges it at the one you choose (into scales.json).
+Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key `tag` are summed up by tag as well. A LoRA
+adapter is linear in its scale: --scales turns it down or up without training again, and merge_adapter.py --scale
+merges it at the one you choose (into scales.json).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from recipes.utils.adapter_folder import load_adapter
 from recipes.utils.console import UserError, out, run, say
-from recipes.utils.dataset import Chat, read_chats
+from recipes.utils.dataset import read_chats
 from recipes.utils.evaluation import evaluate, rows_to_score
+from recipes.utils.evaluation_record import (
+    MODELS,
+    evaluation_key,
+    scored_before,
+    sum_up,
+    write_json,
+    write_rows,
+)
+from recipes.utils.intervals import sentence, show_interval
+from recipes.utils.report import refresh_report
 from recipes.utils.run_record import newest_run, read_run
 from recipes.utils.scale import check_linear, score_scales
+from recipes.utils.scores import SCORES, show
 
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,94 +40,107 @@ EXAMPLES = 3
 
 
 def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None) -> dict:  # fmt: skip
-    """Score a run's base and adapter, or the plain model in the folder `model`, on the run's test rows.
+    """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
 
-    Returns {"base": {...}, "adapter": {...}} or {"merged": {...}}; `evaluation.evaluate` says what the figures are.
+    Returns what `evaluation_record.sum_up` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
+    "tags": {...}}, and under "forgetting" the same for the rows of the JSONL file `forgetting`: rows of another kind,
+    that the base is good at. With a `model`, base and adapter are not scored again where that was done on the same rows.
     With `scales` (a list of numbers) {"0.5": {...}, ...}, the adapter's figures at each, with `forgetting_loss`
-    (nats a token) on the rows of the JSONL file `forgetting`, if given: rows that the base is good at.
+    (nats a token) on the rows of `forgetting`.
     """
     # 1. The run, and the rows to score.
     run_folder = Path(run_folder or newest_run())
     record = read_run(run_folder)
     if max_rows < 1:
         raise UserError("--max-rows: at least one answer must be generated")
-    if (scales and model) or (forgetting and not scales):
-        raise UserError("--scales scores the adapter, so not with --model; --forgetting goes with --scales alone")
+    if scales and model:
+        raise UserError("--scales scores the adapter, so not with --model")
     if model and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: is no model folder (it has no config.json)")
-    chats = rows_to_score(record, data)
+    parts = {"predictions": rows_to_score(record, data)}
+    if forgetting:
+        parts["forgetting"] = read_chats(forgetting)
+    folder, tokenizer = run_folder / "evaluation", AutoTokenizer.from_pretrained(run_folder)
+    chats = parts["predictions"]
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
-
-    # 2. One model in memory: the adapter is switched off for the base's turn.
-    results, tokenizer = {}, AutoTokenizer.from_pretrained(run_folder)
     if scales:
-        for scale in scales:
-            check_linear(run_folder, scale)
-        old_chats = read_chats(forgetting) if forgetting else []
+        return _score_scales(run_folder, record, tokenizer, parts, scales, max_rows, max_new_tokens)
+
+    # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn.
+    keys = {name: evaluation_key(run_folder, rows, max_rows, max_new_tokens) for name, rows in parts.items()}
+    scored = {name: scored_before(folder, name, keys[name]) if model else {} for name in parts}
+    if not all(scored.values()):
         live = load_adapter(run_folder, record)
-        metrics = score_scales(live, tokenizer, chats, scales, old_chats, max_rows, max_new_tokens)
-        _write_json(run_folder / "evaluation" / "scales.json", metrics)
-        _print_table(metrics)
-        best = min(metrics, key=lambda scale: metrics[scale]["loss"])
-        say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
-        return metrics
+        for name, rows in parts.items():
+            with live.disable_adapter():
+                scored[name]["base"] = evaluate(live, tokenizer, rows, max_rows, max_new_tokens)
+            scored[name]["adapter"] = evaluate(live, tokenizer, rows, max_rows, max_new_tokens)
+        del live
     if model:
         plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
-        results["merged"] = evaluate(plain, tokenizer, chats, max_rows, max_new_tokens)
-    else:
-        live = load_adapter(run_folder, record)
-        results["adapter"] = evaluate(live, tokenizer, chats, max_rows, max_new_tokens)
-        with live.disable_adapter():
-            results["base"] = evaluate(live, tokenizer, chats, max_rows, max_new_tokens)
+        for name, rows in parts.items():
+            scored[name]["merged"] = evaluate(plain, tokenizer, rows, max_rows, max_new_tokens)
 
     # 3. The figures, for people and for machines.
-    metrics = {name: results[name][0] for name in ("base", "adapter", "merged") if name in results}
-    _write(run_folder / "evaluation", metrics, results, chats)
-    _print(metrics, results, chats)
-    say(f"\nwritten: {run_folder / 'evaluation'}")
+    sums = {name: sum_up(scored[name], rows) | {"of": keys[name]} for name, rows in parts.items()}
+    metrics = sums["predictions"]
+    if forgetting:
+        metrics["forgetting"] = sums["forgetting"] | {"data": str(forgetting)}
+    write_json(folder / "metrics.json", metrics)
+    for name, rows in parts.items():
+        write_rows(folder / f"{name}.jsonl", scored[name], rows)
+    _print(metrics, scored["predictions"], chats)
+    say(f"\nwritten: {folder}\nreport:  {refresh_report(run_folder)}")
     if not model:
         say(f"next:    python recipes/merge_adapter.py {run_folder}")
     return metrics
 
 
-def _write(folder: Path, metrics: dict, results: dict, chats: list[Chat]) -> None:
-    """metrics.json keeps what an earlier evaluation wrote under other names; predictions.jsonl is of this one."""
-    path = folder / "metrics.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    _write_json(path, {**earlier, **metrics})
-    name = "predictions-merged.jsonl" if "merged" in metrics else "predictions.jsonl"
-    with open(folder / name, "w", encoding="utf-8") as file:
-        for index, answers in enumerate(zip(*(results[name][1] for name in metrics), strict=True)):
-            row = {
-                "where": chats[index].where,
-                "prompt": chats[index].messages[:-1],
-                "expected": chats[index].messages[-1]["content"],
-            }
-            row |= {name: answer.text for name, answer in zip(metrics, answers, strict=True)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _score_scales(run_folder, record, tokenizer, parts, scales, max_rows, max_new_tokens) -> dict:
+    for scale in scales:
+        check_linear(run_folder, scale)
+    live = load_adapter(run_folder, record)
+    chats, old_chats = parts["predictions"], parts.get("forgetting", [])
+    metrics = score_scales(live, tokenizer, chats, scales, old_chats, max_rows, max_new_tokens)
+    write_json(run_folder / "evaluation" / "scales.json", metrics)
+    _print_table(metrics)
+    best = min(metrics, key=lambda scale: metrics[scale]["loss"])
+    say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
+    return metrics
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _print_table(metrics: dict) -> None:
-    table = Table("", *metrics, box=None, padding=(0, 2), header_style="bold")
-    for name in ("loss", "perplexity", "token_accuracy", "exact_match", "stopped", "forgetting_loss"):
-        form = "{:.4f}" if name in ("loss", "perplexity", "forgetting_loss") else "{:.1%}"
-        cells = [form.format(scores[name]) for scores in metrics.values() if name in scores]
-        if cells:
-            table.add_row(name.replace("_", " "), *cells)
+def _print_table(by_name: dict, difference: dict | None = None) -> None:
+    """Figures by model or scale, and the differences of the adapter from the base."""
+    extra = ["adapter − base, 95 % interval", ""] if difference else []
+    table = Table("", *by_name, *extra, box=None, padding=(0, 2), header_style="bold")
+    first = next(iter(by_name.values()))
+    for name, score in SCORES.items():
+        if name in first:
+            label = score.label + (f" (expected {first['expected_tokens']:.1f})" if name == "answer_tokens" else "")
+            found = (difference or {}).get(name)
+            cells = [show_interval(name, found), found["verdict"]] if found else []
+            table.add_row(label, *(show(name, figures[name]) for figures in by_name.values()), *cells)
+    if "forgetting_loss" in first:
+        table.add_row("forgetting loss", *(f"{figures['forgetting_loss']:.4f}" for figures in by_name.values()))
     out.print(table)
 
 
-def _print(metrics: dict, results: dict, chats: list[Chat]) -> None:
-    _print_table(metrics)
-    for index in range(min(EXAMPLES, len(results[next(iter(metrics))][1]))):
-        say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {chats[index].messages[-1]['content']}")
-        for name in metrics:
-            say(f"{name:<9} {results[name][1][index].text}")
+def _print(metrics: dict, scored: dict, chats: list) -> None:
+    for title, part in [("", metrics), *((f"tag {tag}", part) for tag, part in metrics.get("tags", {}).items())]:
+        say(f"\n{title}, {part['base']['rows']:,} rows" if title else "")
+        _print_table({name: part[name] for name in MODELS if name in part}, part["differences"]["adapter against base"])
+    for pair, found in metrics["differences"].items():
+        say("\n" + sentence(pair, found))
+    if "forgetting" in metrics:
+        part = metrics["forgetting"]
+        say(f"\nforgetting, on {part['data']}, {part['base']['rows']:,} rows")
+        _print_table({name: part[name] for name in MODELS if name in part}, part["differences"]["adapter against base"])
+        lost = [SCORES[name].label for name, f in part["differences"]["adapter against base"].items() if f["verdict"] == "worse"]  # fmt: skip
+        say(f"\nlost: {', '.join(lost)}" if lost else "\nlost: nothing that these rows can show")
+    for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):
+        say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
+        for name, rows in scored.items():
+            say(f"{name:<9} {rows[index]['answer']}")
 
 
 def _scales(text: str) -> list[float]:
@@ -125,14 +150,14 @@ def _scales(text: str) -> list[float]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
-    parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model instead of base and adapter")
+    parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model as well")
     parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")
     parser.add_argument(
         "--max-rows", type=int, default=200, help="how many answers to generate (200); losses use all rows"
     )
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer; half as long again as the longest expected")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer; 16 tokens more than the longest expected")
     parser.add_argument("--scales", metavar="0.5,1,...", type=_scales, help="score the adapter at each of these scales")
-    parser.add_argument("--forgetting", metavar="FILE", help="with --scales: rows that the base must not unlearn")
+    parser.add_argument("--forgetting", metavar="FILE", help="rows of another kind, that the base must not unlearn")
     evaluate_adapter(**vars(parser.parse_args(argv)))
 
 

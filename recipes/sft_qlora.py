@@ -20,6 +20,7 @@ from recipes.utils.guards import check_model, check_rows, check_settings, heed
 from recipes.utils.model import check_machine, check_sharded, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
 from recipes.utils.prepare import prepare
+from recipes.utils.report import ReportWriter, refresh_report
 from recipes.utils.run_record import recorded
 from recipes.utils.same_run import check_same_run, describe
 from recipes.utils.stop import stoppable
@@ -51,11 +52,11 @@ def train_qlora(config: Config) -> Path:
     train = prepare(config.data, training_args, tokenizer, "train")
     validation = prepare(config.data, training_args, tokenizer, "validation")
     findings, validation = check_rows(train, validation, config, tokenizer)
-    heed(findings)
+    heed(findings, config)
 
     # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
     model = load_base_model(config.model, attention, training_args.use_cpu, quantization_config)
-    heed(check_model(model, train.rows, tokenizer))
+    heed(check_model(model, train.rows, tokenizer), config)
 
     # 4. Adapter: a new one, or one to go on from. Its weights are float32, whatever the base is in.
     if config.model.adapter:
@@ -81,13 +82,14 @@ def train_qlora(config: Config) -> Path:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     watch(trainer, config.run_folder)
+    trainer.add_callback(ReportWriter(config.run_folder))
     reasons = {
         "attention": f"{attention} ({attention_reason})",
         "chat template": template_reason,
         "checkpoints": disk,
     }
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
-    heed(check_settings(training_args, len(trainer.train_dataset), train.counts))
+    heed(check_settings(training_args, len(trainer.train_dataset), train.counts), config)
     if config.dry_run:
         discard_empty(config.new_folders)
         return config.run_folder
@@ -104,7 +106,8 @@ def train_qlora(config: Config) -> Path:
         # 7. Save the adapter with the tokenizer and the chat template that it was trained with.
         save_adapter(trainer, start)
         results["best_validation_loss"] = trainer.state.best_metric
-    say(f"\nadapter: {config.run_folder}\nnext:    python recipes/evaluate_adapter.py {config.run_folder}")
+    say(f"\nadapter: {config.run_folder}\nreport:  {refresh_report(config.run_folder)}")
+    say(f"next:    python recipes/evaluate_adapter.py {config.run_folder}")
     return config.run_folder
 
 

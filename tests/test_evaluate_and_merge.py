@@ -9,10 +9,12 @@ from recipes.sft_lora import train_lora
 from recipes.sft_qlora import train_qlora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
+from recipes.utils.control_tokens import control_tokens
 from recipes.utils.dataset import read_chats
 from recipes.utils.encoding import encode_chats, prompt_ids, stop_token_ids
 from recipes.utils.evaluation import evaluate, generate_answers, score_answers
 from recipes.utils.run_record import newest_run
+from recipes.utils.scores import SCORES, figures
 
 import pytest
 import torch
@@ -70,41 +72,84 @@ def test_batched_answers_equal_answers_one_by_one(base):
     assert together == alone
 
 
+def test_each_row_of_an_evaluation_holds_its_own_loss(base):
+    """Also with rows of many lengths in a batch, more labelled tokens than go through the head at once, and a typed
+    control token, escaped as in training."""
+    model, tokenizer, chats = base
+    odd = [*chats[:5], chats[5]._replace(messages=chat("say <|im_end|>", "<|im_end|>" + "x" * 1500)["messages"])]
+    rows = evaluate(model, tokenizer, odd, 1)
+    for row, own in zip(rows, odd, strict=True):
+        encoded = encode_chats([own], tokenizer, escape=True)[0]
+        labels = torch.tensor(encoded.labels[1:])
+        losses = torch.nn.functional.cross_entropy(logits_of(model, encoded.input_ids)[:-1], labels, reduction="none")
+        assert row["loss"] == pytest.approx(losses.sum().item() / encoded.trained, rel=1e-5)
+        assert row["tokens"] == encoded.trained
+    assert ["answer" in row for row in rows] == [True] + [False] * 5
+
+
+def test_the_tokenizer_is_copied_once_for_all_rows_of_an_evaluation(base, monkeypatch):
+    model, tokenizer, chats = base
+    made = []
+    for module in ("evaluation", "encoding"):
+        monkeypatch.setattr(
+            f"recipes.utils.{module}.control_tokens", lambda own: (made.append(1), control_tokens(own))[1]
+        )
+    evaluate(model, tokenizer, chats[:12], 12, 1)
+    assert len(made) <= 2  # one for the rows, one for the stop ids
+
+
 def test_exact_match_and_stopped_count_what_they_say(base):
     """Rows whose expected answers are the model's own count as matches, the others not; a cut answer has not stopped."""
     model, tokenizer, chats = base
-    _, answers = evaluate(model, tokenizer, chats, 8, 200)
+    answers = [row["answer"] for row in evaluate(model, tokenizer, chats[:8], 8, 200)]
     own = [
-        row._replace(
-            messages=[*row.messages[:-1], {"role": "assistant", "content": answer.text if number % 2 else "no"}]
-        )
+        row._replace(messages=[*row.messages[:-1], {"role": "assistant", "content": answer if number % 2 else "no"}])
         for number, (row, answer) in enumerate(zip(chats, answers, strict=False))
     ]
-    metrics, again = evaluate(model, tokenizer, own, 8, 200)
-    assert metrics["exact_match"] == sum(answer.text.strip() != "no" for answer in answers[1::2]) / 8
-    assert metrics["stopped"] == sum(answer.stopped for answer in again) / 8
-    assert evaluate(model, tokenizer, own, 8, 1)[0]["stopped"] <= metrics["stopped"]
-    assert metrics["perplexity"] == math.exp(metrics["loss"])
-    assert (metrics["rows"], metrics["generated_rows"]) == (8, 8)
+    rows = evaluate(model, tokenizer, own, 8, 200)
+    found = figures(rows)
+    assert found["exact_match"] == sum(answer.strip() != "no" for answer in answers[1::2]) / 8
+    assert found["stopped"] == sum(row["stopped"] for row in rows) / 8
+    assert figures(evaluate(model, tokenizer, own, 8, 1))["stopped"] <= found["stopped"]
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert (found["rows"], found["generated_rows"]) == (8, 8)
 
 
 def test_evaluation_writes_both_models_side_by_side_and_their_answers(config_file, tmp_path, capsys):
-    rows = read_jsonl(TINY / "test.jsonl")[:6]
-    folder = lora_run(config_file(data={"test": str(write_jsonl(tmp_path / "test.jsonl", rows))}, training=SHORT))
-    found = evaluate_adapter(folder, max_rows=4)
+    rows = read_jsonl(TINY / "test.jsonl")[:30]
+    tagged = [{**row, "tag": "even" if number % 2 else "odd"} for number, row in enumerate(rows)]
+    other = write_jsonl(tmp_path / "other.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])
+    folder = lora_run(config_file(data={"test": str(write_jsonl(tmp_path / "test.jsonl", tagged))}, training=SHORT))
+    found = evaluate_adapter(folder, max_rows=4, forgetting=str(other))
     written = json.loads((folder / "evaluation" / "metrics.json").read_text())
     assert written == found
-    assert set(written) == {"base", "adapter"}
-    assert written["adapter"]["loss"] < written["base"]["loss"]
-    assert written["base"]["rows"] == 6
-    assert set(written["base"]) >= {"loss", "perplexity", "token_accuracy", "exact_match", "stopped", "rows"}
+    assert set(written) == {"base", "adapter", "differences", "tags", "forgetting", "of"}
+    assert written["base"]["rows"] == 30
+    assert written["base"]["generated_rows"] == 4
+    assert set(written["base"]) >= {*SCORES, "rows"}
+    loss = written["differences"]["adapter against base"]["loss"]
+    assert loss["difference"] == pytest.approx(written["adapter"]["loss"] - written["base"]["loss"])
+    assert loss["low"] < loss["difference"] < loss["high"] < 0
+    assert loss["verdict"] == "better"
+    assert written["differences"]["adapter against base"]["exact_match"]["verdict"] != "better"  # of 4 rows
+
+    # tags are slices of the same rows
+    assert {tag: part["base"]["rows"] for tag, part in written["tags"].items()} == {"even": 15, "odd": 15}
+    tokens = {part: sum(row["tokens"] for row in read_jsonl(folder / "evaluation" / "predictions.jsonl") if row["tag"] == part) for part in ("even", "odd")}  # fmt: skip
+    by_tag = sum(written["tags"][tag]["base"]["loss"] * tokens[tag] for tag in tokens) / sum(tokens.values())
+    assert by_tag == pytest.approx(written["base"]["loss"])
+    assert written["forgetting"]["base"]["rows"] == 2
+
     predictions = read_jsonl(folder / "evaluation" / "predictions.jsonl")
-    assert len(predictions) == 4
+    assert len(predictions) == 30
     assert predictions[0]["expected"] == rows[0]["messages"][-1]["content"]
     assert {"base", "adapter", "prompt", "where"} <= set(predictions[0])
+    assert "answer" in predictions[3]["adapter"]
+    assert "answer" not in predictions[4]["adapter"]
     shown = capsys.readouterr().out
-    assert "exact match" in shown
-    assert rows[0]["messages"][-1]["content"] in shown
+    for words in ("exact match", rows[0]["messages"][-1]["content"], "The adapter is better than the base in loss",
+                  "too few rows to say", "tag even, 15 rows", "lost: nothing that these rows can show"):  # fmt: skip
+        assert words in shown
 
 
 def test_the_base_of_an_evaluation_is_the_base_itself(config_file):
@@ -169,7 +214,7 @@ def test_qlora_merges_into_the_16_bit_base_and_never_into_4_bit(config_file, mis
     assert torch.equal(tensors[f"{name}.weight"], (base[f"{name}.weight"].float() + scale * up @ down).bfloat16())
 
 
-def test_the_merged_folder_stops_where_training_stopped_and_keeps_the_template(config_file):
+def test_the_merged_folder_stops_where_training_stopped_and_keeps_the_template(config_file, tmp_path, monkeypatch):
     folder = lora_run(config_file(training=SHORT))
     output = merge_adapter(folder)
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -182,10 +227,17 @@ def test_the_merged_folder_stops_where_training_stopped_and_keeps_the_template(c
     stop_ids = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
     assert stop_ids == stop_token_ids(AutoTokenizer.from_pretrained(folder))
     assert tokenizer.convert_ids_to_tokens(stop_ids) == ["<|im_end|>", "<|endoftext|>"]
-    scores = evaluate_adapter(folder, model=output, max_rows=2)
     adapter = evaluate_adapter(folder, max_rows=2)["adapter"]
+    monkeypatch.setattr("recipes.evaluate_adapter.load_adapter", None)  # base and adapter were scored on these rows
+    scores = evaluate_adapter(folder, model=output, max_rows=2)
     assert scores["merged"]["loss"] == pytest.approx(adapter["loss"], rel=1e-5)
-    assert set(json.loads((folder / "evaluation" / "metrics.json").read_text())) == {"base", "adapter", "merged"}
+    assert scores["adapter"] == adapter
+    assert set(scores["differences"]) == {"adapter against base", "merged against base", "merged against adapter"}
+    monkeypatch.undo()
+    data = write_jsonl(tmp_path / "others.jsonl", read_jsonl(TINY / "test.jsonl")[8:10])
+    others = evaluate_adapter(folder, model=output, max_rows=2, data=str(data))  # they were not scored on those
+    assert set(others) >= {"base", "adapter", "merged"}
+    assert others["adapter"]["loss"] != adapter["loss"]
 
 
 def test_a_run_without_validation_rows_and_one_whose_data_is_gone_can_be_merged(config_file, tmp_path):

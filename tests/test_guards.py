@@ -1,6 +1,7 @@
 """Each guard stops, drops or warns where it should, with a flag to paste, and is silent on normal data."""
 
 import copy
+from types import SimpleNamespace
 
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
@@ -132,10 +133,12 @@ def test_all_tokens_trained_warns(found):
 
 
 def test_a_stop_is_a_user_error_and_a_warning_is_a_line(capsys):
-    heed([Finding("warn", "mind this"), Finding("drop", "two rows")])
+    config = SimpleNamespace(findings=[])
+    heed([Finding("warn", "mind this"), Finding("drop", "two rows")], config)
+    assert [finding.message for finding in config.findings] == ["mind this", "two rows"]
     assert capsys.readouterr().out == "warning: mind this\nleft out: two rows\n"
     with pytest.raises(UserError, match="cannot be"):
-        heed([Finding("stop", "this cannot be")])
+        heed([Finding("stop", "this cannot be")], config)
 
 
 @pytest.mark.parametrize(

@@ -257,9 +257,8 @@ def test_scales_are_scored_without_training_again(lora_run, tmp_path):
 
 
 def test_flags_that_would_be_ignored_are_refused(lora_run, merged):
-    for words in ({"scales": [1.0], "model": merged}, {"forgetting": str(TINY / "test.jsonl")}):
-        with pytest.raises(UserError, match="--scales scores the adapter, so not with --model"):
-            evaluate_adapter(lora_run, **words)
+    with pytest.raises(UserError, match="--scales scores the adapter, so not with --model"):
+        evaluate_adapter(lora_run, scales=[1.0], model=merged)
     with pytest.raises(UserError, match="--rows: at least one"):
         merge_adapter(lora_run, rows=0)
 

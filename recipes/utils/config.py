@@ -43,6 +43,7 @@ class Config:
     accept_changes: bool = False
     max_hours: float | None = None
     cpu_asked_for: bool = False
+    findings: list = dataclasses.field(default_factory=list)  # of the guards
     new_folders: list[Path] = dataclasses.field(
         default_factory=list
     )  # the run folder and parents that are not there yet

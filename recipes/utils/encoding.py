@@ -37,14 +37,15 @@ class Encoded(NamedTuple):
     stops: bool
 
 
-def encode_chats(chats: list[Chat], tokenizer, train_on: str = "all", escape: bool = False) -> list[Encoded]:
+def encode_chats(chats: list[Chat], tokenizer, train_on="all", escape=False, control=None) -> list[Encoded]:
     """Render, tokenise and label `chats` with the tokenizer's chat template: one row a chat, or one an answer where the
-    template lets only the last answer of a row follow what inference sends.
+    template lets only the last answer of a row follow what inference sends. `control` are the tokenizer's
+    `control_tokens`, where the caller has them: they hold a copy of the tokenizer.
 
     Raises:
         UserError: naming file and line, if the template cannot carry a conversation.
     """
-    rows, control = [], control_tokens(tokenizer)
+    rows, control = [], control or control_tokens(tokenizer)
     for chat in chats:
         try:
             rows += documents(chat, tokenizer, control, train_on, escape)
@@ -114,11 +115,11 @@ def documents(chat: Chat, tokenizer, control: Control, train_on: str, escape: bo
     return rows
 
 
-def prompt_ids(messages: list[dict], tokenizer, tools=None, escape: bool = False) -> list[int]:
+def prompt_ids(messages: list[dict], tokenizer, tools=None, escape: bool = False, control=None) -> list[int]:
     """The token ids that inference sends for `messages`, which end where an answer is due; with `escape`, those that
-    training had for a chat with typed control tokens."""
-    control = control_tokens(tokenizer) if escape else None
-    if control:
+    training had for a chat with typed control tokens. `control`: as for `encode_chats`."""
+    if escape:
+        control = control or control_tokens(tokenizer)
         messages, tools, escape = guard_control_tokens(Chat(messages, "", tools), control, escape)
     text = render(tokenizer, messages, tools, add_generation_prompt=True)[0]
     if escape:

@@ -1,19 +1,23 @@
 """Scores on answer tokens and greedy answers, for any causal LM: base, adapter or merged."""
 
-import math
+import itertools
 from typing import NamedTuple
 
 from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError
+from recipes.utils.control_tokens import control_tokens
 from recipes.utils.dataset import Chat, Report, held_out, stream_chats
 from recipes.utils.encoding import Encoded, encode_chats, prompt_ids, stop_token_ids
+from recipes.utils.scores import score_text
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
 # Tokens held at once: 16k tokens of keys and values are about 2 GB for Mistral-7B (0.13 MB a token).
 TOKENS_A_BATCH = 16384
 ROWS_A_BATCH = 64
+TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
 
 
 class Answer(NamedTuple):
@@ -38,52 +42,50 @@ def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
     return [chat for chat in chats if not share or held_out(chat, options.validation, record["seed"])]
 
 
-def evaluate(
-    model, tokenizer, chats: list[Chat], max_rows: int, max_new_tokens: int | None = None
-) -> tuple[dict, list]:
-    """Score `model` on `chats`: (metrics, the generated `Answer`s of the first `max_rows` chats).
-
-    metrics: `loss` (nats a token), `perplexity` and `token_accuracy` on all answer tokens of all rows;
-    `exact_match` and `stopped` (shares of the generated answers), `rows` and `generated_rows` (counts).
-    The last answer of a chat is the one that is generated.
+def evaluate(model, tokenizer, chats: list[Chat], max_rows: int, max_new_tokens: int | None = None) -> list[dict]:
+    """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on all its answer tokens, and
+    `tokens`, how many they are. The first `max_rows` have also the greedy `answer` to their last prompt, whether it ended
+    by itself (`stopped`), its length (`answer_tokens`), what was `expected` (`expected_tokens`), and the scores of
+    `scores.score_text`. `scores.figures` sums them up.
     """
-    loss, accuracy = score_answers(model, tokenizer, encode_chats(chats, tokenizer, escape=True))
-    asked = chats[:max_rows]
-    answers_ids = [_last_answer(chat, tokenizer) for chat in asked]
-    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers_ids]
+    control = control_tokens(tokenizer)  # a copy of the whole tokenizer, so made once
+    encoded = encode_chats(chats, tokenizer, escape=True, control=control)
+    losses = score_rows(model, tokenizer, encoded)
+    rows = []
+    # A chat may have been split into several rows; they follow each other.
+    for _, group in itertools.groupby(range(len(encoded)), key=lambda index: encoded[index].where):
+        loss, right, tokens = losses[list(group)].sum(0)
+        rows.append({"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)})
+
+    asked = [chat._replace(messages=[{**turn, "weight": 1} for turn in chat.messages]) for chat in chats[:max_rows]]
+    last = encode_chats(asked, tokenizer, train_on="last", escape=True, control=control)
+    answers_ids = [[label for label in row.labels if label != -100] for row in last]
     if max_new_tokens is None:  # room for the longest expected answer and some more, so that babble shows
         max_new_tokens = min(1024, max(map(len, answers_ids)) + 16)
-    prompts = [prompt_ids(chat.messages[:-1], tokenizer, chat.tools, escape=True) for chat in asked]
+    prompts = [prompt_ids(chat.messages[:-1], tokenizer, chat.tools, True, control) for chat in asked]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
-    exact = [answer.text.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]
-    metrics = {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "token_accuracy": accuracy,
-        "exact_match": sum(exact) / len(exact),
-        "stopped": sum(answer.stopped for answer in answers) / len(answers),
-        "rows": len(chats),
-        "generated_rows": len(asked),
-    }
-    return metrics, answers
+    for row, ids, answer in zip(rows, answers_ids, answers, strict=False):
+        expected = tokenizer.decode(ids, skip_special_tokens=True)
+        row |= {"expected": expected, "expected_tokens": len(ids), "answer": answer.text, "stopped": answer.stopped}
+        row |= {"answer_tokens": answer.tokens, **score_text(expected, answer.text)}
+    return rows
 
 
-def _last_answer(chat: Chat, tokenizer) -> list[int]:
-    """The token ids of the chat's last answer, its end-of-turn token included."""
-    messages = [{**message, "weight": 1} for message in chat.messages]
-    labels = encode_chats([chat._replace(messages=messages)], tokenizer, train_on="last", escape=True)[0].labels
-    return [label for label in labels if label != -100]
+def score_answers(model, tokenizer, encoded: list[Encoded]) -> tuple[float, float]:
+    """(mean loss in nats, share of tokens predicted right) over all labelled tokens of `encoded`."""
+    loss, right, tokens = score_rows(model, tokenizer, encoded).sum(0)
+    return loss / tokens, right / tokens
 
 
 @torch.no_grad()
-def score_answers(model, tokenizer, encoded: list[Encoded]) -> tuple[float, float]:
-    """(mean loss in nats, share of tokens predicted right) over all labelled tokens of `encoded`.
+def score_rows(model, tokenizer, encoded: list[Encoded]) -> np.ndarray:
+    """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they are.
 
-    Only the labelled positions go through the LM head, so no full logits are held.
+    Only the labelled positions go through the LM head, some at a time, so no full logits are held.
     """
     model.eval()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    loss = right = count = 0.0
+    scores = np.zeros((len(encoded), 3))
     for batch in _batches([len(row.input_ids) for row in encoded]):
         width = max(len(encoded[index].input_ids) for index in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id or 0)
@@ -97,11 +99,16 @@ def score_answers(model, tokenizer, encoded: list[Encoded]) -> tuple[float, floa
         ids, labels, mask = ids.to(model.device), labels[:, 1:].to(model.device), mask.to(model.device)
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         learnt = labels != -100
-        logits = base.lm_head(hidden[learnt]).float()
-        loss += torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum").item()
-        right += (logits.argmax(-1) == labels[learnt]).sum().item()
-        count += learnt.sum().item()
-    return loss / count, right / count
+        losses, right = [], []
+        parts = (part.split(TOKENS_A_HEAD) for part in (hidden[learnt], labels[learnt]))
+        for states, wanted in zip(*parts, strict=True):
+            logits = base.lm_head(states).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+            right.append(logits.argmax(-1) == wanted)
+        by_token = torch.stack([torch.cat(losses), torch.cat(right).float(), torch.ones_like(torch.cat(losses))], 1)
+        row_of = learnt.nonzero()[:, 0]
+        scores[batch] = torch.zeros(len(batch), 3).double().index_add_(0, row_of.cpu(), by_token.double().cpu()).numpy()
+    return scores
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 ROWS_COMPARED = 200  # of the user's own, against what inference sends
 
 
-def heed(findings: list[Finding]) -> None:
-    """Print the warnings; raise a `UserError` with what cannot be right."""
+def heed(findings: list[Finding], config: Config) -> None:
+    """Print the warnings, and keep them in `config` for the run's record; raise a `UserError` with what cannot be right."""
+    config.findings += findings
     for finding in findings:
         if finding.level != "stop":
             say(f"{'left out' if finding.level == 'drop' else 'warning'}: {finding.message}")

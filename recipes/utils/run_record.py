@@ -105,6 +105,7 @@ def _describe(config: Config, trainer, counts: dict[str, dict], accepted: list[s
         "data_sha256": {str(path): file_hash(path) for path in files},
         "rows": {part: {**values, "bad": len(values["bad"])} for part, values in counts.items()},
         "seed": trainer.args.seed,
+        "findings": [finding._asdict() for finding in config.findings],
     }
     before = config.run_folder / "run.json"
     if config.resume and before.is_file():

@@ -8,6 +8,7 @@ from recipes.utils.dataset import Chat
 from recipes.utils.encoding import encode_chats
 from recipes.utils.evaluation import evaluate, score_answers
 from recipes.utils.merge_plan import CHANGE_THE_BASE
+from recipes.utils.scores import figures
 
 from peft.tuners.lora import LoraLayer
 
@@ -34,14 +35,13 @@ def set_scale(model, scale: float) -> None:
 def score_scales(
     live, tokenizer, chats: list[Chat], scales: list[float], old_chats: list[Chat], max_rows: int, max_new_tokens=None
 ) -> dict:
-    """What `evaluation.evaluate` says of `live` (a PEFT model) at each of `scales`, by the scale as text, with
+    """The `scores.figures` of `live` (a PEFT model) at each of `scales`, by the scale as text, with
     `forgetting_loss` (nats a token) on `old_chats`, if there are any."""
     metrics, old_rows = {}, encode_chats(old_chats, tokenizer)
     for scale in scales:
         set_scale(live, scale)
-        figures = evaluate(live, tokenizer, chats, max_rows, max_new_tokens)[0]
+        metrics[f"{scale:g}"] = figures(evaluate(live, tokenizer, chats, max_rows, max_new_tokens))
         if old_rows:
-            figures["forgetting_loss"] = score_answers(live, tokenizer, old_rows)[0]
-        metrics[f"{scale:g}"] = figures
+            metrics[f"{scale:g}"]["forgetting_loss"] = score_answers(live, tokenizer, old_rows)[0]
     set_scale(live, 1.0)
     return metrics

@@ -1,0 +1,220 @@
+"""Tune settings: train once for each of several values, and say which did best on the validation rows.
+
+    python recipes/sweep.py configs/mistral.yaml --lora.lora_alpha 16,32,64
+    python recipes/sweep.py configs/mistral.yaml --lora.lora_alpha 16,32,64 --training.learning_rate 1e-4..4e-4 --trials 12
+    python recipes/sweep.py configs/qwen2.yaml --qlora --lora.r 8,16 --training.num_train_epochs 1
+
+Lists alone are tried in every combination; with a range (low..high) Optuna's TPE chooses --trials points. Every other
+flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. Trials that do worse than
+the median of those before them at the same step are stopped early (--no-pruning runs them to the end). A sweep that was
+stopped goes on where it was: give the same command again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from recipes.compare_runs import compare_runs
+from recipes.utils.config import load_config
+from recipes.utils.config_file import read_flags
+from recipes.utils.console import USER_ERROR, UserError, run, say
+from recipes.utils.search_space import corners, grid, split_flags
+
+import optuna
+from optuna.trial import TrialState
+
+RECIPES = Path(__file__).parent
+TRIALS = 20  # where a range leaves it open how many there are
+FIRST = 4  # trials that are run to the end, to know what is usual
+LOOK_EVERY = 0.5  # seconds
+STOPPED = (75, -signal.SIGTERM, -signal.SIGINT)  # what a recipe ends with when it was told to stop
+
+
+def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=True, seed=0) -> dict:
+    """Run the sweep and return the best trial: {"trial" (folder), "params", "validation_loss" (nats a token), "command"}.
+
+    `flags` are keys of the config with their values: "16,32,64", "1e-4..4e-4", or one value that all trials share.
+
+    Raises:
+        UserError: for values that the config does not take, a config that never evaluates, a `folder` that holds another
+            sweep, or if no trial came to an end.
+    """
+    # 1. What is tried, and whether the config takes it.
+    method = "qlora" if qlora else "lora"
+    space, fixed = split_flags(flags)
+    if not space:
+        raise UserError("nothing to tune: give a key several values, such as --lora.lora_alpha 16,32,64")
+    if "training.output_dir" in flags:
+        raise UserError("--training.output_dir: each trial has its own; the sweep's folder is --folder")
+    checked = [load_config(config, fixed | values, method, new_run=False) for values in corners(space)]
+    if any(one.training.get("eval_strategy", "no") == "no" for one in checked):
+        raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
+    combinations = grid(space)
+    trials = trials or (len(combinations) if combinations else TRIALS)
+    trials = min(trials, len(combinations)) if combinations else trials
+
+    # 2. The study, in a database in the sweep's folder: new, or one that was stopped.
+    folder = Path(folder or f"runs/{Path(config).stem}-{method}-sweep")
+    study = _open_study(
+        folder, {"config": str(config), "method": method, "space": repr(space), "fixed": fixed}, pruning
+    )
+
+    # 3. Trial by trial. What they draw depends on the trials before alone, so a stop changes nothing.
+    while (done := _done(study)) < trials:
+        if combinations and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial(combinations[done])
+        study.sampler = optuna.samplers.TPESampler(seed=seed + done)
+        trial, trial_folder = study.ask(space), folder / f"trial-{done + 1:03}"
+        command = _command(config, method, fixed | trial.params)
+        say(f"trial {done + 1} of {trials}: {shlex.join(_words(trial.params))}")
+        _run_trial(study, trial, trial_folder, command)
+
+    # 4. Side by side, and the command that makes the best one again.
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not finished:
+        raise UserError(f"no trial came to an end; see {folder}/*.log")
+    compare_runs([path.parent for path in sorted(folder.glob("trial-*/run.json"))])
+    best, command = study.best_trial, shlex.join(_command(config, method, fixed | study.best_trial.params))
+    name = best.user_attrs["folder"]
+    say(
+        f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {command}\nnext:  python recipes/evaluate_adapter.py {name}"
+    )
+    return {"trial": name, "params": best.params, "validation_loss": best.value, "command": command}
+
+
+def _open_study(folder: Path, of: dict, pruning: bool) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / 'sweep.db'}",
+        study_name="sweep",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST) if pruning else optuna.pruners.NopPruner(),
+    )
+    if study.user_attrs.get("of", of) != of:
+        raise UserError(f"{folder}: holds a sweep of other values; give another --folder, or the command of that one")
+    study.set_user_attr("of", of)
+    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if _alive(left.user_attrs.get("process")):
+            raise UserError(
+                f"{folder}: a trial is still running, as process {left.user_attrs['process']}; wait, or end it"
+            )
+        study.tell(left.number, state=TrialState.FAIL)  # its values come again, and go on from its last checkpoint
+    return study
+
+
+def _alive(process: int | None) -> bool:
+    try:
+        return process is not None and os.kill(process, 0) is None
+    except OSError:
+        return False
+
+
+def _done(study: optuna.Study) -> int:
+    """Trials that came to an end: by themselves, by pruning, or by an error that another try would meet again."""
+    return sum(
+        trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
+        for trial in study.get_trials(deepcopy=False)
+    )
+
+
+def _command(config, method: str, settings: dict) -> list[str]:
+    script = os.path.relpath(RECIPES / f"sft_{method}.py")
+    return ["python", script, str(config), *_words(settings)]
+
+
+def _words(settings: dict) -> list[str]:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return [word for key, text in texts.items() for word in (f"--{key}", text)]
+
+
+def _run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: list[str]) -> None:
+    """Train, report each evaluation to Optuna while it goes on, and tell it the result."""
+    trial.set_user_attr("folder", str(folder))
+    words = [sys.executable, *command[1:], "--training.output_dir", str(folder)]
+    if any(folder.glob("checkpoint-*/trainer_state.json")):
+        words.append("--resume")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
+    log = folder.with_suffix(".log")
+    started, losses, pruned = time.monotonic(), {}, False
+    with open(log, "a") as file, _sigterm_as_ctrl_c():
+        # In a session of its own it is asked to stop once, by this process, and not by the terminal as well.
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        trial.set_user_attr("process", process.pid)
+        try:
+            running = True
+            while running and not pruned:
+                time.sleep(LOOK_EVERY)
+                running = process.poll() is None  # asked before the last look, so that nothing is missed
+                for step, loss in _evaluations(folder / "metrics.jsonl"):
+                    if step not in losses and not pruned:
+                        losses[step] = loss
+                        trial.report(loss, step)
+                        pruned = trial.should_prune()
+        finally:
+            process.terminate()
+            process.wait()
+        if not pruned and process.returncode in STOPPED:
+            raise KeyboardInterrupt  # it was told to stop, not this process; the trial is taken up again
+    seconds = f"{time.monotonic() - started:,.0f} s"
+    if pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
+    elif process.returncode == 0 and losses:
+        study.tell(trial, min(losses.values()))
+        say(f"  validation loss {min(losses.values()):.4f}, {seconds}")
+    else:
+        reason = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+        trial.set_user_attr("error", reason)
+        study.tell(trial, state=TrialState.FAIL)
+        if process.returncode == USER_ERROR:
+            raise UserError(reason.removeprefix("error: "))
+        say(f"  failed with status {process.returncode}: {reason}; see {log}")
+
+
+def _evaluations(path: Path) -> list[tuple[int, float]]:
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    metrics = [json.loads(line) for line in lines]
+    return [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c():
+    """So that a trial does not outlive a sweep that is told to stop."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; to go on, give the same command again")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
+    parser.add_argument(
+        "--trials", type=int, help=f"how many; all combinations of lists, {TRIALS} where a range is searched"
+    )
+    parser.add_argument("--folder", metavar="DIR", help="where the trials go; runs/CONFIG-METHOD-sweep without it")
+    parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="run every trial to its end")
+    parser.add_argument("--seed", type=int, default=0, help="of the points that are drawn in ranges (0)")
+    options, rest = parser.parse_known_args(argv)
+    sweep(options.config, read_flags(rest), **{key: value for key, value in vars(options).items() if key != "config"})
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,242 @@
+"""The report holds what the run's files hold, escapes what users and models wrote, needs no network, and never stops a run."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from recipes.evaluate_adapter import evaluate_adapter
+from recipes.sft_lora import train_lora
+from recipes.utils.config import load_config
+from recipes.utils.plots import COLOURS, bars, curves, histogram
+from recipes.utils.report import ReportWriter, refresh_report, write_report
+from recipes.utils.text_marks import LONGEST, mark_differences
+
+import pytest
+from conftest import TINY, read_jsonl, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HOSTILE = "<script>alert(1)</script>&\"'{{ 7*7 }}</svg>"
+
+
+class Outline(HTMLParser):
+    """The tags and the text of a page; fails on tags that are closed in another order than they were opened."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.open, self.links, self.text = set(), [], [], ""
+        self.feed(page)
+        assert not set(self.open) & {"div", "table", "tr", "td", "details", "svg", "span", "main"}, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
+        if tag not in ("meta", "br", "path", "use"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if tag in ("path", "use", "html"):
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def outline(folder: Path) -> Outline:
+    page = (folder / "report.html").read_text(encoding="utf-8").replace('<html lang="en">', "")
+    return Outline(page)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was trained and scored, and its report as it stood at each evaluation."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = read_jsonl(TINY / "train.jsonl")
+    lines = [
+        f"model: {{name_or_path: {TINY / 'base'}, dtype: float32}}",
+        f"data: {{train: {write_jsonl(folder / 'train.jsonl', rows[:16])}, validation: {write_jsonl(folder / 'val.jsonl', rows[16:20])}}}",
+        "lora: {r: 4, target_modules: all-linear}",
+        f"training: {{output_dir: {folder / 'run'}, max_steps: 4, max_length: 320, per_device_train_batch_size: 2,",
+        "  learning_rate: 5.0e-3, eval_strategy: steps, eval_steps: 2, save_steps: 2, logging_steps: 1}",
+    ]
+    (folder / "small.yaml").write_text("\n".join(lines))
+    seen, on_evaluate = [], ReportWriter.on_evaluate
+
+    def keep(self, args, state, control, **kwargs):
+        on_evaluate(self, args, state, control, **kwargs)
+        seen.append((self.run_folder / "report.html").read_text())
+
+    ReportWriter.on_evaluate = keep
+    try:
+        run = train_lora(load_config(folder / "small.yaml", {}, "lora"))
+    finally:
+        ReportWriter.on_evaluate = on_evaluate
+    evaluate_adapter(run, max_rows=2)
+    return run, seen
+
+
+def test_the_report_is_written_at_each_evaluation_and_after_the_last_step(finished):
+    run, seen = finished
+    assert len(seen) == 2
+    assert all(">running<" in page and 'http-equiv="refresh"' in page for page in seen)
+    assert "at step 2<" in seen[0]
+    page = (run / "report.html").read_text()
+    assert ">finished<" in page
+    assert 'http-equiv="refresh"' not in page
+
+
+def test_the_report_holds_config_findings_curves_figures_and_answers(finished):
+    run, _ = finished
+    text = outline(run).text
+    record = json.loads((run / "run.json").read_text())
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert record["findings"][0]["message"] in text  # few steps
+    for name in ("learning_rate", "0.005", record["versions"]["torch"], *record["data_sha256"].values()):
+        assert name in text
+    for title in ("Loss", "Throughput", "Learning rate", "Length of train rows", "Loss of test rows"):
+        assert f'aria-label="{title}"' in (run / "report.html").read_text()
+    for model in ("base", "adapter"):
+        assert f"{metrics[model]['loss']:.4f}" in text
+    assert read_jsonl(run / "evaluation" / "predictions.jsonl")[0]["expected"].strip() in text
+    assert "The adapter" in text
+    best = min(line["eval_loss"] for line in read_jsonl(run / "metrics.jsonl") if "eval_loss" in line)
+    assert f"{best:.4f}" in text
+
+
+def test_the_length_histogram_of_the_record_counts_every_row(finished):
+    counts = json.loads((finished[0] / "run.json").read_text())["rows"]["train"]
+    assert sum(counts["length_histogram"]["rows"]) == counts["rows"] == 16
+    assert len(counts["length_histogram"]["edges"]) == len(counts["length_histogram"]["rows"]) + 1
+
+
+@pytest.fixture
+def hostile(finished, tmp_path) -> Path:
+    """The same run with markup in every text that a user or a model wrote."""
+    run, _ = finished
+    record = json.loads((run / "run.json").read_text())
+    record["model"]["name_or_path"] = record["status"] = HOSTILE
+    record["data_sha256"] = {HOSTILE: HOSTILE}
+    record["findings"] = [{"level": "warn", "message": HOSTILE}]
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    part = {name: metrics[name] for name in ("base", "adapter", "differences")}
+    metrics |= {"tags": {HOSTILE: part}, "forgetting": {**part, "data": HOSTILE}}
+    rows = read_jsonl(run / "evaluation" / "predictions.jsonl")
+    for row in rows[:2]:  # which have answers
+        row |= {"where": HOSTILE, "tag": HOSTILE, "prompt": [{"role": HOSTILE, "content": HOSTILE}] * 2}
+        row["expected"] = HOSTILE + " and half of an emoji \ud83d"
+        for model in ("base", "adapter"):
+            row[model]["answer"] = HOSTILE[:12] + "x" * (2 * LONGEST)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "evaluation" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 5, "lo')
+    sample = {"step": 2, "where": HOSTILE, "prompt": HOSTILE, "expected": HOSTILE, "answer": HOSTILE, "stopped": False}
+    write_jsonl(
+        tmp_path / "samples.jsonl", [sample, {**sample, "step": 4, "prompt": [{"role": "user", "content": "?"}]}]
+    )
+    write_jsonl(tmp_path / "ledger.jsonl", [{"where": HOSTILE, "epoch": 0.5, "loss": 1.0, "tokens": 3}])
+    write_report(tmp_path)
+    return tmp_path
+
+
+def test_all_that_users_and_models_wrote_is_escaped(hostile):
+    page = outline(hostile)
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) > 15
+
+
+def test_the_report_is_one_file_without_script_that_asks_nothing_of_the_network(hostile):
+    page = outline(hostile)
+    assert not page.tags & {"link", "img", "iframe", "object", "script", "form"}
+    assert all(link.startswith("#") for link in page.links)
+    assert "@import" not in page.text
+    assert not re.search(r"url\((?!#)", (hostile / "report.html").read_text())
+    assert "prefers-color-scheme: dark" in page.text
+
+
+def test_a_run_without_any_files_yet_has_a_report(finished, tmp_path):
+    (tmp_path / "run.json").write_text((finished[0] / "run.json").read_text())
+    write_report(tmp_path)
+    assert "What was run" in outline(tmp_path).text
+
+
+def test_figures_that_are_no_numbers_do_not_keep_the_report_from_being_written(finished, tmp_path):
+    (tmp_path / "run.json").write_text((finished[0] / "run.json").read_text())
+    lines = [{"step": 1, "epoch": 0.1, "seconds": 1.0, "loss": math.nan, "eval_loss": math.nan, "grad_norm": math.inf}]
+    write_jsonl(tmp_path / "metrics.jsonl", lines)
+    write_report(tmp_path)
+
+
+def test_a_disk_error_is_one_line_and_leaves_the_old_report_whole(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text((finished[0] / "run.json").read_text())
+    write_report(tmp_path)
+    before = (tmp_path / "report.html").read_text()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left" in refresh_report(tmp_path)
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.undo()
+    assert (tmp_path / "report.html").read_text() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_training_goes_on_when_the_report_cannot_be_written(config_file, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.utils.report.write_page", lambda *args, **values: 1 / 0)
+    run = train_lora(load_config(config_file(training={"max_steps": 2, "eval_steps": 1, "save_steps": 1}), {}, "lora"))
+    assert (run / "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out.count("report.html could not be written: ZeroDivisionError") >= 2
+
+
+def test_the_worst_rows_are_those_above_the_median_of_their_epoch(finished, tmp_path):
+    (tmp_path / "run.json").write_text((finished[0] / "run.json").read_text())
+    usual = [
+        {"where": f"usual:{n}", "epoch": epoch, "loss": 3.0 / epoch, "tokens": 9} for n in range(40) for epoch in (1, 2)
+    ]
+    usual.append({"where": "usual in the first epoch, when all were high", "epoch": 1, "loss": 3.0, "tokens": 9})
+    wrong = [{"where": f"wrong:{n}", "epoch": 2, "loss": 2.5 + n, "tokens": 9} for n in range(3)]
+    write_jsonl(tmp_path / "ledger.jsonl", usual + wrong)
+    write_report(tmp_path)
+    text = outline(tmp_path).text
+    assert text.index("wrong:2") < text.index("wrong:1") < text.index("wrong:0") < text.index("usual")
+
+
+def test_plots_take_the_colours_of_the_page_and_name_their_series():
+    plots = [
+        curves("Loss", "nats", {"training": (list(range(1, 3001)), [1 / n for n in range(1, 3001)]), "validation": ([1, 2], [0.5, 0.4])}, "log"),
+        histogram("Length", "tokens", {"base": [1, 2, 3], "adapter": [2.5, math.nan]}),
+        bars("Length", "tokens", [0, 1, 2], {"rows": [3, 4]}),
+    ]  # fmt: skip
+    for plot in plots:
+        assert not any(stand_in in plot for stand_in in COLOURS)
+        assert "var(--a)" in plot
+        assert "<style" not in plot
+        assert len(plot) < 60_000
+    assert "training" in plots[0]
+    assert "validation" in plots[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("ab {}\"'\n.", max_size=40), st.text("ab {}\"'\n.", max_size=40))
+def test_marks_hold_both_texts(expected, answer):
+    """Without what is missing the pieces are the answer; without what is extra, the expected text."""
+    pieces = mark_differences(expected, answer)
+    assert "".join(text for text, kind in pieces if kind != "missing") == answer.strip()
+    if {kind for _, kind in pieces} - {"extra"}:
+        assert "".join(text for text, kind in pieces if kind != "extra") == expected.strip()
+
+
+def test_marks_are_on_the_words_that_differ():
+    pieces = mark_differences('{"name": "Paul", "count": 46}', '{"name": "Palencia", "count": 46}')
+    assert [piece for piece in pieces if piece[1] != "same"] == [("Paul", "missing"), ("Palencia", "extra")]
+    assert mark_differences("one two three", "nothing alike") == [("nothing alike", "extra")]

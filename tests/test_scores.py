@@ -1,0 +1,177 @@
+"""Scores agree with their libraries' own examples, intervals with scipy and with coin tosses that one can count."""
+
+import math
+
+from recipes.utils.intervals import compare, interval, own_interval, sentence
+from recipes.utils.scores import column, figure, figures, score_text, show_difference
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import binom, bootstrap
+
+
+def rows_of(**columns) -> list[dict]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "expected"),
+    [
+        ("testing one two", "testing one", 4 / 5),  # these three are in rouge_score/rouge_scorer_test.py
+        ("testing one two", "testing two", 4 / 5),
+        ("first text", "text first", 1 / 2),
+        # the pair of its README; the longest common subsequence "the quick brown jumps the" has 5 words of 9 and of 8
+        ("The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log.", 2 * 5 / 17),
+    ],
+)
+def test_rouge_l_is_that_of_the_librarys_own_examples(target, prediction, expected):
+    found = score_text(target, prediction)["rouge_l"]
+    assert found == pytest.approx(expected)
+    assert found == RougeScorer(["rougeL"]).score(target, prediction)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "expected"),
+    [
+        ("le café brûle", "le café gèle", 2 / 3),  # the library's own tokenizer would make 5 words of the first
+        ("我想订两张票", "我想订三张票", 5 / 6),  # and none of these
+        ("Привет мир", "Привет", 2 / 3),
+        ("", "something", 0),
+    ],
+)
+def test_rouge_l_counts_words_of_any_script(text, other, expected):
+    assert score_text(text, other)["rouge_l"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "expected"),
+    [
+        ("Niemand hat die Absicht, eine Mauer zu errichten", "Niemand hat die Absicht, eine Mauer zu errichten", 100.0),
+        ("abcdefg", "hijklmnop", 0.0),
+        ("", "reference", 0.0),
+        ("a b c", "abc", 100.0),
+        ("aa", "ab", 25.0),
+        (
+            "Nebo prostě nemají vybavení, které by jim pomohlo, uvedli lékaři.",
+            "A někdy nemáme ani potřebný materiál, abychom jim pomohli, popsali lékaři.",
+            31.22557079,
+        ),
+    ],
+)
+def test_chrf_is_that_of_sacrebleus_own_examples(hypothesis, reference, expected):
+    """The cases and figures of test/test_chrf.py in mjpost/sacrebleu."""
+    assert score_text(reference, hypothesis)["chrf"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_chrf_equals_its_formula():
+    """chrF (Popović 2015): F with beta 2 of the mean precision and recall of character 1- to 6-grams, blanks aside."""
+    reference, answer = "a table for two", "a table for ten"
+    left, right = reference.replace(" ", ""), answer.replace(" ", "")
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        expected = [left[i : i + n] for i in range(len(left) - n + 1)]
+        given = [right[i : i + n] for i in range(len(right) - n + 1)]
+        hits = sum(min(expected.count(gram), given.count(gram)) for gram in set(given))
+        precisions.append(hits / len(given))
+        recalls.append(hits / len(expected))
+    p, r = np.mean(precisions), np.mean(recalls)
+    assert score_text(reference, answer)["chrf"] == pytest.approx(100 * 5 * p * r / (4 * p + r), rel=1e-6)
+
+
+def test_valid_json_is_asked_only_where_json_is_expected():
+    assert score_text('{"a": 1}', '{"a": 2}')["valid_json"] is True
+    assert score_text('{"a": 1}', '{"a": ')["valid_json"] is False
+    assert score_text("[1]", "1")["valid_json"] is False
+    assert "valid_json" not in score_text("25", "25")
+    assert "valid_json" not in score_text("a table", '{"a": 1}')
+
+
+def test_loss_and_accuracy_are_weighted_by_tokens_and_the_perplexity_is_of_the_mean_loss():
+    rows = rows_of(loss=[1.0, 3.0], token_accuracy=[1.0, 0.0], tokens=[30, 10], exact_match=[True, False])
+    rows = [row | {"answer": "", "expected_tokens": 4} for row in rows]
+    found = figures(rows)
+    assert found["loss"] == 1.5
+    assert found["token_accuracy"] == 0.75
+    assert found["perplexity"] == pytest.approx(math.exp(1.5))
+    assert found["exact_match"] == 0.5
+
+
+def test_the_interval_of_a_difference_is_scipys():
+    rng = np.random.default_rng(1)
+    ours, theirs, tokens = rng.normal(1.0, 0.3, 60), rng.normal(1.1, 0.3, 60), rng.integers(5, 80, 60)
+    found = compare(rows_of(loss=ours, tokens=tokens), rows_of(loss=theirs, tokens=tokens))["loss"]
+
+    def by_hand(index, axis):  # rows drawn by index; scipy's own default of 9999 draws
+        drawn = (ours - theirs)[index] * tokens[index]
+        return drawn.sum(axis) / tokens[index].sum(axis)
+
+    expected = bootstrap((np.arange(60),), by_hand, method="percentile", rng=0, vectorized=True).confidence_interval
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.005)
+    assert found["difference"] == pytest.approx(np.average(ours - theirs, weights=tokens))
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial():
+    rows = rows_of(exact_match=[True] * 60 + [False] * 40)
+    low, high = own_interval(rows, "exact_match")
+    assert (low, high) == pytest.approx(tuple(binom.ppf([0.025, 0.975], 100, 0.6) / 100), abs=0.011)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+    """Of 200 samples of 40 rows drawn around a true difference of 0.2."""
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(200):
+        low, high = interval(lambda x, axis=-1: x.mean(axis), rng.normal(0.2, 1.0, 40))
+        held += low < 0.2 < high
+    assert 0.90 <= held / 200 <= 0.99
+
+
+def test_pairing_finds_what_two_separate_intervals_would_hide():
+    rng = np.random.default_rng(3)
+    hard = rng.normal(2.0, 1.0, 100)  # how hard a row is moves both models alike
+    ours, theirs = (rows_of(loss=hard + shift, tokens=[10] * 100) for shift in (rng.normal(-0.1, 0.1, 100), 0.0))
+    assert own_interval(ours, "loss")[1] > own_interval(theirs, "loss")[0]
+    assert compare(ours, theirs)["loss"]["verdict"] == "better"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ([1] * 30, [0] * 30, "better"),
+        ([0] * 30, [1] * 30, "worse"),
+        ([1] * 30, [1] * 30, "the same"),
+        ([1] * 19, [0] * 19, "too few rows to say"),
+        ([1] * 5 + [0] * 95, [0] * 100, "too few rows to say"),  # the bootstrap alone would call it
+        ([1 + 1e-7] * 30, [1] * 30, "the same"),  # in the figures that are shown
+        ([1, 0] * 50, [0, 1] * 50, "too few rows to say"),
+        ([1], [0], "too few rows to say"),
+        pytest.param(
+            [float("nan")] * 30,
+            [0] * 30,
+            "too few rows to say",
+            marks=pytest.mark.filterwarnings("ignore::scipy.stats.DegenerateDataWarning"),
+        ),
+    ],
+)
+def test_the_verdict(ours, theirs, verdict):
+    assert compare(rows_of(exact_match=ours), rows_of(exact_match=theirs))["exact_match"]["verdict"] == verdict
+
+
+def test_a_lower_loss_is_better_and_a_longer_answer_is_neither():
+    ours = rows_of(loss=[1.0] * 30, tokens=[9] * 30, answer_tokens=[12.0] * 30, stopped=[True] * 30)
+    theirs = rows_of(loss=[1.5] * 30, tokens=[9] * 30, answer_tokens=[10.0] * 30, stopped=[True] * 29 + [False])
+    found = compare(ours, theirs)
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        "loss": "better", "perplexity": "better", "answer_tokens": "longer", "stopped": "too few rows to say",
+    }  # fmt: skip
+    assert sentence("adapter against base", found) == (
+        "The adapter is better than the base in loss (−0.5000, 95 % interval −0.5000 to −0.5000); gives longer answers; "
+        "too few rows to say: stopped."
+    )
+    assert show_difference("exact_match", 0.985) == "+98.5"
+
+
+def test_a_figure_is_along_the_axis_of_the_draws():
+    values, weights = column(rows_of(loss=[1.0, 2.0, 4.0], tokens=[1, 1, 2]), "loss")
+    draws = np.stack([values, values[::-1]]), np.stack([weights, weights])
+    assert figure(*draws, "loss", axis=-1) == pytest.approx([2.75, (4 + 2 + 2) / 4])
