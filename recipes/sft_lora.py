@@ -57,7 +57,7 @@ def train_lora(config: Config) -> Path:
             processing_class=tokenizer,
             peft_config=lora_config,
         )
-    watch(trainer, config.run_folder)
+    watch(trainer, config, train, validation)
     reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
     heed(check_settings(training_args, len(trainer.train_dataset), train.counts))

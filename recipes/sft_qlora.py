@@ -72,7 +72,7 @@ def train_qlora(config: Config) -> Path:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    watch(trainer, config.run_folder)
+    watch(trainer, config, train, validation)
     reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
     heed(check_settings(training_args, len(trainer.train_dataset), train.counts))

@@ -45,6 +45,7 @@ class DataOptions:
     train_on: Literal["all", "last"] = "all"  # answers of a chat that carry loss
     system: Literal["keep", "merge"] = "keep"  # merge: into the user turn that follows
     control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
+    ledger: bool = True  # keep the loss of each training row at each epoch, in RUN/ledger.jsonl
 
 
 SECTIONS = {
