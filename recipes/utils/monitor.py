@@ -9,6 +9,7 @@ from recipes.utils.jsonl import append_lines, keep_steps
 from recipes.utils.ledger import Ledger
 from recipes.utils.micro_batch import observe
 from recipes.utils.throughput import Throughput
+from recipes.utils.trackers import join_trackers
 
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
@@ -19,7 +20,7 @@ LINES_IN_A_LOG = 20
 
 def watch(trainer, config, train, validation) -> None:
     """Let `trainer` show and keep what happens: progress and metrics.jsonl in the place of the Trainer's own display, and
-    the ledger of the train rows. `train` and `validation` are what `prepare` made."""
+    the ledger of the train rows; the trackers get the same figures. `train` and `validation` are what `prepare` made."""
     throughput = Throughput(trainer, config.model.dtype)
     listeners, callbacks = [throughput.see], [Monitor(config.run_folder, throughput)]
     if config.data.ledger:
@@ -30,6 +31,7 @@ def watch(trainer, config, train, validation) -> None:
     trainer.remove_callback(PrinterCallback)
     # After the Trainer's first callback, which decides when to save; before the trackers, so that they get every figure.
     trainer.callback_handler.callbacks[1:1] = callbacks
+    join_trackers(trainer, config.run_folder)
 
 
 class Monitor(TrainerCallback):
@@ -58,6 +60,10 @@ class Monitor(TrainerCallback):
             )
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.begun_at:  # trackers take their time to begin
+            self.started = time.monotonic()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.throughput.step_begins()
