@@ -60,7 +60,7 @@ def on_a_terminal(*words, **environment) -> tuple[int, str]:
 
 def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    path = config_file(training={**SHORT, "report_to": ["wandb", "tensorboard"]})
+    path = config_file(data={"samples": 1}, training={**SHORT, "report_to": ["wandb", "tensorboard"]})
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "COLUMNS": "250"}
     status, shown = on_a_terminal(ROOT / "recipes" / "sft_lora.py", path, **environment)
     assert status == 0, shown
@@ -91,9 +91,13 @@ def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, 
     assert kept["run"]["data_sha256"] == json.loads((folder / "run.json").read_text())["data_sha256"]
     assert kept["run"]["lora"]["r"] == 4
     assert kept["run"]["git_commit"] == trackers.git_commit()
-    assert not [record for record in records if record.WhichOneof("record_type") == "artifact"], (
-        "nothing is uploaded unasked"
-    )
+    models = [record for record in records if record.HasField("artifact") and record.artifact.type == "model"]
+    assert not models, "a checkpoint is not uploaded unasked"
+    samples = read_jsonl(folder / "samples.jsonl")
+    tables = [row["samples/path"] for row in history if "samples/path" in row]
+    assert [json.loads((written.parent / "files" / table).read_text())["data"] for table in tables] == [
+        [list(sample.values())] for sample in samples
+    ]
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -101,6 +105,11 @@ def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, 
     assert curve == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses]
     (text,) = events.Tensors("run/text_summary")
     assert "data_sha256" in text.tensor_proto.string_val[0].decode()
+    shown = [
+        text.tensor_proto.string_val[0].decode()
+        for text in events.Tensors(f"samples/{samples[0]['where']}/text_summary")
+    ]
+    assert all(sample["answer"] in text for sample, text in zip(samples, shown, strict=True))
 
 
 def test_a_tracker_that_fails_is_one_line_and_stops_nothing(config_file, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from recipes.utils.console import out, say
 from recipes.utils.jsonl import append_lines, keep_steps
 from recipes.utils.ledger import Ledger
 from recipes.utils.micro_batch import observe
+from recipes.utils.samples import Samples
 from recipes.utils.throughput import Throughput
 from recipes.utils.trackers import join_trackers
 
@@ -20,18 +21,23 @@ LINES_IN_A_LOG = 20
 
 def watch(trainer, config, train, validation) -> None:
     """Let `trainer` show and keep what happens: progress and metrics.jsonl in the place of the Trainer's own display, and
-    the ledger of the train rows; the trackers get the same figures. `train` and `validation` are what `prepare` made."""
+    the ledger of the train rows, samples of the validation rows; the trackers get the same. `train` and `validation` are what `prepare` made."""
     throughput = Throughput(trainer, config.model.dtype)
     listeners, callbacks = [throughput.see], [Monitor(config.run_folder, throughput)]
     if config.data.ledger:
         callbacks.append(Ledger(config.run_folder, train.rows))
         listeners.append(callbacks[-1].see)
+    samples = None
+    if config.data.samples and validation and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        # of a model that is spread over processes, one alone cannot generate
+        samples = Samples(config.run_folder, validation.rows, config.data.samples, trainer.processing_class)
+        callbacks.append(samples)
     observe(trainer.model, *listeners)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     # After the Trainer's first callback, which decides when to save; before the trackers, so that they get every figure.
     trainer.callback_handler.callbacks[1:1] = callbacks
-    join_trackers(trainer, config.run_folder)
+    join_trackers(trainer, config.run_folder, samples)
 
 
 class Monitor(TrainerCallback):

@@ -92,7 +92,7 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
 
 def _that_make_rows(data: DataOptions) -> DataOptions:
     """`data` without the switches that change nothing in the rows."""
-    return dataclasses.replace(data, ledger=True)
+    return dataclasses.replace(data, ledger=True, samples=0)
 
 
 def _nothing_left(counts: dict, data: DataOptions, part: str, max_length: int) -> str:

@@ -18,20 +18,21 @@ from transformers.integrations import integration_utils
 SECONDS = 3  # to wait for a tracker's server
 
 
-def join_trackers(trainer, run_folder: Path) -> None:
-    """Name the tracked run after `run_folder`, give its trackers what run.json holds, and let none of them stop training:
-    one that fails is left out from there on, with a line that says why."""
+def join_trackers(trainer, run_folder: Path, samples=None) -> None:
+    """Name the tracked run after `run_folder`, give its trackers what run.json holds and what `samples` answers, and let
+    none of them stop training: one that fails is left out from there on, with a line that says why."""
     trainer.args.run_name = trainer.args.run_name or run_folder.name
     names = {kind: name for name, kind in integration_utils.INTEGRATION_TO_CALLBACK.items()}
     for callback in trainer.callback_handler.callbacks:
         name = names.get(type(callback))
         if name:
-            _join(callback, name, run_folder)
+            _join(callback, name, run_folder, samples)
 
 
-def _join(callback, name: str, run_folder: Path) -> None:
+def _join(callback, name: str, run_folder: Path, samples) -> None:
     """Wrap the events of one integration; only the first process talks to a tracker."""
-    begin, end, before, after = callback.on_train_begin, callback.on_train_end, *OURS.get(name, (None, None))
+    begin, evaluated, end = callback.on_train_begin, callback.on_evaluate, callback.on_train_end
+    before, after, show = OURS.get(name, (None, None, None))
     alive = True
 
     def on_train_begin(args, state, control, **kwargs):
@@ -41,6 +42,11 @@ def _join(callback, name: str, run_folder: Path) -> None:
         if after and state.is_world_process_zero:
             record = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
             after(callback, {"git_commit": git_commit(), **record})
+
+    def on_evaluate(args, state, control, **kwargs):
+        evaluated(args, state, control, **kwargs)
+        if show and samples and state.is_world_process_zero:
+            show(callback, samples.latest, state.global_step)
 
     def on_train_end(args, state, control, **kwargs):
         end(args, state, control, **kwargs)
@@ -60,7 +66,7 @@ def _join(callback, name: str, run_folder: Path) -> None:
 
         return call
 
-    callback.on_train_begin, callback.on_train_end = on_train_begin, on_train_end
+    callback.on_train_begin, callback.on_evaluate, callback.on_train_end = on_train_begin, on_evaluate, on_train_end
     for event in dir(callback):
         if event.startswith("on_"):
             setattr(callback, event, guarded(getattr(callback, event)))
@@ -139,11 +145,38 @@ def _trackio_after(callback, record: dict) -> None:
     trackio.config.update({"run": record}, allow_val_change=True)
 
 
-OURS = {
-    "wandb": (_wandb_before, _wandb_after),
-    "tensorboard": (_tensorboard_before, _tensorboard_after),
-    "mlflow": (_mlflow_before, _mlflow_after),
-    "trackio": (None, _trackio_after),
+def _wandb_samples(callback, samples: list[dict], step: int) -> None:
+    import wandb
+
+    table = wandb.Table(columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
+    wandb.log({"samples": table, "train/global_step": step})
+
+
+def _tensorboard_samples(callback, samples: list[dict], step: int) -> None:
+    for sample in samples:
+        stop = "" if sample["stopped"] else "\n\n(did not stop)"
+        parts = (f"    {sample[key]}".replace("\n", "\n    ") for key in ("prompt", "expected", "answer"))
+        callback.tb_writer.add_text(f"samples/{sample['where']}", "\n\n---\n\n".join(parts) + stop, step)
+
+
+def _mlflow_samples(callback, samples: list[dict], step: int) -> None:
+    import mlflow
+
+    mlflow.log_dict({"samples": samples}, f"samples/step-{step}.json")
+
+
+def _trackio_samples(callback, samples: list[dict], step: int) -> None:
+    import pandas
+    import trackio
+
+    trackio.log({"samples": trackio.Table(dataframe=pandas.DataFrame(samples)), "train/global_step": step})
+
+
+OURS = {  # what to do before a tracker begins, once it has begun, and with samples
+    "wandb": (_wandb_before, _wandb_after, _wandb_samples),
+    "tensorboard": (_tensorboard_before, _tensorboard_after, _tensorboard_samples),
+    "mlflow": (_mlflow_before, _mlflow_after, _mlflow_samples),
+    "trackio": (None, _trackio_after, _trackio_samples),
 }
 
 
