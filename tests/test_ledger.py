@@ -105,6 +105,8 @@ def test_two_processes_write_one_ledger(config_file):
     for logged in (line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line):
         rows = [line for line in lines if line["step"] == logged["step"]]
         assert len(rows) == 8
+        shares = logged["trained_tokens_per_second"] / logged["tokens_per_second"]
+        assert 0.45 < shares < 0.6  # of both processes: half of the tokens of these rows are answers
         mean = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
         assert mean == pytest.approx(logged["loss"], rel=1e-3)
 

@@ -21,6 +21,7 @@ from test_sft import train
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import get_peak_flops
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -105,6 +106,21 @@ def test_throughput_is_tokens_by_the_time_spent_training(monkeypatch):
     throughput.see(batch)
     throughput.seconds = 2.0
     assert throughput.figures()["mfu"] == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_gpu_that_cannot_be_asked_is_told_of_once(capsys):
+    """NVML is absent here, as it is in some containers."""
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True), model=with_adapter(FAMILIES["qwen2"]()))
+    throughput = Throughput(trainer, "bfloat16")
+    throughput.on_gpu = True
+    assert [throughput.machine() for _ in range(3)] == [{"peak_memory_gb": 0.0}] * 3
+    assert capsys.readouterr().out.count("GPU utilisation, power and temperature are not shown") == 1
+
+
+def test_the_peak_of_a_gpu_is_its_dense_rate():
+    assert get_peak_flops("NVIDIA H200", "bfloat16") == 989e12  # NVIDIA's data sheet: 1,979 with sparsity
+    assert get_peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert get_peak_flops("NVIDIA H200", "float32") is None
 
 
 def test_a_runs_metrics_hold_every_figure(config_file):
