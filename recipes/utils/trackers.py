@@ -33,11 +33,12 @@ def _join(callback, name: str, run_folder: Path, samples) -> None:
     """Wrap the events of one integration; only the first process talks to a tracker."""
     begin, evaluated, end = callback.on_train_begin, callback.on_evaluate, callback.on_train_end
     before, after, show = OURS.get(name, (None, None, None))
-    alive = True
+    alive, close = True, None
 
     def on_train_begin(args, state, control, **kwargs):
+        nonlocal close
         if before and state.is_world_process_zero:
-            before(callback, args, run_folder)
+            close = before(callback, args, run_folder)
         begin(args, state, control, **kwargs)
         if after and state.is_world_process_zero:
             record = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
@@ -50,10 +51,8 @@ def _join(callback, name: str, run_folder: Path, samples) -> None:
 
     def on_train_end(args, state, control, **kwargs):
         end(args, state, control, **kwargs)
-        if name == "wandb" and state.is_world_process_zero:
-            import wandb
-
-            wandb.finish()  # the next run of this process is another one
+        if close:
+            close()  # the next run of this process is another one
 
     def guarded(event):
         def call(*args, **kwargs):
@@ -81,12 +80,13 @@ def git_commit() -> str | None:
         return None
 
 
-def _wandb_before(callback, args, run_folder: Path) -> None:
-    """Open the run, so that wandb neither asks for a login nor waits for a server that is not there."""
+def _wandb_before(callback, args, run_folder: Path):
+    """Open the run, so that wandb neither asks for a login nor waits for a server that is not there; returns what closes
+    it."""
     import wandb
 
     if wandb.run is not None:  # the user's own
-        return
+        return None
     offline = why_offline(wandb) if os.environ.get("WANDB_MODE", "online") == "online" else None
     wandb.init(
         project=os.environ.get("WANDB_PROJECT", "huggingface"),
@@ -97,6 +97,7 @@ def _wandb_before(callback, args, run_folder: Path) -> None:
     )
     if offline:
         say(f"wandb: {offline} wandb sync {Path(wandb.run.dir).parent}")
+    return wandb.finish
 
 
 def why_offline(wandb) -> str | None:
