@@ -25,6 +25,7 @@ lint: .venv/installed-dev
 bench: .venv/installed-dev
 	$(VENV)/python benchmarks/prepare_data.py
 	$(VENV)/python benchmarks/merge.py
+	$(VENV)/python benchmarks/monitor.py
 
 clean:
 	rm -rf .venv runs

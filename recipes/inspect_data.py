@@ -5,6 +5,7 @@
     python recipes/inspect_data.py configs/mistral.yaml --row my_chats.jsonl:17
     python recipes/inspect_data.py configs/mistral.yaml --html data.html
     python recipes/inspect_data.py configs/mistral.yaml --json
+    python recipes/inspect_data.py configs/mistral.yaml --ledger runs/mistral-lora     the rows that it could not learn
 
 Takes the keys of a config as flags, as the training recipes do. Loads no model weights and needs no GPU.
 """
@@ -21,6 +22,7 @@ from recipes.utils.config import Config, load_config
 from recipes.utils.config_file import read_flags
 from recipes.utils.console import UserError, out, print_table, run, say, steps_of
 from recipes.utils.guards import check_rows, check_settings
+from recipes.utils.ledger import read_ledger
 from recipes.utils.model import load_tokenizer
 from recipes.utils.page import write_data_page
 from recipes.utils.prepare import Prepared, prepare
@@ -33,12 +35,14 @@ from trl.data_utils import pack_dataset
 
 STYLES = {"trained": "black on green", "special": "bold magenta", "context": "dim"}
 BINS = 12
+WORST = 20  # rows of a ledger that are listed
 
 
-def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_json=False) -> dict:
+def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_json=False, ledger=None) -> dict:
     """Print what `config` would train on, and return it: {"files", "train", "validation", "lengths", "findings", "rows"}.
 
-    `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`.
+    `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`, and `ledger`, a run's folder,
+    those that the run could not learn.
     """
     out.stderr = as_json  # standard output is for the JSON alone then
     # 1. The rows as the recipes prepare them, and what the guards say.
@@ -58,7 +62,10 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
         )
     findings += check_settings(args, trainer_rows, train.counts)
     steps, steps_an_epoch = steps_of(args, trainer_rows)
-    shown = _rows_to_show(train, row, rows, pick, args.seed)
+    worst = read_ledger(ledger)[:WORST] if ledger else []
+    shown = _rows_to_show(train, row, rows, pick)
+    if ledger:
+        shown = [item for entry in worst[:rows] for item in _rows_to_show(train, entry.where, 1, False)]
     report = {
         "chat_template": template_reason,
         "train": train.counts, "validation": validation.counts if validation else None,
@@ -68,6 +75,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
         "packing": {"rows": trainer_rows, "fill": train.counts["tokens"] / (trainer_rows * args.max_length)} if args.packing else None,
         "steps": steps, "steps_an_epoch": steps_an_epoch, "max_length": args.max_length,
         "findings": [finding._asdict() for finding in findings],
+        "ledger": [entry._asdict() for entry in worst],
         "rows": [{"where": item["where"], "tokens": token_pieces(tokenizer, item["input_ids"], item["labels"])} for item in shown],
     }  # fmt: skip
 
@@ -84,7 +92,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
     return report
 
 
-def _rows_to_show(train: Prepared, where: str | None, count: int, pick: bool, seed: int) -> list[dict]:
+def _rows_to_show(train: Prepared, where: str | None, count: int, pick: bool) -> list[dict]:
     if where:
         places = [index for index, place in enumerate(train.rows["where"]) if place == os.path.relpath(where)]
         if not places:
@@ -128,6 +136,11 @@ def _print(config: Config, report: dict) -> None:
         say(f"  {bar['from']:>6,}–{bar['to']:<6,} {'█' * round(40 * bar['rows'] / most):<40} {bar['rows']:,}")
     for finding in report["findings"]:
         say(f"{finding['level']}: {finding['message']}")
+    if report["ledger"]:
+        say("\nrows that stay worst: loss in nats a token at each epoch, and above the others' by")
+    for entry in report["ledger"]:
+        losses = " → ".join(f"{loss:.2f}" for loss in entry["losses"].values())
+        say(f"  {entry['where']}  {losses}  {entry['excess']:+.2f}  {entry['tokens']} tokens")
     for row in report["rows"]:
         text = Text()
         kinds = ["context", *(kind for _, kind in row["tokens"]), "context"]
@@ -147,6 +160,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show token by token (3)")
     parser.add_argument("--row", metavar="FILE:LINE", help="show this row")
     parser.add_argument("--random", dest="pick", action="store_true", help="show random rows")
+    parser.add_argument("--ledger", metavar="RUN", help="show the rows that this run could not learn, the worst first")
     parser.add_argument("--html", metavar="FILE", help="write the same as a page that opens from disk")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the same for a machine")
     options, rest = parser.parse_known_args(argv)
@@ -154,7 +168,7 @@ def main(argv: list[str]) -> None:
     words = " ".join(rest) + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
     method = "qlora" if "quantization" in words else "lora"
     config = load_config(path, read_flags(rest), method, new_run=False)
-    inspect_data(config, options.rows, options.row, options.pick, options.html, options.as_json)
+    inspect_data(config, options.rows, options.row, options.pick, options.html, options.as_json, options.ledger)
 
 
 if __name__ == "__main__":

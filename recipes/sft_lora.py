@@ -66,7 +66,7 @@ def train_lora(config: Config) -> Path:
         disk = check_disk(trainer)
         made_of = describe(config, trainer, train, validation, attention)
         accepted = check_same_run(config, trainer, made_of)
-    watch(trainer, config.run_folder)
+    watch(trainer, config, train, validation)
     trainer.add_callback(ReportWriter(config.run_folder))
     reasons = {
         "attention": f"{attention} ({attention_reason})",

@@ -81,7 +81,7 @@ def train_qlora(config: Config) -> Path:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    watch(trainer, config.run_folder)
+    watch(trainer, config, train, validation)
     trainer.add_callback(ReportWriter(config.run_folder))
     reasons = {
         "attention": f"{attention} ({attention_reason})",

@@ -64,6 +64,7 @@ def config_file(tmp_path):
             "data": {
                 "train": str(write_jsonl(tmp_path / "train.jsonl", rows[:48])),
                 "validation": str(write_jsonl(tmp_path / "validation.jsonl", rows[48:56])),
+                "samples": 0,
             },
             "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
             "training": {

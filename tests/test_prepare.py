@@ -237,6 +237,7 @@ def test_an_unchanged_file_is_not_prepared_again_and_an_edit_that_keeps_the_mtim
     calls = []
     monkeypatch.setattr("recipes.utils.prepare.encode_documents", lambda *args: calls.append(args))
     assert prepared(path, tokenizer).rows[0]["input_ids"] == first
+    assert prepared(path, tokenizer, ledger=False, samples=1).rows[0]["input_ids"] == first
     assert calls == []
     monkeypatch.undo()
     write_jsonl(path, [chat("a", "two")])

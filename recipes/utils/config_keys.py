@@ -45,6 +45,8 @@ class DataOptions:
     train_on: Literal["all", "last"] = "all"  # answers of a chat that carry loss
     system: Literal["keep", "merge"] = "keep"  # merge: into the user turn that follows
     control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
+    ledger: bool = True  # keep the loss of each training row at each epoch, in RUN/ledger.jsonl
+    samples: int = 3  # validation prompts that are answered at each evaluation, into RUN/samples.jsonl
 
 
 SECTIONS = {
@@ -122,6 +124,7 @@ RANGES = {
     "lora.r": (1, 100_000),
     "lora.lora_dropout": (0, 0.999),
     "data.max_over_length": (0, 1),
+    "data.samples": (0, 64),
 }
 
 

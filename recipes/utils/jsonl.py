@@ -1,5 +1,6 @@
 """JSONL files as a stream of objects, each with its file and line, read strictly: what is wrong is told, not guessed."""
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -45,6 +46,23 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def append_lines(path: Path, objects: list[dict]) -> None:
+    """Add a line for each of `objects` to a JSONL file, in one write."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Begin a run's JSONL file, or after a resume keep its lines up to the step `last`: later steps are done again. A line
+    that a kill has cut off goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= last:
+                kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def read_lines(path: Path):

@@ -5,6 +5,7 @@ noticed and an unchanged file costs nothing but reading it.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -70,7 +71,7 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
     if share and not 0 < data.validation < 1:
         raise UserError(f"data.validation: {data.validation} is not a share between 0 and 1, nor a file")
     paths = data.train if share or part == "train" else data.validation
-    key = _key(paths, tokenizer, [repr(data), max_length, part, seed])
+    key = _key(paths, tokenizer, [repr(_that_make_rows(data)), max_length, part, seed])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         # One process of a machine prepares. A barrier would give up after its timeout; where that process fails, the
@@ -92,6 +93,11 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
     if not counts["rows"]:
         raise UserError(_nothing_left(counts, data, part, max_length))
     return Prepared(datasets.Dataset.from_file(str(folder / "rows.arrow")), counts)
+
+
+def _that_make_rows(data: DataOptions) -> DataOptions:
+    """`data` without the switches that change nothing in the rows."""
+    return dataclasses.replace(data, ledger=True, samples=0)
 
 
 def _nothing_left(counts: dict, data: DataOptions, part: str, max_length: int) -> str:
@@ -116,8 +122,12 @@ def document_hash(input_ids) -> bytes:
 
 
 def locate(rows: datasets.Dataset) -> dict[bytes, str]:
-    """{`document_hash`: file:line} for each of the rows, to find packed documents again."""
-    return {document_hash(row["input_ids"]): row["where"] for row in rows}
+    """{`document_hash`: file:line} for each of the rows, to find packed documents again; the first of equal ones."""
+    places = {}
+    for batch in rows.select_columns(["input_ids", "where"]).with_format("numpy").iter(BATCH):
+        for ids, where in zip(batch["input_ids"], batch["where"], strict=True):
+            places.setdefault(document_hash(ids), str(where))
+    return places
 
 
 def fingerprint(chat: Chat) -> int:

@@ -1,0 +1,72 @@
+"""Samples at each evaluation: the model's own greedy answers, and a run that is the same without them."""
+
+import shutil
+
+from recipes.utils.dataset import read_chats
+from recipes.utils.encoding import prompt_ids
+from recipes.utils.evaluation import generate_answers
+from recipes.utils.samples import split_prompt
+
+import pytest
+import torch
+from conftest import TINY, read_jsonl
+from peft import PeftModel
+from test_sft import adapter_of, same, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SHORT = {"max_steps": 6, "eval_steps": 3, "save_steps": 3}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_run_is_bit_for_bit_the_same_without_samples(config_file, tmp_path, method):
+    """With dropout, which draws at random, and with the evaluations that samples come after."""
+    lora = {"lora_dropout": 0.2}
+    folders = []
+    for samples in (0, 2):
+        training = {**SHORT, "gradient_checkpointing": True, "output_dir": str(tmp_path / f"with-{samples}")}
+        folders.append(train(config_file(lora=lora, data={"samples": samples}, training=training), method))
+    without, with_samples = folders
+    assert not (without / "samples.jsonl").exists()
+    assert len(read_jsonl(with_samples / "samples.jsonl")) == 4
+    assert same(adapter_of(without), adapter_of(with_samples))
+
+
+def test_samples_are_what_the_adapter_of_that_step_answers(config_file, capsys):
+    training = {**SHORT, "load_best_model_at_end": False, "learning_rate": 5e-3}
+    folder = train(config_file(data={"samples": 3}, training=training))
+    shown = capsys.readouterr().out
+    samples = [sample for sample in read_jsonl(folder / "samples.jsonl") if sample["step"] == 6]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chats = [read_chats(str(folder.parent / "validation.jsonl"))[index] for index in (0, 2, 5)]
+    prompts = [prompt_ids(chat.messages[:-1], tokenizer) for chat in chats]
+    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    answers = generate_answers(PeftModel.from_pretrained(base, folder), tokenizer, prompts, 128)
+    for sample, chat, prompt, answer in zip(samples, chats, prompts, answers, strict=True):
+        assert sample["where"] == chat.where
+        assert sample["prompt"] == tokenizer.decode(prompt)
+        assert sample["expected"] == chat.messages[-1]["content"]
+        assert (sample["answer"], sample["stopped"]) == (answer.text, answer.stopped)
+        assert " ".join(answer.text.split())[:60] in shown
+
+
+def test_an_answer_that_runs_away_is_marked(config_file, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.utils.samples.MOST_TOKENS", 4)
+    folder = train(config_file(data={"samples": 1}, training=SHORT))
+    assert not any(sample["stopped"] for sample in read_jsonl(folder / "samples.jsonl"))
+    assert capsys.readouterr().out.count("(did not stop)") == 2
+
+
+def test_after_a_resume_no_sample_is_there_twice(config_file, tmp_path):
+    path = config_file(data={"samples": 1}, training=SHORT)
+    whole = train(path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("checkpoint-3", "samples.jsonl"):
+        (shutil.copytree if name[0] == "c" else shutil.copy)(whole / name, broken / name)
+    train(path, resume=str(broken / "checkpoint-3"), overrides={"training.output_dir": str(broken)})
+    assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_the_last_trained_answer_is_what_is_asked_for():
+    row = {"where": "f:1", "input_ids": [1, 2, 3, 4, 5, 6, 7], "labels": [-100, 2, -100, -100, 5, 6, -100]}
+    assert split_prompt(row) == ("f:1", [1, 2, 3, 4], [5, 6])

@@ -1,0 +1,143 @@
+"""Trackers get the run by their own integrations, ask nothing, wait for nothing, and cannot stop it."""
+
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+from recipes.utils import trackers
+
+import pytest
+from conftest import ROOT, read_jsonl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_sft import adapter_of, same, train
+from wandb.proto import wandb_internal_pb2
+
+BLOCK, HEADER = 32768, struct.Struct("<IHB")  # of LevelDB's log format: checksum, length, kind (1 whole, 4 last part)
+SHORT = {"max_steps": 4, "eval_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}
+
+
+def wandb_records(path: Path):
+    """The records of a .wandb file, by wandb's own message types."""
+    data, place, parts = path.read_bytes(), 7, b""  # behind wandb's own mark
+    assert data.startswith(b":W&B")
+    while place + HEADER.size <= len(data):
+        if BLOCK - place % BLOCK < HEADER.size:  # the end of a block is left empty
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = HEADER.unpack_from(data, place)
+        place += HEADER.size
+        parts += data[place : place + length]
+        place += length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def on_a_terminal(*words, **environment) -> tuple[int, str]:
+    """Run a script as a person would, on a terminal at which nobody types: (exit status, what was shown)."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    os.close(slave)
+    killer = threading.Timer(200, process.kill)  # where it asks, it would ask for ever
+    killer.start()
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 4096)
+        except OSError:  # the other end is closed
+            killer.cancel()
+            return process.wait(), shown.decode()
+
+
+def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    path = config_file(data={"samples": 1}, training={**SHORT, "report_to": ["wandb", "tensorboard"]})
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "COLUMNS": "250"}
+    status, shown = on_a_terminal(ROOT / "recipes" / "sft_lora.py", path, **environment)
+    assert status == 0, shown
+    assert "wandb: there is no login on this machine, so the run is kept offline; later: wandb login" in shown
+    folder = tmp_path / "run"
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+    assert len(losses) == 4
+
+    (written,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    assert str(written.parent) in shown.replace("\r\n", "")
+    records = list(wandb_records(written))
+    history = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [(row["train/global_step"], row["train/loss"]) for row in history if "train/loss" in row] == losses
+    assert [row["eval/loss"] for row in history if "eval/loss" in row] == [
+        line["eval_loss"] for line in metrics if "eval_loss" in line
+    ]
+    assert all("train/trained_tokens_per_second" in row for row in history if "train/loss" in row)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
+    assert run.display_name == "run"
+    kept = {}
+    for record in records:
+        kept |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    assert kept["run"]["data_sha256"] == json.loads((folder / "run.json").read_text())["data_sha256"]
+    assert kept["run"]["lora"]["r"] == 4
+    assert kept["run"]["git_commit"] == trackers.git_commit()
+    models = [record for record in records if record.HasField("artifact") and record.artifact.type == "model"]
+    assert not models, "a checkpoint is not uploaded unasked"
+    samples = read_jsonl(folder / "samples.jsonl")
+    tables = [row["samples/path"] for row in history if "samples/path" in row]
+    assert [json.loads((written.parent / "files" / table).read_text())["data"] for table in tables] == [
+        [list(sample.values())] for sample in samples
+    ]
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert curve == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses]
+    (text,) = events.Tensors("run/text_summary")
+    assert "data_sha256" in text.tensor_proto.string_val[0].decode()
+    shown = [
+        text.tensor_proto.string_val[0].decode()
+        for text in events.Tensors(f"samples/{samples[0]['where']}/text_summary")
+    ]
+    assert all(sample["answer"] in text for sample, text in zip(samples, shown, strict=True))
+
+
+def test_a_tracker_that_fails_is_one_line_and_stops_nothing(config_file, tmp_path, monkeypatch, capsys):
+    plain = train(config_file(training=SHORT))
+    capsys.readouterr()
+    taken = tmp_path / "taken"
+    taken.write_text("a file where TensorBoard wants a folder")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(taken))
+    training = {**SHORT, "report_to": "tensorboard", "output_dir": str(tmp_path / "tracked")}
+    tracked = train(config_file(training=training))
+    shown = capsys.readouterr().out
+    assert shown.count("warning: tensorboard is left out from here on, training goes on: ") == 1
+    assert same(adapter_of(plain), adapter_of(tracked))
+
+
+def test_a_server_that_cannot_be_reached_means_offline_too():
+    def wandb(url, login=True):
+        return SimpleNamespace(login=lambda **_: login, setup=lambda: SimpleNamespace(settings=SimpleNamespace(base_url=url)))  # fmt: skip
+
+    assert "127.0.0.1 cannot be reached" in trackers.why_offline(wandb("http://127.0.0.1:9"))
+    assert "no login" in trackers.why_offline(wandb("http://127.0.0.1:9", login=False))
+
+
+def test_the_commit_is_git_s_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert trackers.git_commit() is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", *words], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert trackers.git_commit() == head
