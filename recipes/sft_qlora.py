@@ -14,6 +14,7 @@ from pathlib import Path
 from recipes.utils.adapter import keep_start, save_plain
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import discard_empty, print_run_table, run, say, settings_judged
+from recipes.utils.fit import settle_memory
 from recipes.utils.guards import check_model, check_rows, check_settings, heed
 from recipes.utils.model import check_machine, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
@@ -28,6 +29,9 @@ from trl import SFTConfig, SFTTrainer
 def train_qlora(config: Config) -> Path:
     """Train a LoRA adapter on a 4-bit base as `config` says and return the folder that holds it."""
     # 1. Settings: a section of the YAML holds the arguments of one library class.
+    check_machine(config)
+    attention, attention_reason = choose_attention(config.model, config.training["use_cpu"])
+    memory = settle_memory(config, attention)
     training_args = SFTConfig(**config.training)
     lora_config = LoraConfig(**config.lora)
     # The values of the QLoRA paper (arXiv 2305.14314): NF4, constants quantised too, products computed in 16 bit.
@@ -39,8 +43,6 @@ def train_qlora(config: Config) -> Path:
         **config.quantization,
     }
     quantization_config = BitsAndBytesConfig(**config.quantization)
-    check_machine(config)
-    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
 
     # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone; what cannot be right stops here.
     tokenizer, template_reason = load_tokenizer(config.model)
@@ -73,7 +75,7 @@ def train_qlora(config: Config) -> Path:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     watch(trainer, config.run_folder)
-    reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason}
+    reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason, **memory}
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
     heed(check_settings(training_args, len(trainer.train_dataset), train.counts))
     if config.dry_run:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.utils.adapter import check_continued, check_initialisation
+from recipes.utils.auto import hold_effective_batch, take_auto
 from recipes.utils.config_file import read_flags, read_yaml
 from recipes.utils.config_keys import (
     SECTIONS,
@@ -37,6 +38,7 @@ class Config:
     lora: dict
     training: dict
     quantization: dict
+    auto: dict = dataclasses.field(default_factory=dict)  # what is left to memory, as `take_auto` has it
     dry_run: bool = False
     resume: str | None = None
     cpu_asked_for: bool = False
@@ -81,7 +83,7 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
     given = {}  # "section.key" -> (value, where it was given)
     for key, value, line in read_yaml(Path(path)):
         given[key] = (value, f"{path}:{line}")
-    given.update({key: (value, f"--{key}") for key, value in overrides.items()})
+    given, auto = take_auto(given, {key: (value, f"--{key}") for key, value in overrides.items()})
 
     sections = {name: {} for name in SECTIONS}
     checker, problems = type_checker(), []
@@ -105,7 +107,9 @@ def load_config(path, overrides: dict[str, object], method: str, dry_run=False, 
         lora={"task_type": "CAUSAL_LM", **sections["lora"]},
         training=sections["training"],
         quantization=sections["quantization"],
+        auto=auto,
     )
+    hold_effective_batch(auto, config.training)
     _resolve_training(config, path)
     if new_run:
         _resolve_run_folder(config)
