@@ -20,6 +20,7 @@ from recipes.utils.model import check_machine, choose_attention, load_base_model
 from recipes.utils.monitor import watch
 from recipes.utils.prepare import prepare
 from recipes.utils.run_record import begin_run, finish_run
+from recipes.utils.speed import speed_up
 
 from peft import LoraConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
@@ -30,7 +31,7 @@ def train_lora(config: Config) -> Path:
     # 1. Settings: a section of the YAML holds the arguments of one library class.
     check_machine(config)
     attention, attention_reason = choose_attention(config.model, config.training["use_cpu"])
-    memory = settle_memory(config, attention)
+    chosen = settle_memory(config, attention)
     training_args = SFTConfig(**config.training)
     lora_config = LoraConfig(**config.lora)
 
@@ -59,8 +60,9 @@ def train_lora(config: Config) -> Path:
             processing_class=tokenizer,
             peft_config=lora_config,
         )
+    chosen["speed"] = speed_up(trainer.model, config.model)
     watch(trainer, config.run_folder)
-    reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason, **memory}
+    reasons = {"attention": f"{attention} ({attention_reason})", "chat template": template_reason, **chosen}
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
     heed(check_settings(training_args, len(trainer.train_dataset), train.counts))
     if config.dry_run:

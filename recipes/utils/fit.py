@@ -34,7 +34,7 @@ def step_of(config: Config, attention: str, rows: int, checkpointing: bool, on_g
     args = SFTConfig(**config.training)
     return Step(
         dtype=config.model.dtype, attention=attention, rows=rows, length=args.max_length, packed=args.packing,
-        checkpointing=checkpointing, double_quantisation=config.quantization.get("bnb_4bit_use_double_quant", True),
+        checkpointing=checkpointing, input_cast=config.model.adapter_input_cast, double_quantisation=config.quantization.get("bnb_4bit_use_double_quant", True),
         optimizer=str(args.optim), on_gpu=on_gpu,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from recipes.utils.console import UserError, say
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
 
@@ -20,8 +20,8 @@ def check_machine(config: Config) -> None:
     """Refuse a run that this machine cannot do, before data or weights are read.
 
     Raises:
-        UserError: several GPUs without a launcher; a precision that the model does not stand; billions of parameters
-            without a GPU.
+        UserError: several GPUs without a launcher; a precision that the model does not stand; Liger's kernels where they
+            cannot run; billions of parameters without a GPU.
     """
     gpus = 0 if config.training["use_cpu"] else torch.cuda.device_count()
     recipe = f"recipes/sft_{config.method}.py"
@@ -33,6 +33,9 @@ def check_machine(config: Config) -> None:
     model_config = load_model_config(config.model)
     if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
+    if config.training.get("use_liger_kernel") and not (gpus and is_liger_kernel_available()):
+        why = "it is not installed: pip install liger-kernel" if gpus else "its kernels run on a GPU alone"
+        raise UserError(f"training.use_liger_kernel: {why}; or leave the key out")
     billions = count_parameters(model_config) / 1e9
     if not torch.cuda.is_available() and billions > 1 and not config.cpu_asked_for:
         raise UserError(
