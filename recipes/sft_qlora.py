@@ -16,6 +16,7 @@ from recipes.utils.checkpoint import begin_from, check_disk, save_whole
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import discard_empty, print_run_table, run, say, settings_judged
 from recipes.utils.failures import stop_if_not_finite
+from recipes.utils.fit import settle_memory
 from recipes.utils.guards import check_model, check_rows, check_settings, heed
 from recipes.utils.model import check_machine, check_sharded, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
@@ -23,6 +24,7 @@ from recipes.utils.prepare import prepare
 from recipes.utils.report import ReportWriter, refresh_report
 from recipes.utils.run_record import recorded
 from recipes.utils.same_run import check_same_run, describe
+from recipes.utils.speed import speed_up
 from recipes.utils.stop import stoppable
 
 from peft import LoraConfig, PeftModel
@@ -33,6 +35,9 @@ from trl import SFTConfig, SFTTrainer
 def train_qlora(config: Config) -> Path:
     """Train a LoRA adapter on a 4-bit base as `config` says and return the folder that holds it."""
     # 1. Settings: a section of the YAML holds the arguments of one library class.
+    check_machine(config)
+    attention, attention_reason = choose_attention(config.model, config.training["use_cpu"])
+    chosen = settle_memory(config, attention)
     training_args = SFTConfig(**config.training)
     lora_config = LoraConfig(**config.lora)
     # The values of the QLoRA paper (arXiv 2305.14314): NF4, constants quantised too, products computed in 16 bit.
@@ -44,8 +49,6 @@ def train_qlora(config: Config) -> Path:
         **config.quantization,
     }
     quantization_config = BitsAndBytesConfig(**config.quantization)
-    check_machine(config)
-    attention, attention_reason = choose_attention(config.model, training_args.use_cpu)
 
     # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone; what cannot be right stops here.
     tokenizer, template_reason = load_tokenizer(config.model)
@@ -81,11 +84,13 @@ def train_qlora(config: Config) -> Path:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    chosen["speed"] = speed_up(trainer.model, config.model)
     watch(trainer, config, train, validation)
     trainer.add_callback(ReportWriter(config.run_folder))
     reasons = {
         "attention": f"{attention} ({attention_reason})",
         "chat template": template_reason,
+        **chosen,
         "checkpoints": disk,
     }
     print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)

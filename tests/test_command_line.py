@@ -97,7 +97,7 @@ def machine(monkeypatch, gpus, capability=(9, 0), bfloat16=True, flash=False):
     ("gpus", "capability", "flash", "dtype", "chosen", "reason"),
     [
         (0, (0, 0), False, "bfloat16", "sdpa", "there is no GPU"),
-        (1, (9, 0), False, "bfloat16", "sdpa", "flash-attn is not installed"),
+        (1, (9, 0), False, "bfloat16", "varlen", "flash-attn is not installed"),
         (1, (7, 5), True, "float16", "sdpa", "older than Ampere"),
         (1, (9, 0), True, "float32", "sdpa", "no float32"),
         (1, (8, 0), True, "bfloat16", "flash_attention_2", "fastest"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.utils.adapter import check_continued, check_initialisation
+from recipes.utils.auto import hold_effective_batch, take_auto
 from recipes.utils.config_file import read_flags, read_yaml
 from recipes.utils.config_keys import (
     SECTIONS,
@@ -38,6 +39,7 @@ class Config:
     lora: dict
     training: dict
     quantization: dict
+    auto: dict = dataclasses.field(default_factory=dict)  # what is left to memory, as `take_auto` has it
     dry_run: bool = False
     resume: str | None = None
     accept_changes: bool = False
@@ -89,7 +91,7 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
     given = {}  # "section.key" -> (value, where it was given)
     for key, value, line in read_yaml(Path(path)):
         given[key] = (value, f"{path}:{line}")
-    given.update({key: (value, f"--{key}") for key, value in overrides.items()})
+    given, auto = take_auto(given, {key: (value, f"--{key}") for key, value in overrides.items()})
 
     sections = {name: {} for name in SECTIONS}
     checker, problems = type_checker(), []
@@ -112,8 +114,10 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
         lora={"task_type": "CAUSAL_LM", **sections["lora"]},
         training=sections["training"],
         quantization=sections["quantization"],
+        auto=auto,
     )
     _make_relative(config)
+    hold_effective_batch(auto, config.training)
     _resolve_training(config, path)
     if new_run:
         find_run_folder(config)

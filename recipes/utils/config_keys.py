@@ -26,6 +26,8 @@ class ModelOptions:
     attn_implementation: str = "auto"
     chat_template: str = "auto"
     adapter: str | None = None
+    adapter_input_cast: bool = False  # PEFT's cast of each adapter's input to float32: the same losses, more memory
+    compile_layers: bool = False  # torch.compile of each decoder layer
     trust_remote_code: bool = False
 
 

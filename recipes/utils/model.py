@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from recipes.utils import OFFLINE_ASKED_FOR
+from recipes.utils.attention import VARLEN, kernel_missing
 from recipes.utils.chat_template import choose_chat_template
 from recipes.utils.config import Config, ModelOptions
 from recipes.utils.console import UserError, out, say
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
 
@@ -22,8 +23,8 @@ def check_machine(config: Config) -> None:
     """Refuse a run that this machine cannot do, before data or weights are read.
 
     Raises:
-        UserError: several GPUs without a launcher; a precision that the model does not stand; billions of parameters
-            without a GPU; sharding (FSDP) that would not take place.
+        UserError: several GPUs without a launcher; a precision that the model does not stand; Liger's kernels where they
+            cannot run; billions of parameters without a GPU; sharding (FSDP) that would not take place.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         if config.training["use_cpu"]:
@@ -46,6 +47,9 @@ def check_machine(config: Config) -> None:
     model_config = load_model_config(config.model)
     if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
+    if config.training.get("use_liger_kernel") and not (gpus and is_liger_kernel_available()):
+        why = "it is not installed: pip install liger-kernel" if gpus else "its kernels run on a GPU alone"
+        raise UserError(f"training.use_liger_kernel: {why}; or leave the key out")
     billions = count_parameters(model_config) / 1e9
     if not torch.cuda.is_available() and billions > 1 and not config.cpu_asked_for:
         raise UserError(
@@ -113,21 +117,31 @@ def choose_attention(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
         missing = f"{torch.cuda.get_device_name()} is older than Ampere"
     elif options.dtype == "float32":
         missing = "it has no float32"
-    elif not is_flash_attn_2_available():
-        missing = "flash-attn is not installed"
     else:
         missing = None
+    no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
+    no_varlen = missing or kernel_missing()
     if setting == "auto":
-        return ("sdpa", f"flash_attention_2 is not used: {missing}") if missing else ("flash_attention_2", "fastest")
-    if setting == "flash_attention_2" and missing:
+        if not no_flash:
+            return "flash_attention_2", "fastest"
+        if not no_varlen:
+            return VARLEN, f"torch's own, chat by chat; {no_flash}"
+        reason = no_varlen if no_varlen == no_flash else f"{no_flash}, and {no_varlen}"
+        return "sdpa", f"no faster one here: {reason}"
+    if setting == "flash_attention_2" and no_flash:
         raise UserError(
-            f"model.attn_implementation: flash_attention_2 cannot be had here: {missing}. It wants an Ampere or newer GPU "
-            f"and: {INSTALL_FLASH}; auto takes what is there"
+            f"model.attn_implementation: flash_attention_2 cannot be had here: {no_flash}. It wants an Ampere or newer "
+            f"GPU and: {INSTALL_FLASH}; auto takes what is there"
         )
+    on_cpu = use_cpu or not torch.cuda.is_available()
+    if setting == VARLEN and no_varlen and not on_cpu:
+        raise UserError(f"model.attn_implementation: varlen cannot be had here: {no_varlen}; auto takes what is there")
     if setting == "flex_attention" and use_cpu:
         raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use auto")
-    if setting not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"):
-        raise UserError(f"model.attn_implementation: unknown {setting!r}; use auto, sdpa, eager or flash_attention_2")
+    if setting not in ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention"):
+        raise UserError(
+            f"model.attn_implementation: unknown {setting!r}; use auto, varlen, sdpa, eager or flash_attention_2"
+        )
     return setting, "as asked for"
 
 

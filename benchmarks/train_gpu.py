@@ -1,0 +1,376 @@
+"""How fast a 7B model trains on one GPU: a ladder of settings, with stock TRL and Unsloth in the same run.
+
+    python benchmarks/train_gpu.py mistral                      every rung that is not measured yet, nine minutes of it
+    python benchmarks/train_gpu.py mistral                      ... and again, until it says that all are done
+    python benchmarks/train_gpu.py qwen2 --only "packed" "packed, no checkpointing"
+    python benchmarks/train_gpu.py mistral --unsloth /folder/with/unsloth     its own versions, first on the path
+    python benchmarks/train_gpu.py --table                      what results/train_gpu.json holds
+    python benchmarks/train_gpu.py tiny --json /tmp/tiny.json   the same on a CPU, to see that it runs
+
+Speed does not depend on what weights say: the model has the published shape and random weights, made once below --folder
+(15 GB). Rows are token ids with chat-like lengths: log-normal, median 420 tokens, cut at 4,096, 55 % of a row labelled.
+Each rung is a process of its own: 3 optimizer steps to warm up, 8 timed, the GPU synchronised before and after. MFU is held
+against the rate of matrix products at the model's own shape, measured in the same process. The first rung of this
+project runs again at the end, so that drift shows. Packed rungs see the same rows in the same order: their losses are compared.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "train_gpu.json"
+SHAPES = {  # as the models' pages have them
+    "mistral": {
+        "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
+        "rope_theta": 1e6, "max_position_embeddings": 32768,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "rope_theta": 1e6, "max_position_embeddings": 32768,
+    },
+    "tiny": {
+        "model_type": "mistral", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None,
+        "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+WARM_UP, TIMED = 3, 8
+MAX_LENGTH, MEDIAN, LABELLED = 4096, 420, 0.55
+TINY_SCALE = 32  # lengths are divided by it
+
+# What a rung sets; the rest stands in DEFAULTS. `kind`: trl as its documentation starts it, ours, or unsloth.
+DEFAULTS = {
+    "kind": "ours", "method": "lora", "packing": True, "attention": "varlen", "cast": False, "checkpointing": True,
+    "compile": False, "liger": False,
+}  # fmt: skip
+BEST = {"checkpointing": False, "compile": True}
+RUNGS = {
+    "TRL, stock": {"kind": "trl", "packing": False},
+    "bfloat16, padded": {"packing": False, "attention": "sdpa", "cast": True},
+    "packed, sdpa": {"attention": "sdpa", "cast": True},
+    "packed, varlen": {"cast": True},
+    "packed": {},  # what the configs have
+    "packed, flash-attn": {"attention": "flash_attention_2"},
+    "packed, Liger": {"liger": True},
+    "packed, no checkpointing": {"checkpointing": False},
+    "packed, no checkpointing, compiled": BEST,
+    "TRL Q-LoRA, stock": {"kind": "trl", "method": "qlora", "packing": False},
+    "Q-LoRA, packed": {"method": "qlora"},
+    "Q-LoRA, no checkpointing, compiled": {"method": "qlora", **BEST},
+    "Unsloth": {"kind": "unsloth"},
+    "Unsloth Q-LoRA": {"kind": "unsloth", "method": "qlora"},
+    "packed, again": {},
+}
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """The model of that shape with random weights in bfloat16 and the tiny base's tokenizer, saved once."""
+    target = folder / name
+    if (target / "done").exists():
+        return target
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shape = dict(SHAPES[name])
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape, dtype="bfloat16")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny" / "base").save_pretrained(target)
+    (target / "done").touch()
+    return target
+
+
+def make_rows(count: int, vocabulary: int, scale: int = 1):
+    """`count` rows of token ids with labels on their last part, the same at each call."""
+    from datasets import Dataset
+
+    draw, rows = random.Random(0), {"input_ids": [], "labels": []}
+    for _ in range(count):
+        length = max(8, min(MAX_LENGTH, round(draw.lognormvariate(math.log(MEDIAN), 0.9))) // scale)
+        ids = [draw.randrange(10, vocabulary) for _ in range(length)]
+        asked = round(length * (1 - LABELLED))
+        rows["input_ids"].append(ids)
+        rows["labels"].append([-100] * asked + ids[asked:])
+    return Dataset.from_dict(rows)
+
+
+def build_model(rung: dict, model: Path, use_cpu: bool):
+    """(what SFTTrainer takes as the model, its peft_config)."""
+    import torch
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    four_bit = None
+    if rung["method"] == "qlora":
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    if rung["kind"] == "trl" and four_bit is None:
+        return str(model), lora
+    if rung["kind"] == "trl":
+        from transformers import AutoModelForCausalLM
+
+        device = {"": "cpu" if use_cpu else 0}
+        return AutoModelForCausalLM.from_pretrained(model, quantization_config=four_bit, device_map=device), lora
+    if rung["kind"] == "unsloth":
+        from unsloth import FastLanguageModel
+
+        loaded, _ = FastLanguageModel.from_pretrained(
+            str(model), max_seq_length=MAX_LENGTH, dtype=torch.bfloat16, load_in_4bit=rung["method"] == "qlora"
+        )
+        return FastLanguageModel.get_peft_model(
+            loaded, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=targets,
+            use_gradient_checkpointing="unsloth",
+        ), None  # fmt: skip
+    from recipes.utils.config_keys import ModelOptions
+    from recipes.utils.model import load_base_model
+
+    return load_base_model(ModelOptions(str(model)), rung["attention"], use_cpu, four_bit), lora
+
+
+def measure(name: str, rung_name: str, model: Path, micro_batch: int | None = None) -> dict:
+    """Train on one rung in this process and return its record."""
+    rung = {**DEFAULTS, **RUNGS[rung_name]}
+    if rung["kind"] == "unsloth":
+        import unsloth  # noqa: F401  (it wants to be imported before all others)
+    import torch
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    use_cpu, shape = not torch.cuda.is_available(), SHAPES[name]
+    scale = TINY_SCALE if name == "tiny" else 1
+    # A padded micro-batch of 8 rows holds about as many useful tokens as a packed one of 2.
+    rows_a_step = micro_batch or (2 if rung["packing"] else 8)
+    rows = make_rows((WARM_UP + TIMED) * 8192 // MEDIAN * 3 // 2, shape["vocab_size"], scale)
+    loaded, lora = build_model(rung, model, use_cpu)
+    args = SFTConfig(
+        output_dir=str(model.parent / "run"), max_steps=WARM_UP + TIMED, max_length=MAX_LENGTH // scale,
+        packing=rung["packing"], per_device_train_batch_size=rows_a_step, gradient_accumulation_steps=1,
+        learning_rate=1e-4, gradient_checkpointing=rung["checkpointing"], use_liger_kernel=rung["liger"],
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu, seed=0,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    trainer = SFTTrainer(model=loaded, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    if rung["kind"] == "ours":
+        from recipes.utils.config_keys import ModelOptions
+        from recipes.utils.speed import speed_up
+
+        if rung["method"] == "qlora":
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        speed_up(trainer.model, ModelOptions(adapter_input_cast=rung["cast"], compile_layers=rung["compile"]))
+
+    counts, losses, clock = [], [], []
+    compute_loss = trainer.compute_loss
+
+    def counted(model, inputs, **kwargs):
+        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        counts.append((real, inputs["input_ids"].numel(), (inputs["labels"] != -100).sum()))
+        return compute_loss(model, inputs, **kwargs)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == WARM_UP:
+                synchronise()
+                clock.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:
+                losses.append(logs["loss"])
+
+    def synchronise():
+        if not use_cpu:
+            torch.cuda.synchronize()
+
+    trainer.compute_loss = counted
+    trainer.add_callback(Clock())
+    if not use_cpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    synchronise()
+    seconds = time.perf_counter() - clock[0]
+    useful, seen, trained = (sum(int(step[i]) for step in counts[WARM_UP:]) for i in range(3))
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    context = sum(length**2 for length in lengths) / sum(lengths)
+    peak = None if use_cpu else torch.cuda.max_memory_allocated() / 1e9
+    reserved = None if use_cpu else torch.cuda.max_memory_reserved() / 1e9
+    product = product_rate(shape, use_cpu)
+    flops = useful * flops_a_token(shape, trained / useful, context)
+    return {
+        "model": name, "shape": [shape["model_type"], shape["hidden_size"], shape["num_hidden_layers"]],
+        "variant": rung_name, "ours": rung["kind"] == "ours", "method": rung["method"],
+        "checkpointing": rung["checkpointing"], "settings": rung, "micro_batch": rows_a_step,
+        "max_length": args.max_length, "steps": TIMED, "gpu": "CPU" if use_cpu else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(), "seconds": seconds,
+        "useful_tokens_per_second": useful / seconds, "trained_tokens_per_second": trained / seconds,
+        "padding": 1 - useful / seen, "mfu": flops / seconds / product, "product_tflops": product / 1e12,
+        "peak_allocated_gb": peak, "peak_reserved_gb": reserved, "predicted_gb": predicted(rung, args, model, lora),
+        "losses": losses, "versions": versions(),
+    }  # fmt: skip
+
+
+def flops_a_token(shape: dict, labelled: float, context: float) -> float:
+    """What cannot be saved with a frozen base: forward and the gradient of activations, 2 FLOPs a weight each, the
+    head's for labelled tokens alone; three passes through the adapter (r 16, all linear layers); causal attention over
+    documents of `context` tokens as a token meets them, forward once and backward twice."""
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    linear = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner)
+    adapter = layers * 16 * (2 * 2 * hidden + 2 * (hidden + keys) + 3 * (hidden + inner))
+    attention = 2 * context * hidden * layers
+    return 4 * linear + 4 * hidden * shape["vocab_size"] * labelled + 6 * adapter + 3 * attention
+
+
+def product_rate(shape: dict, use_cpu: bool) -> float:
+    """FLOPs a second of bfloat16 matrix products at the model's own largest shape."""
+    import torch
+
+    device, tokens, rounds = ("cpu", 256, 3) if use_cpu else ("cuda", 8192, 50)
+    a = torch.randn(tokens, shape["hidden_size"], device=device, dtype=torch.bfloat16)
+    b = torch.randn(shape["hidden_size"], shape["intermediate_size"], device=device, dtype=torch.bfloat16)
+    for timed in (False, True):
+        if not use_cpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            a @ b
+        if not use_cpu:
+            torch.cuda.synchronize()
+        if timed:
+            return 2 * a.numel() * b.shape[1] * rounds / (time.perf_counter() - began)
+
+
+def predicted(rung: dict, args, model: Path, lora) -> float | None:
+    """GB that the memory model says, for the rungs of this project."""
+    if rung["kind"] != "ours":
+        return None
+    from recipes.utils.memory import predict
+    from recipes.utils.memory_trace import Step
+
+    from transformers import AutoConfig
+
+    step = Step(
+        "bfloat16", rung["attention"], args.per_device_train_batch_size, args.max_length, args.packing,
+        args.gradient_checkpointing, input_cast=rung["cast"], on_gpu=not args.use_cpu,
+    )  # fmt: skip
+    return predict(AutoConfig.from_pretrained(model), lora, [step])[0][rung["method"]].total / 1e9
+
+
+def versions() -> dict:
+    found = {}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "liger-kernel", "flash-attn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def why_not(rung: dict, unsloth: Path | None) -> str | None:
+    """Why a rung cannot run here, or None."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if rung["kind"] == "unsloth" and not (gpu and (unsloth or find_spec("unsloth"))):
+        return "Unsloth is not installed, or there is no GPU"
+    if rung["attention"] == "flash_attention_2" and not (gpu and find_spec("flash_attn")):
+        return "flash-attn is not installed"
+    if rung["liger"] and not (gpu and find_spec("liger_kernel")):
+        return "liger-kernel is not installed"
+    return None
+
+
+def print_table(runs: list[dict]) -> None:
+    """Rungs in order, with the distance of packed losses from those of `packed, sdpa`."""
+    order = list(RUNGS)
+    for model in dict.fromkeys(run["model"] for run in runs):
+        ours = sorted((run for run in runs if run["model"] == model), key=lambda run: order.index(run["variant"]))
+        reference = next((run["losses"] for run in ours if run["variant"] == "packed, sdpa"), None)
+        print(f"\n{model} on {ours[0]['gpu']}, {ours[0]['date']}")
+        print(f"{'':38}{'tokens/s':>10}{'MFU':>7}{'peak GB':>9}{'predicted':>11}{'losses differ by':>18}")
+        for run in ours:
+            comparable = reference and run["ours"] and run["settings"]["packing"] and run["method"] == "lora"
+            apart = max(abs(a - b) for a, b in zip(run["losses"], reference, strict=True)) if comparable else None
+            cells = [
+                f"{run[key]:.1f}" if run[key] is not None else "-" for key in ("peak_allocated_gb", "predicted_gb")
+            ]
+            print(
+                f"{run['variant']:38}{run['useful_tokens_per_second']:10,.0f}{run['mfu']:7.1%}{cells[0]:>9}{cells[1]:>11}"
+                + (f"{apart:18.1e}" if apart is not None else f"{'-':>18}")
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=SHAPES)
+    parser.add_argument("--only", nargs="+", choices=RUNGS, metavar="RUNG", help="these rungs, measured already or not")
+    parser.add_argument("--minutes", type=float, default=9, help="no rung is begun after so long (9)")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/train_gpu"), help="where the model is made")
+    parser.add_argument("--unsloth", type=Path, help="a folder with Unsloth and the versions that it wants")
+    parser.add_argument("--micro-batch", type=int, help="rows a micro-batch (2 packed, 8 padded)")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept and merged")
+    parser.add_argument("--table", action="store_true", help="only print what is kept")
+    parser.add_argument("--once", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.once:
+        record = measure(options.model, options.once, options.folder / options.model, options.micro_batch)
+        print(json.dumps(record))
+        return
+    runs = json.loads(options.json.read_text())["runs"] if options.json.exists() else []
+    if not options.table:
+        began = time.monotonic()
+        make_model(options.model, options.folder)
+        done = {run["variant"] for run in runs if run["model"] == options.model}
+        rungs = options.only or [name for name in RUNGS if name not in done]
+        left = []
+        for name in rungs:
+            reason = why_not({**DEFAULTS, **RUNGS[name]}, options.unsloth)
+            if reason:
+                print(f"left out: {name}: {reason}", flush=True)
+            elif time.monotonic() - began > options.minutes * 60:
+                left.append(name)
+            else:
+                record = one_process(name, options)
+                if record:
+                    runs = [run for run in runs if (run["model"], run["variant"]) != (options.model, name)] + [record]
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
+                    options.json.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+        print(f"\nto do: {', '.join(left)}: call again" if left else "\nall rungs that can run here are done")
+    print_table(runs)
+
+
+def one_process(name: str, options) -> dict | None:
+    """The record of a rung that ran in a process of its own, or None where it failed: the next still runs."""
+    print(f"{name} ...", flush=True)
+    words = [options.model, "--once", name, "--folder", str(options.folder)]
+    words += ["--micro-batch", str(options.micro_batch)] if options.micro_batch else []
+    unsloth = options.unsloth if "Unsloth" in name else None
+    path = os.pathsep.join(str(part) for part in (unsloth, ROOT, os.environ.get("PYTHONPATH")) if part)
+    result = subprocess.run(
+        [sys.executable, __file__, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if result.returncode:
+        print(f"failed: {name}:\n{result.stderr[-2000:]}", flush=True)
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Document-wise attention for packed rows, from torch itself: each chat of a row attends to itself alone.
+
+sdpa keeps packed chats apart with a mask of N × N for a micro-batch of N tokens and computes all N² products. The
+variable-length kernel of torch.nn.attention.varlen (FlashAttention-2, inside torch) takes the borders of the chats and
+computes theirs alone. It is registered with transformers as `varlen`; whatever is not a packed row (padded batches,
+generation with a cache) goes through sdpa.
+"""
+
+import inspect
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+VARLEN = "varlen"  # with "flash" in it, transformers would look for that package
+
+
+def kernel_missing() -> str | None:
+    """Why torch's kernel cannot be had here, or None: its arguments came one release after another."""
+    arguments = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+    if not {"scale", "window_size", "enable_gqa"} <= set(arguments):
+        return f"torch {torch.__version__} has no varlen attention with grouped heads and windows"
+    return None
+
+
+def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention as transformers calls it: `query` (batch, heads, tokens, head size), `key` and `value` with the heads
+    of the model's key-value groups; returns (batch, tokens, heads, head size) and None for the weights.
+
+    The borders are the collator's `cu_seq_lens_q`, or where `position_ids` do not go on by one.
+    """
+    borders, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    rows, positions = query.shape[0], kwargs.get("position_ids")
+    if borders is None and attention_mask is None and positions is not None and 1 < query.shape[2] == key.shape[2]:
+        borders = _borders(positions.expand(rows, -1))
+    if borders is None or attention_mask is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError("varlen attention has no attention_dropout; use --model.attn_implementation sdpa")
+    longest = int(borders.diff().max()) if longest is None else longest
+    window = kwargs.get("sliding_window")
+    window = window if window and window < longest else None
+    # one row of all tokens: (tokens, heads, head size)
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    # the memory model calls the kernel too, with tensors that hold nothing
+    attend = varlen_kernel if query.is_cuda or isinstance(query, FakeTensor) else attend_by_document
+    output = attend(query, key, value, borders, longest, scaling, window)
+    return output.unflatten(0, (rows, -1)), None
+
+
+def varlen_kernel(query, key, value, borders, longest: int, scale, window: int | None):
+    """torch's kernel. `window`: how many tokens a token sees, itself included; None for all before it."""
+    return varlen_attn(
+        query, key, value, borders, borders, longest, longest,
+        scale=scale, window_size=(window - 1 if window else -1, 0), enable_gqa=True,
+    )  # fmt: skip
+
+
+def attend_by_document(query, key, value, borders, longest, scale, window):
+    """The same with sdpa, document after document: what the kernel is held against, and what a CPU trains with."""
+    parts = []
+    for start, end in zip(borders.tolist(), borders.tolist()[1:], strict=False):
+        q, k, v = (states[start:end].transpose(0, 1) for states in (query, key, value))
+        mask = None
+        if window and end - start > window:
+            ones = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device)
+            mask = ones.tril() & ones.triu(1 - window)
+        parts.append(scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True))
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def _borders(positions: torch.Tensor) -> torch.Tensor:
+    """Where documents begin in the flattened rows, and the end: int32, as the kernel wants it."""
+    first = torch.ones_like(positions, dtype=torch.bool)
+    first[:, 1:] = positions.diff(dim=1) != 1
+    starts = first.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
+
+
+def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):
+    """None for packed rows, which are the only ones that come without a 2-D mask and may not be plainly causal; for
+    all others sdpa's mask."""
+    if attention_mask is None and not allow_is_causal_skip and 1 < q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size, q_length, kv_length, *args,
+        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+    )  # fmt: skip
+
+
+AttentionInterface.register(VARLEN, document_attention)
+AttentionMaskInterface.register(VARLEN, _mask)

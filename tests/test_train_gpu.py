@@ -1,0 +1,97 @@
+"""The GPU benchmark at tiny scale on a CPU, so that it cannot rot."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("train_gpu", ROOT / "benchmarks" / "train_gpu.py")
+train_gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_gpu)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(train_gpu, "WARM_UP", 1)
+    monkeypatch.setattr(train_gpu, "TIMED", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return train_gpu.make_model("tiny", tmp_path_factory.mktemp("bench"))
+
+
+def test_rungs_on_the_same_rows_have_the_same_losses(model, short):
+    sdpa, ours, padded = (
+        train_gpu.measure("tiny", name, model) for name in ("packed, sdpa", "packed", "bfloat16, padded")
+    )
+    assert len(sdpa["losses"]) == 3
+    assert ours["losses"] == pytest.approx(sdpa["losses"], abs=1e-2)  # bfloat16
+    assert ours["padding"] == 0 < padded["padding"]
+    assert 0 < ours["trained_tokens_per_second"] < ours["useful_tokens_per_second"]
+    assert 0 < ours["mfu"] < 1
+    json.dumps([sdpa, ours, padded])
+
+
+@pytest.mark.parametrize("rung", ["TRL, stock", "Q-LoRA, packed"])
+def test_other_rungs_train(model, short, rung):
+    record = train_gpu.measure("tiny", rung, model)
+    assert record["method"] == ("qlora" if "Q-LoRA" in rung else "lora")
+    assert record["losses"][0] > 0
+
+
+def test_calls_merge_their_results_and_go_on_where_the_last_one_stopped(tmp_path, model, monkeypatch, capsys):
+    ran = []
+
+    def quick(name, options):
+        ran.append(name)
+        return {
+            "model": "tiny", "variant": name, "gpu": "CPU", "date": "2000-01-01", "losses": [float(len(ran))], "mfu": 0.5,
+            "useful_tokens_per_second": 1.0, "peak_allocated_gb": None, "predicted_gb": None, "ours": True,
+            "method": "lora", "settings": {"packing": True},
+        }  # fmt: skip
+
+    monkeypatch.setattr(train_gpu, "one_process", quick)
+
+    def call(*words):
+        command = [
+            "train_gpu.py",
+            "tiny",
+            "--folder",
+            str(model.parent),
+            "--json",
+            str(tmp_path / "found.json"),
+            *words,
+        ]
+        monkeypatch.setattr("sys.argv", command)
+        train_gpu.main()
+        return capsys.readouterr().out
+
+    assert "left out: Unsloth" in call("--only", "packed, sdpa", "packed", "Unsloth")
+    assert ran == ["packed, sdpa", "packed"]
+    assert "call again" in call("--minutes", "-1")
+    assert ran == ["packed, sdpa", "packed"]
+    shown = call()
+    assert ran.count("packed") == 1
+    assert ran[-1] == "packed, again"
+    assert "all rungs that can run here are done" in shown
+    assert "0.0e+00" in shown  # packed, sdpa against itself
+    assert "1.0e+00" in shown  # packed against it
+    kept = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert len(kept) == len({run["variant"] for run in kept}) == len(ran)
+
+
+def test_flops_of_a_token_are_those_of_the_floor():
+    """31.9 GFLOP for Mistral-7B at 4,096 tokens, all of them labelled."""
+    assert train_gpu.flops_a_token(train_gpu.SHAPES["mistral"], 1.0, 4096) / 1e9 == pytest.approx(31.9, abs=0.1)
+    assert train_gpu.flops_a_token(train_gpu.SHAPES["qwen2"], 1.0, 4096) / 1e9 == pytest.approx(31.0, abs=0.1)
+
+
+def test_rows_are_like_chats():
+    rows = train_gpu.make_rows(400, 500)
+    lengths = sorted(len(ids) for ids in rows["input_ids"])
+    assert 380 < lengths[200] < 460
+    assert lengths[-1] <= 4096
+    labelled = sum(label != -100 for labels in rows["labels"] for label in labels)
+    assert labelled / sum(lengths) == pytest.approx(0.55, abs=0.01)
