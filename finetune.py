@@ -17,6 +17,7 @@ from recipes.utils.model import load_model_config
 
 __all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
 
+FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
@@ -42,7 +43,7 @@ def train_lora(
         output_dir: the run folder; runs/<family>-lora, numbered, without it.
         config: another YAML file to start from; its validation rows stay where `val_dataset_path` is not given.
         **sections: further keys by section, such as training={"max_length": 1024}, lora={"lora_alpha": 64}, and
-            dry_run=True or resume="latest".
+            dry_run=True, resume="latest", accept_changes=True or max_hours=11.5.
 
     Raises:
         UserError: for anything in the settings or the data that the user can mend.
@@ -96,7 +97,7 @@ def _config(
     keys = {key: _plain(value) for key, value in keys.items() if value is not None}
     if val_dataset_path is None and config is None:
         keys |= {"data.validation": None, "training.eval_strategy": "no", "training.load_best_model_at_end": False}
-    flags = {name: sections.pop(name) for name in ("dry_run", "resume") if name in sections}
+    flags = {name: sections.pop(name) for name in FLAGS if name in sections}
     for section, values in sections.items():
         if not isinstance(values, dict):
             raise UserError(

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 from recipes.utils.adapter import keep_start, save_adapter
-from recipes.utils.checkpoint import begin_from, check_disk, save_whole
+from recipes.utils.checkpoint import begin_from, save_whole
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import discard_empty, print_run_table, run, say, settings_judged
+from recipes.utils.disk import check_disk
 from recipes.utils.failures import stop_if_not_finite
 from recipes.utils.fit import settle_memory
 from recipes.utils.guards import check_model, check_rows, check_settings, heed

@@ -149,3 +149,20 @@ def test_another_quantisation_is_refused_by_its_name(tmp_path):
     train(path, method="qlora")
     with pytest.raises(UserError, match=r"quantization\.bnb_4bit_use_double_quant: true in the checkpoint, false now"):
         train(path, {"quantization.bnb_4bit_use_double_quant": False}, method="qlora", resume="latest")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_run_is_run_again_from_its_record_with_the_same_adapter(tmp_path, method):
+    path = conftest.config_file.__wrapped__(tmp_path)(
+        training={"max_steps": 4, "eval_steps": 4, "save_steps": 4}, lora={"lora_dropout": 0.1}
+    )
+    first = train(path, method=method)
+    second = train(first / "run.json", {"training.output_dir": str(tmp_path / "again")}, method=method)
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (first, second)]
+    assert adapters[0] == adapters[1]
+    path.unlink()  # the record is enough
+    with pytest.raises(UserError, match=f"is of a {method} run"):
+        train(first / "run.json", method={"lora": "qlora", "qlora": "lora"}[method])
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"train\.jsonl is not there as the run had it"):
+        train(first / "run.json", method=method)

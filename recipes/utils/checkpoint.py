@@ -7,13 +7,12 @@ its manifest.json before training goes on from it.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
-from recipes.utils.console import RunEnded, UserError, say, steps_of
+from recipes.utils.console import RunEnded, say
 from recipes.utils.jsonl import file_hash
 
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,7 +20,6 @@ from transformers.trainer_utils import rotate_checkpoints
 MANIFEST = "manifest.json"
 NEEDED = {"adapter weights": "adapter_model.safetensors", "optimizer state": "optimizer*", "scheduler": "scheduler.pt",
           "random state": "rng_state*.pth", "trainer state": "trainer_state.json"}  # fmt: skip
-SMALL_FILES = 32 << 20  # tokenizer, configs, states: bytes a checkpoint, generously
 
 
 def save_whole(trainer, made_of: dict) -> None:
@@ -148,35 +146,6 @@ def begin_from(trainer, checkpoint: str | None) -> None:
             trainer.control.should_training_stop = True
 
     trainer._init_training_state, trainer._run_epoch = init_training_state, run_epoch_unless_done
-
-
-def checkpoint_bytes(trainer) -> int:
-    """Bytes of one checkpoint: the float32 adapter, and the optimizer's two moments of it (in 8 bit: two bytes)."""
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    moments = 2 if "8bit" in trainer.args.optim else 8
-    return trainable * (4 + moments) + SMALL_FILES
-
-
-def check_disk(trainer) -> str:
-    """A line that says what the run's checkpoints need of the disk: as many as are kept, the best one, and the one that
-    is being written. Raises `UserError` if there is less."""
-    args, size = trainer.args, checkpoint_bytes(trainer)
-    steps = steps_of(args, len(trainer.train_dataset))[0]
-    interval = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
-    saves = {"no": 0, "steps": math.ceil(steps / interval), "epoch": math.ceil(args.num_train_epochs)}
-    saves = saves.get(args.save_strategy.value, 1)
-    kept = min(saves, args.save_total_limit + args.load_best_model_at_end) if args.save_total_limit else saves
-    needed = (kept + (kept > 0)) * size
-    folder = Path(args.output_dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free + sum(f.stat().st_size for f in folder.glob("checkpoint-*/*") if f.is_file())
-    if needed > free:
-        raise UserError(
-            f"{folder}: {kept} checkpoints of {size / 1e9:.2f} GB and the one that is being written need "
-            f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: --training.save_total_limit 2, or another disk "
-            "with --training.output_dir"
-        )
-    return f"{kept} of {size / 1e9:.2f} GB at most; {free / 1e9:,.0f} GB free" if kept else "none"
 
 
 def sync(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from recipes.utils.adapter import check_continued, check_initialisation
 from recipes.utils.auto import hold_effective_batch, take_auto
-from recipes.utils.config_file import read_flags, read_yaml
+from recipes.utils.config_file import read_flags, read_settings
 from recipes.utils.config_keys import (
     SECTIONS,
     DataOptions,
@@ -63,7 +63,10 @@ def parse_command_line(argv: list[str], method: str, description: str) -> Config
         allow_abbrev=False,
         epilog="Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32",
     )
-    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument("config", nargs="?", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument(
+        "--from-run", metavar="RUN.JSON", help="run a run again, by its record, in the place of a config"
+    )
     parser.add_argument("--dry-run", action="store_true", help="do everything up to training, then stop")
     parser.add_argument(
         "--resume",
@@ -76,29 +79,29 @@ def parse_command_line(argv: list[str], method: str, description: str) -> Config
     parser.add_argument("--max-hours", type=float, help="stop with a checkpoint before so many hours are over")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
     options, rest = parser.parse_known_args(argv)
+    if bool(options.config) == bool(options.from_run):
+        parser.error("one YAML file is needed, such as configs/mistral.yaml, or --from-run RUN/run.json")
     flags = {name: getattr(options, name) for name in ("dry_run", "resume", "accept_changes", "max_hours")}
-    return load_config(options.config, read_flags(rest), method, **flags)
+    return load_config(options.config or options.from_run, read_flags(rest), method, **flags)
 
 
 def load_config(path, overrides: dict[str, object], method: str, new_run=True, **flags) -> Config:
-    """Read `path`, lay `overrides` ({"training.learning_rate": 1e-4}) over it, check every key and resolve what
-    depends on this machine. `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`. Without `new_run` no run
-    folder is looked for: the config is only to be read.
+    """Read `path` (a YAML file, or a run's run.json), lay `overrides` ({"training.learning_rate": 1e-4}) over it, check
+    every key and resolve what depends on this machine. `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`.
+    Without `new_run` no run folder is looked for: the config is only to be read.
 
     Raises:
         UserError: for anything that is not a key of the library class behind its section, or not a value of its type.
     """
-    given = {}  # "section.key" -> (value, where it was given)
-    for key, value, line in read_yaml(Path(path)):
-        given[key] = (value, f"{path}:{line}")
+    name, given = read_settings(Path(path), method)
     given, auto = take_auto(given, {key: (value, f"--{key}") for key, value in overrides.items()})
 
     sections = {name: {} for name in SECTIONS}
     checker, problems = type_checker(), []
     for key, (value, where) in given.items():
         try:
-            section, name = known_key(key, method)
-            sections[section][name] = check_value(checker, section, name, value)
+            section, key = known_key(key, method)
+            sections[section][key] = check_value(checker, section, key, value)
         except UserError as error:
             problems.append(f"{where}: {error}")
     problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]
@@ -106,7 +109,7 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
         raise UserError("\n".join(problems))
 
     config = Config(
-        name=Path(path).stem,
+        name=name,
         method=method,
         **flags,
         model=ModelOptions(**sections["model"]),

@@ -1,9 +1,11 @@
 """YAML and flags to plain keys and values, each with the place where it was given."""
 
+import json
 import re
 from pathlib import Path
 
 from recipes.utils.console import UserError
+from recipes.utils.jsonl import file_hash
 
 import yaml
 
@@ -23,6 +25,40 @@ _Loader.yaml_implicit_resolvers = {
     )
     for first, pairs in _Loader.yaml_implicit_resolvers.items()
 }
+
+
+# In run.json and not in a config: where the run went, and what follows from model.dtype.
+RESOLVED = ("training.output_dir", "training.bf16", "training.fp16", "lora.task_type")
+
+
+def read_settings(path: Path, method: str) -> tuple[str, dict]:
+    """(the config's name, {section.key: (value, where it was given)}) of a YAML file, or of a run's run.json.
+
+    Raises:
+        UserError: for a file that cannot be read, a run of the other `method`, or one whose data files are not there as
+            they were.
+    """
+    if path.suffix != ".json":
+        return path.stem, {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        name, recorded, hashes = record["name"], record["method"], record["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no record of a run (run.json): {error!r}") from error
+    if recorded != method:
+        raise UserError(f"{path}: is of a {recorded} run: recipes/sft_{recorded}.py")
+    for file, digest in hashes.items():
+        if not Path(file).is_file() or file_hash(Path(file)) != digest:
+            raise UserError(
+                f"{path}: {file} is not there as the run had it; paths are relative to where the command runs"
+            )
+    settings = {
+        f"{section}.{key}": (value, str(path))
+        for section in ("model", "data", "lora", "training", "quantization")
+        for key, value in record[section].items()
+        if value is not None and f"{section}.{key}" not in RESOLVED
+    }
+    return name, settings
 
 
 def read_yaml(path: Path):

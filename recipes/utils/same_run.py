@@ -43,6 +43,7 @@ def describe(config: Config, trainer, train, validation, attention: str) -> dict
         "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
         "model.adapter": config.model.adapter,
+        "model.compile_layers": config.model.compile_layers,
         "attention": attention,
         **{f"quantization.{key}": value for key, value in config.quantization.items()},
         **{f"lora.{key}": value for key, value in adapter.items() if key not in ("base_model_name_or_path", "revision")},

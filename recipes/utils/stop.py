@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 
-from recipes.utils.checkpoint import checkpoint_bytes
 from recipes.utils.console import RunEnded, is_main_process, say
+from recipes.utils.disk import checkpoint_bytes
 
 import psutil
 import torch
