@@ -184,6 +184,14 @@ def test_a_row_that_filled_up_a_batch_has_one_loss_an_epoch(tmp_path):
     assert (row.losses, row.tokens) == ({1: 1.5, 2: 0.5}, 10)
 
 
+def test_the_answers_of_a_split_chat_have_a_loss_each(tmp_path):
+    lines_of(tmp_path, (1, 1, "a", 2.0, 10), (1, 1, "a", 0.1, 12))
+    assert [(row.where, row.tokens, row.losses) for row in read_ledger(tmp_path)] == [
+        ("a", 10, {1: 2.0}),
+        ("a", 12, {1: 0.1}),
+    ]
+
+
 def test_inspect_data_shows_the_worst_rows_token_by_token(config_file, tmp_path, capsys):
     rows = [chat(f"Say {word} twice", f"{word} {word}") for word in ("hello", "blue", "seven", "train") * 6]
     for number, row in enumerate(rows):
