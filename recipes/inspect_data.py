@@ -65,7 +65,11 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
     worst = read_ledger(ledger)[:WORST] if ledger else []
     shown = _rows_to_show(train, row, rows, pick)
     if ledger:
-        shown = [item for entry in worst[:rows] for item in _rows_to_show(train, entry.where, 1, False)]
+        shown = [
+            item
+            for where in dict.fromkeys(entry.where for entry in worst[:rows])
+            for item in _rows_to_show(train, where, 1, False)
+        ]
     report = {
         "chat_template": template_reason,
         "train": train.counts, "validation": validation.counts if validation else None,

@@ -56,17 +56,22 @@ def test_every_row_is_there_once_an_epoch_and_a_steps_rows_make_its_loss(config_
         assert mean == pytest.approx(logged["loss"], rel=1e-3)
 
 
-def test_after_a_resume_no_row_is_counted_twice(config_file, tmp_path):
-    path = config_file(training={**NO_EVALUATION, "save_steps": 3})
+def test_after_a_resume_no_row_and_no_sample_is_there_twice(config_file, tmp_path):
+    path = config_file(
+        data={"samples": 1}, training={"eval_steps": 2, "save_steps": 6, "load_best_model_at_end": False}
+    )
     whole = train(path)
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-6", broken / "checkpoint-6")
-    kept = (whole / "ledger.jsonl").read_text()
-    (broken / "ledger.jsonl").write_text(kept + '{"step": 8, "epo')  # cut off by a kill
+    ledger, samples = ((whole / name).read_text() for name in ("ledger.jsonl", "samples.jsonl"))
+    (broken / "ledger.jsonl").write_text(ledger + '{"step": 8, "epo')  # cut off by a kill
+    (broken / "samples.jsonl").write_text(samples + samples.splitlines()[0].replace('"step": 2', '"step": 7') + "\n")
     train(path, resume=str(broken / "checkpoint-6"), overrides={"training.output_dir": str(broken)})
-    assert (broken / "ledger.jsonl").read_text() == kept
+    assert (broken / "ledger.jsonl").read_text() == ledger
     assert {line["step"] for line in read_jsonl(broken / "ledger.jsonl")} == set(range(1, 9))
+    assert (broken / "samples.jsonl").read_text() == samples
+    assert [line["step"] for line in read_jsonl(broken / "samples.jsonl")] == [2, 4, 6, 8]
 
 
 def test_what_a_checkpoint_was_trained_on_is_in_the_ledger_when_it_is_written(config_file, monkeypatch, tmp_path):
@@ -182,6 +187,14 @@ def test_a_row_that_filled_up_a_batch_has_one_loss_an_epoch(tmp_path):
     lines_of(tmp_path, (1, 1, "a", 2.0, 10), (2, 1, "a", 1.0, 10), (3, 2, "a", 0.5, 10))
     (row,) = read_ledger(tmp_path)
     assert (row.losses, row.tokens) == ({1: 1.5, 2: 0.5}, 10)
+
+
+def test_the_answers_of_a_split_chat_have_a_loss_each(tmp_path):
+    lines_of(tmp_path, (1, 1, "a", 2.0, 10), (1, 1, "a", 0.1, 12))
+    assert [(row.where, row.tokens, row.losses) for row in read_ledger(tmp_path)] == [
+        ("a", 10, {1: 2.0}),
+        ("a", 12, {1: 0.1}),
+    ]
 
 
 def test_inspect_data_shows_the_worst_rows_token_by_token(config_file, tmp_path, capsys):

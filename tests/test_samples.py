@@ -1,7 +1,5 @@
 """Samples at each evaluation: the model's own greedy answers, and a run that is the same without them."""
 
-import shutil
-
 from recipes.utils.dataset import read_chats
 from recipes.utils.encoding import prompt_ids
 from recipes.utils.evaluation import generate_answers
@@ -54,17 +52,6 @@ def test_an_answer_that_runs_away_is_marked(config_file, monkeypatch, capsys):
     folder = train(config_file(data={"samples": 1}, training=SHORT))
     assert not any(sample["stopped"] for sample in read_jsonl(folder / "samples.jsonl"))
     assert capsys.readouterr().out.count("(did not stop)") == 2
-
-
-def test_after_a_resume_no_sample_is_there_twice(config_file, tmp_path):
-    path = config_file(data={"samples": 1}, training=SHORT)
-    whole = train(path)
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for name in ("checkpoint-3", "samples.jsonl"):
-        (shutil.copytree if name[0] == "c" else shutil.copy)(whole / name, broken / name)
-    train(path, resume=str(broken / "checkpoint-3"), overrides={"training.output_dir": str(broken)})
-    assert (broken / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
 def test_the_last_trained_answer_is_what_is_asked_for():

@@ -83,7 +83,7 @@ def read_ledger(run_folder) -> list[Row]:
 
     Rows are ranked by how far their loss is above the median of the rows trained on at the same time, in the mean over
     the epochs: the loss itself falls as a run goes on, so that it would rank a row by when its turn was. Rows of the same
-    tokens share one entry, the first one's, since nothing tells them apart.
+    tokens share one entry, the first one's, since nothing tells them apart; the answers of a chat that is split have one each.
     """
     path = Path(run_folder) / LEDGER
     if not path.is_file():
@@ -94,19 +94,19 @@ def read_ledger(run_folder) -> list[Row]:
             raise UserError(
                 f"{name}: has changed since the run in {run_folder}; the lines of its ledger may be others now"
             )
-    entries = {}  # where -> [(epoch, loss, tokens, excess)]
+    entries = {}  # (where, tokens) -> [(epoch, loss, excess)]
     for together in _trained_together([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
         usual = statistics.median(seen["loss"] for seen in together)
         for seen in together:
-            entry = seen["epoch"], seen["loss"], seen["tokens"], seen["loss"] - usual
-            entries.setdefault(seen["where"], []).append(entry)
+            entry = seen["epoch"], seen["loss"], seen["loss"] - usual
+            entries.setdefault((seen["where"], seen["tokens"]), []).append(entry)
     rows = []
-    for where, seen in entries.items():
+    for (where, tokens), seen in entries.items():
         losses = {}  # an epoch's last batch may be filled up with rows that it has seen
-        for epoch, loss, _, _ in seen:
+        for epoch, loss, _ in seen:
             losses.setdefault(epoch, []).append(loss)
         losses = {epoch: statistics.fmean(values) for epoch, values in losses.items()}
-        rows.append(Row(where, losses, seen[0][2], statistics.fmean(excess for *_, excess in seen)))
+        rows.append(Row(where, losses, tokens, statistics.fmean(excess for *_, excess in seen)))
     return sorted(rows, key=lambda row: -row.excess)
 
 

@@ -20,16 +20,21 @@ LINES_IN_A_LOG = 20
 
 
 def watch(trainer, config, train, validation) -> None:
-    """Let `trainer` show and keep what happens: progress and metrics.jsonl in the place of the Trainer's own display, and
-    the ledger of the train rows, samples of the validation rows; the trackers get the same. `train` and `validation` are what `prepare` made."""
+    """Let `trainer` show and keep what happens: progress and metrics.jsonl in the place of the Trainer's own display, the
+    ledger of the train rows, samples of the validation rows; its trackers get the same.
+
+    `train` and `validation` (or None) are what `prepare` made.
+    """
     throughput = Throughput(trainer, config.model.dtype)
     listeners, callbacks = [throughput.see], [Monitor(config.run_folder, throughput)]
     if config.data.ledger:
         callbacks.append(Ledger(config.run_folder, train.rows))
         listeners.append(callbacks[-1].see)
     samples = None
-    if config.data.samples and validation and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        # of a model that is spread over processes, one alone cannot generate
+    asked_for = config.data.samples and validation
+    if asked_for and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        say("samples: none, since a model that is spread over processes cannot answer in one of them")
+    elif asked_for:
         samples = Samples(config.run_folder, validation.rows, config.data.samples, trainer.processing_class)
         callbacks.append(samples)
     observe(trainer.model, *listeners)
