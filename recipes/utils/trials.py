@@ -88,6 +88,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: l
                 for step, loss in _evaluations(folder / "metrics.jsonl"):
                     if step not in losses and not pruned:
                         losses[step] = loss
+                        say(f"  step {step}: validation loss {loss:.4f}")
                         trial.report(loss, step)
                         pruned = trial.should_prune()
         finally:
@@ -101,7 +102,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: l
         say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
     elif process.returncode == 0 and losses:
         study.tell(trial, min(losses.values()))
-        say(f"  validation loss {min(losses.values()):.4f}, {seconds}")
+        say(f"  best {min(losses.values()):.4f}, {seconds}")
     else:
         reason = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
         trial.set_user_attr("error", reason)
