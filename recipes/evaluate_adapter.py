@@ -135,8 +135,10 @@ def _print(metrics: dict, scored: dict, chats: list) -> None:
         part = metrics["forgetting"]
         say(f"\nforgetting, on {part['data']}, {part['base']['rows']:,} rows")
         _print_table({name: part[name] for name in MODELS if name in part}, part["differences"]["adapter against base"])
-        lost = [SCORES[name].label for name, f in part["differences"]["adapter against base"].items() if f["verdict"] == "worse"]  # fmt: skip
-        say(f"\nlost: {', '.join(lost)}" if lost else "\nlost: nothing that these rows can show")
+        found = part["differences"]["adapter against base"]
+        lost = [name for name in found if found[name]["verdict"] == "worse"]
+        named = ", ".join(f"{SCORES[name].label} ({show_interval(name, found[name])})" for name in lost)
+        say(f"\nlost: {named or 'nothing that these rows can show'}")
     for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):
         say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
         for name, rows in scored.items():

@@ -11,31 +11,24 @@ stopped goes on where it was: give the same command again.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from recipes.compare_runs import compare_runs
 from recipes.utils.config import load_config
 from recipes.utils.config_file import read_flags
-from recipes.utils.console import USER_ERROR, UserError, run, say
+from recipes.utils.console import UserError, run, say
 from recipes.utils.search_space import corners, grid, split_flags
+from recipes.utils.trials import done, open_study, run_trial
 
 import optuna
 from optuna.trial import TrialState
 
 RECIPES = Path(__file__).parent
 TRIALS = 20  # where a range leaves it open how many there are
-FIRST = 4  # trials that are run to the end, to know what is usual
-LOOK_EVERY = 0.5  # seconds
-STOPPED = (75, -signal.SIGTERM, -signal.SIGINT)  # what a recipe ends with when it was told to stop
 
 
 def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=True, seed=0) -> dict:
@@ -63,19 +56,17 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
 
     # 2. The study, in a database in the sweep's folder: new, or one that was stopped.
     folder = Path(folder or f"runs/{Path(config).stem}-{method}-sweep")
-    study = _open_study(
-        folder, {"config": str(config), "method": method, "space": repr(space), "fixed": fixed}, pruning
-    )
+    study = open_study(folder, {"config": str(config), "method": method, "space": repr(space), "fixed": fixed}, pruning)
 
     # 3. Trial by trial. What they draw depends on the trials before alone, so a stop changes nothing.
-    while (done := _done(study)) < trials:
+    while (number := done(study)) < trials:
         if combinations and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial(combinations[done])
-        study.sampler = optuna.samplers.TPESampler(seed=seed + done)
-        trial, trial_folder = study.ask(space), folder / f"trial-{done + 1:03}"
+            study.enqueue_trial(combinations[number])
+        study.sampler = optuna.samplers.TPESampler(seed=seed + number)
+        trial, trial_folder = study.ask(space), folder / f"trial-{number + 1:03}"
         command = _command(config, method, fixed | trial.params)
-        say(f"trial {done + 1} of {trials}: {shlex.join(_words(trial.params))}")
-        _run_trial(study, trial, trial_folder, command)
+        say(f"trial {number + 1} of {trials}: {shlex.join(_words(trial.params))}")
+        run_trial(study, trial, trial_folder, command)
 
     # 4. Side by side, and the command that makes the best one again.
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -90,42 +81,6 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
     return {"trial": name, "params": best.params, "validation_loss": best.value, "command": command}
 
 
-def _open_study(folder: Path, of: dict, pruning: bool) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'sweep.db'}",
-        study_name="sweep",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST) if pruning else optuna.pruners.NopPruner(),
-    )
-    if study.user_attrs.get("of", of) != of:
-        raise UserError(f"{folder}: holds a sweep of other values; give another --folder, or the command of that one")
-    study.set_user_attr("of", of)
-    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _alive(left.user_attrs.get("process")):
-            raise UserError(
-                f"{folder}: a trial is still running, as process {left.user_attrs['process']}; wait, or end it"
-            )
-        study.tell(left.number, state=TrialState.FAIL)  # its values come again, and go on from its last checkpoint
-    return study
-
-
-def _alive(process: int | None) -> bool:
-    try:
-        return process is not None and os.kill(process, 0) is None
-    except OSError:
-        return False
-
-
-def _done(study: optuna.Study) -> int:
-    """Trials that came to an end: by themselves, by pruning, or by an error that another try would meet again."""
-    return sum(
-        trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
-        for trial in study.get_trials(deepcopy=False)
-    )
-
-
 def _command(config, method: str, settings: dict) -> list[str]:
     script = os.path.relpath(RECIPES / f"sft_{method}.py")
     return ["python", script, str(config), *_words(settings)]
@@ -134,70 +89,6 @@ def _command(config, method: str, settings: dict) -> list[str]:
 def _words(settings: dict) -> list[str]:
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return [word for key, text in texts.items() for word in (f"--{key}", text)]
-
-
-def _run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: list[str]) -> None:
-    """Train, report each evaluation to Optuna while it goes on, and tell it the result."""
-    trial.set_user_attr("folder", str(folder))
-    words = [sys.executable, *command[1:], "--training.output_dir", str(folder)]
-    if any(folder.glob("checkpoint-*/trainer_state.json")):
-        words.append("--resume")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
-    log = folder.with_suffix(".log")
-    started, losses, pruned = time.monotonic(), {}, False
-    with open(log, "a") as file, _sigterm_as_ctrl_c():
-        # In a session of its own it is asked to stop once, by this process, and not by the terminal as well.
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        trial.set_user_attr("process", process.pid)
-        try:
-            running = True
-            while running and not pruned:
-                time.sleep(LOOK_EVERY)
-                running = process.poll() is None  # asked before the last look, so that nothing is missed
-                for step, loss in _evaluations(folder / "metrics.jsonl"):
-                    if step not in losses and not pruned:
-                        losses[step] = loss
-                        trial.report(loss, step)
-                        pruned = trial.should_prune()
-        finally:
-            process.terminate()
-            process.wait()
-        if not pruned and process.returncode in STOPPED:
-            raise KeyboardInterrupt  # it was told to stop, not this process; the trial is taken up again
-    seconds = f"{time.monotonic() - started:,.0f} s"
-    if pruned:
-        study.tell(trial, state=TrialState.PRUNED)
-        say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
-    elif process.returncode == 0 and losses:
-        study.tell(trial, min(losses.values()))
-        say(f"  validation loss {min(losses.values()):.4f}, {seconds}")
-    else:
-        reason = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-        trial.set_user_attr("error", reason)
-        study.tell(trial, state=TrialState.FAIL)
-        if process.returncode == USER_ERROR:
-            raise UserError(reason.removeprefix("error: "))
-        say(f"  failed with status {process.returncode}: {reason}; see {log}")
-
-
-def _evaluations(path: Path) -> list[tuple[int, float]]:
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    metrics = [json.loads(line) for line in lines]
-    return [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c():
-    """So that a trial does not outlive a sweep that is told to stop."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        say("stopped; to go on, give the same command again")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: list[str]) -> None:

@@ -118,6 +118,7 @@ def test_exact_match_and_stopped_count_what_they_say(base):
 def test_evaluation_writes_both_models_side_by_side_and_their_answers(config_file, tmp_path, capsys):
     rows = read_jsonl(TINY / "test.jsonl")[:30]
     tagged = [{**row, "tag": "even" if number % 2 else "odd"} for number, row in enumerate(rows)]
+    tagged[-1]["tag"] = 7  # of a row that no answer is generated for
     other = write_jsonl(tmp_path / "other.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])
     folder = lora_run(config_file(data={"test": str(write_jsonl(tmp_path / "test.jsonl", tagged))}, training=SHORT))
     found = evaluate_adapter(folder, max_rows=4, forgetting=str(other))
@@ -134,10 +135,11 @@ def test_evaluation_writes_both_models_side_by_side_and_their_answers(config_fil
     assert written["differences"]["adapter against base"]["exact_match"]["verdict"] != "better"  # of 4 rows
 
     # tags are slices of the same rows
-    assert {tag: part["base"]["rows"] for tag, part in written["tags"].items()} == {"even": 15, "odd": 15}
-    tokens = {part: sum(row["tokens"] for row in read_jsonl(folder / "evaluation" / "predictions.jsonl") if row["tag"] == part) for part in ("even", "odd")}  # fmt: skip
+    assert {tag: part["base"]["rows"] for tag, part in written["tags"].items()} == {"even": 14, "odd": 15, "7": 1}
+    tokens = {part: sum(row["tokens"] for row in read_jsonl(folder / "evaluation" / "predictions.jsonl") if row["tag"] == part) for part in ("even", "odd", "7")}  # fmt: skip
     by_tag = sum(written["tags"][tag]["base"]["loss"] * tokens[tag] for tag in tokens) / sum(tokens.values())
     assert by_tag == pytest.approx(written["base"]["loss"])
+    assert "exact_match" not in written["tags"]["7"]["base"]
     assert written["forgetting"]["base"]["rows"] == 2
 
     predictions = read_jsonl(folder / "evaluation" / "predictions.jsonl")
@@ -148,8 +150,22 @@ def test_evaluation_writes_both_models_side_by_side_and_their_answers(config_fil
     assert "answer" not in predictions[4]["adapter"]
     shown = capsys.readouterr().out
     for words in ("exact match", rows[0]["messages"][-1]["content"], "The adapter is better than the base in loss",
-                  "too few rows to say", "tag even, 15 rows", "lost: nothing that these rows can show"):  # fmt: skip
+                  "too few rows to say", "tag even, 14 rows", "lost: nothing that these rows can show"):  # fmt: skip
         assert words in shown
+
+
+def test_what_the_base_knew_and_the_adapter_lost_is_named(config_file, base, tmp_path, capsys):
+    """Rows whose answers are the base's own: an adapter that learnt to answer in JSON finds them unlikely."""
+    model, tokenizer, chats = base
+    answers = [row["answer"].strip() for row in evaluate(model, tokenizer, chats, 24, 60)]
+    known = [chat(own.messages[0]["content"], answer) for own, answer in zip(chats, answers, strict=True) if answer]
+    assert len(known) >= 20
+    folder = lora_run(config_file(training={**SHORT, "max_steps": 8}))
+    found = evaluate_adapter(folder, max_rows=2, forgetting=str(write_jsonl(tmp_path / "known.jsonl", known)))
+    loss = found["forgetting"]["differences"]["adapter against base"]["loss"]
+    assert loss["verdict"] == "worse"
+    assert loss["low"] > 0
+    assert "lost: loss (+" in capsys.readouterr().out
 
 
 def test_the_base_of_an_evaluation_is_the_base_itself(config_file):

@@ -139,9 +139,7 @@ def hostile(finished, tmp_path) -> Path:
     (tmp_path / "evaluation" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 5, "lo')
     sample = {"step": 2, "where": HOSTILE, "prompt": HOSTILE, "expected": HOSTILE, "answer": HOSTILE, "stopped": False}
-    write_jsonl(
-        tmp_path / "samples.jsonl", [sample, {**sample, "step": 4, "prompt": [{"role": "user", "content": "?"}]}]
-    )
+    write_jsonl(tmp_path / "samples.jsonl", [sample, {**sample, "step": 4}])
     write_jsonl(tmp_path / "ledger.jsonl", [{"where": HOSTILE, "epoch": 0.5, "loss": 1.0, "tokens": 3}])
     write_report(tmp_path)
     return tmp_path

@@ -49,7 +49,7 @@ for step in range(2 if resumed else 1, 4):
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "sft_lora.py").write_text(STAND_IN)
     monkeypatch.setattr("recipes.sweep.RECIPES", tmp_path)
-    monkeypatch.setattr("recipes.sweep.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("recipes.utils.trials.LOOK_EVERY", 0.05)
     return tmp_path
 
 

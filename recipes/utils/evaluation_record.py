@@ -32,8 +32,7 @@ def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
     tags = [_tag(chat) for chat in chats]
     for tag in sorted({tag for tag in tags if tag}):
         rows = {name: [row for row, own in zip(rows, tags, strict=True) if own == tag] for name, rows in scored.items()}
-        if any("answer" in row for row in next(iter(rows.values()))):
-            found.setdefault("tags", {})[tag] = _figures_and_differences(rows)
+        found.setdefault("tags", {})[tag] = _figures_and_differences(rows)
     return found
 
 

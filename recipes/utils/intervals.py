@@ -9,10 +9,8 @@ import numpy as np
 from scipy.stats import bootstrap
 
 MOST_DRAWS, FEWEST_DRAWS = 9999, 999
-NUMBERS, NUMBERS_AT_ONCE = (
-    20_000_000,
-    5_000_000,
-)  # resampled in all, so that many rows take seconds; held at a time, 40 MB
+NUMBERS = 20_000_000  # resampled values in all, so that many rows take seconds
+NUMBERS_AT_ONCE = 5_000_000  # held at a time: 40 MB
 # Below these no verdict is given, whatever the interval says. The percentile interval is too narrow on few rows, and with
 # fewer than six rows that differ even a sign test could not reach 5 % (2 * 0.5**5 = 0.06).
 FEWEST_ROWS, FEWEST_DIFFERENT = 20, 6

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 from recipes.utils.console import is_main_process, say
@@ -98,9 +99,8 @@ def _tiles(record: dict, metrics: list[dict]) -> list[tuple[str, str]]:
         ("tokens_per_second", "tokens a second"),
         ("trained_tokens_per_second", "tokens trained on a second"),
     ):
-        values = sorted(_column(metrics, key)[1])
-        if values:
-            tiles.append((f"{values[len(values) // 2]:,.0f}", f"{name}, in the middle"))
+        if values := _column(metrics, key)[1]:
+            tiles.append((f"{statistics.median(values):,.0f}", f"{name}, in the middle"))
     if memory := _column(metrics, "peak_memory_gb")[1]:
         tiles.append((f"{max(memory):.1f} GB", "peak memory"))
     if rows := record["rows"].get("train"):
@@ -188,21 +188,23 @@ def _samples(lines: list[dict]) -> list[dict]:
     for line in lines:
         prompts.setdefault(line["where"], []).append(line)
     return [
-        {"where": where, "prompt": own[-1]["prompt"], "expected": own[-1]["expected"], "answers": own[::-1]}
+        {"where": where, "prompt": own[0]["prompt"], "expected": own[-1]["expected"], "answers": own[::-1]}
         for where, own in prompts.items()
     ]
 
 
 def _worst_rows(lines: list[dict]) -> list[dict]:
-    """The rows whose loss was furthest above the median of their epoch, in the mean over epochs."""
+    """The rows whose loss, when last seen, was furthest above the median of its epoch."""
     epochs, rows = {}, {}
     for line in lines:
-        epochs.setdefault(math.ceil(line["epoch"]), []).append(line["loss"])
+        epoch = math.ceil(line["epoch"])
+        epochs.setdefault(epoch, []).append(line["loss"])
         row = rows.setdefault(line["where"], {"where": line["where"], "tokens": line["tokens"], "losses": {}})
-        row["losses"][math.ceil(line["epoch"])] = line["loss"]
-    middle = {epoch: sorted(losses)[len(losses) // 2] for epoch, losses in epochs.items()}
+        row["losses"][epoch] = line["loss"]
+    middle = {epoch: statistics.median(losses) for epoch, losses in epochs.items()}
 
     def excess(row):
-        return sum(loss - middle[epoch] for epoch, loss in row["losses"].items()) / len(row["losses"])
+        last = max(row["losses"])
+        return row["losses"][last] - middle[last]
 
     return sorted(rows.values(), key=excess, reverse=True)[:WORST]

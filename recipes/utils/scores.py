@@ -93,7 +93,8 @@ def figures(rows: list[dict]) -> dict:
     for the length of answers, `expected_tokens` (mean of those rows)."""
     found = {name: float(figure(*column(rows, name), name)) for name in SCORES if len(column(rows, name)[0])}
     generated = [row for row in rows if "answer" in row]
-    found["expected_tokens"] = float(np.mean([row["expected_tokens"] for row in generated]))
+    if generated:
+        found["expected_tokens"] = float(np.mean([row["expected_tokens"] for row in generated]))
     return found | {"rows": len(rows), "generated_rows": len(generated)}
 
 
