@@ -23,9 +23,11 @@ lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 
 bench: .venv/installed-dev
-	$(VENV)/python benchmarks/prepare_data.py
+	$(VENV)/python benchmarks/prepare_data.py --runs 2
 	$(VENV)/python benchmarks/merge.py
 	$(VENV)/python benchmarks/monitor.py
+	$(VENV)/python benchmarks/train_tiny.py
+	$(VENV)/python benchmarks/startup.py
 
 clean:
 	rm -rf .venv runs

@@ -6,6 +6,7 @@ from recipes.utils.console import UserError
 from recipes.utils.fit import choose, settle_memory
 
 import pytest
+import torch
 from conftest import ROOT, read_jsonl
 from test_sft import train
 
@@ -96,6 +97,21 @@ def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(monkeypatch):
     assert shown["memory"].startswith("not predicted")
     with pytest.raises(UserError, match="auto"):
         settled(monkeypatch, 24 * GB, {**AUTO, **only_one_layer})
+
+
+def test_processes_of_one_run_see_the_same_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * GB + index, 24 * GB))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert fit.memory_there(use_cpu=False) == 20 * GB + 3
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert fit.memory_there(use_cpu=False) == 24 * GB
+
+
+def test_nothing_is_predicted_where_weights_are_sharded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert settled(monkeypatch, 24 * GB, {})[1] == {"memory": "not predicted under FSDP"}
+    with pytest.raises(UserError, match="FSDP"):
+        settled(monkeypatch, 24 * GB)
 
 
 def test_another_key_does_not_take_the_word(config_file):

@@ -19,10 +19,12 @@ FEW = 4096  # and with fewer it idles, which recomputing activations costs less 
 
 
 def memory_there(use_cpu: bool) -> int:
-    """Bytes that are free on this process's GPU, or the machine's memory."""
+    """Bytes that are free on this process's GPU, or the machine's memory. With several processes, all of the GPU: they
+    must come to the same choice."""
     if use_cpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    free, all_of_it = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))
+    return all_of_it if int(os.environ.get("WORLD_SIZE", 1)) > 1 else free
 
 
 def fits(memory: Memory, there: int) -> bool:
@@ -53,6 +55,10 @@ def settle_memory(config: Config, attention: str) -> dict[str, str]:
     training, args = config.training, SFTConfig(**config.training)
     if args.use_cpu and not config.auto:
         return {}
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if config.auto:
+            raise UserError("auto: memory is not predicted under FSDP; give the micro-batch and checkpointing")
+        return {"memory": "not predicted under FSDP"}
     model_config, lora, there = load_model_config(config.model), lora_of(config), memory_there(args.use_cpu)
     a_step = config.auto.get("rows", args.per_device_train_batch_size * args.gradient_accumulation_steps)
     sizes = _divisors(a_step) if "rows" in config.auto else [args.per_device_train_batch_size]
