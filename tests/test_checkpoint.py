@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, and what is done about damaged ones."""
 
 import json
+import os
 import shutil
 
 from recipes import sft_lora
@@ -81,7 +82,7 @@ def test_a_resume_says_what_it_passed_over_and_ends_like_the_whole_run(a_run, ru
     train(a_run[0], resume="latest", overrides={"training.output_dir": str(run_folder)})
     shown = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-8 is passed over: optimizer.pt has 0 bytes" in shown
-    assert f"going on from {run_folder}/checkpoint-4" in shown
+    assert f"going on from {os.path.relpath(run_folder)}/checkpoint-4" in shown
     before, now = (load_file(folder / "adapter_model.safetensors") for folder in (a_run[1], run_folder))
     assert all(torch.equal(before[name], now[name]) for name in before)
     assert fault(run_folder / "checkpoint-8") is None
@@ -184,7 +185,7 @@ def test_a_used_folder_is_refused_and_a_run_without_checkpoint_begins_again(conf
         load_config(path, {}, "lora")
     (tmp_path / "run" / "checkpoint-4").mkdir()  # of a tool that does not stage
     config = load_config(path, {}, "lora", resume="latest")
-    assert (config.resume, config.run_folder) == (None, tmp_path / "run")
+    assert (config.resume, config.run_folder.resolve()) == (None, tmp_path / "run")
     shown = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-4 is passed over" in shown
     assert "begins at its first step" in shown

@@ -275,7 +275,7 @@ def test_a_run_that_skips_and_escapes_can_be_evaluated_and_merged(config_file, t
 
 def test_a_run_that_has_not_finished_is_a_user_error(config_file, tmp_path):
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "run.json").write_text("{}")
+    (tmp_path / "half" / "run.json").write_text('{"status": "stopped"}')
     for function in (evaluate_adapter, merge_adapter):
         with pytest.raises(UserError, match="holds no adapter yet|is no run folder and no adapter"):
             function(tmp_path / "half")

@@ -78,11 +78,12 @@ def test_what_a_checkpoint_was_trained_on_is_in_the_ledger_when_it_is_written(co
     """So that a run that is killed after it can go on with nothing lost."""
     from transformers import Trainer
 
-    steps = {}
+    steps, save = {}, Trainer._save_checkpoint
 
     def looked_at(self, model, trial):
         lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
         steps[self.state.global_step] = {json.loads(line)["step"] for line in lines}
+        save(self, model, trial)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", looked_at)
     train(config_file(training={**NO_EVALUATION, "save_steps": 3}))
@@ -102,7 +103,7 @@ def test_without_a_ledger_there_is_no_file_and_the_same_adapter(config_file, tmp
 def test_two_processes_write_one_ledger(config_file):
     training = {**NO_EVALUATION, "max_steps": -1, "num_train_epochs": 1, "packing": False, "save_strategy": "no"}
     path = config_file(training={**training, "use_cpu": True, "gradient_accumulation_steps": 2})
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29761"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = run_script(*launcher, ROOT / "recipes" / "sft_lora.py", path)
     assert result.returncode == 0, result.stderr
     folder = path.parent / "run"
