@@ -117,8 +117,8 @@ def test_generation_with_a_cache_gives_the_tokens_of_sdpa(window):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_checkpointing": True}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}],
-    ids=["several packed rows", "checkpointing", "accumulation"],
+    [{}, {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}],
+    ids=["several packed rows", "checkpointing and accumulation"],
 )
 def test_a_packed_run_has_the_losses_of_sdpa(config_file, settings):
     """Training, evaluation and the adapter that comes out; several packed rows are one row to the kernel."""

@@ -1,5 +1,6 @@
 """Does a run fit: the memory model against the memory that is there, and the settings that are left to it."""
 
+import functools
 import os
 
 from recipes.utils.config import Config
@@ -64,9 +65,13 @@ def settle_memory(config: Config, attention: str) -> dict[str, str]:
     sizes = _divisors(a_step) if "rows" in config.auto else [args.per_device_train_batch_size]
     ways = [False, True] if "checkpointing" in config.auto else [args.gradient_checkpointing]
 
-    def memory(rows, checkpointing, method=config.method):
+    @functools.cache
+    def of_both(rows, checkpointing):
         step = step_of(config, attention, rows, checkpointing, on_gpu=not args.use_cpu)
-        return predict(model_config, lora, [step])[0][method]
+        return predict(model_config, lora, [step])[0]
+
+    def memory(rows, checkpointing, method=config.method):
+        return of_both(rows, checkpointing)[method]
 
     try:
         rows, checkpointing = choose(sizes, ways, args.max_length, lambda *way: fits(memory(*way), there))
@@ -82,7 +87,7 @@ def settle_memory(config: Config, attention: str) -> dict[str, str]:
         training["per_device_train_batch_size"], training["gradient_accumulation_steps"] = rows, a_step // rows
         chosen = [f"{rows} rows a micro-batch"] if "rows" in config.auto else []
         chosen += [f"activation checkpointing {'on' if checkpointing else 'off'}"] * ("checkpointing" in config.auto)
-        why = "the fastest that fits" if fits(taken, there) else "the smallest; it does not fit"
+        why = "fits, by the memory model" if fits(taken, there) else "the smallest; it does not fit"
         rows_of_table["auto"] = f"{', '.join(chosen)}: {why}"
     if not fits(taken, there):
         smaller = [(n, True) for n in reversed(_divisors(a_step)) if n <= rows]
