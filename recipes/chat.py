@@ -76,7 +76,7 @@ def _load(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: has no chat template, so it is no model to talk to")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", use_safetensors=True).eval()
     stop_ids = model.generation_config.eos_token_id
     stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
     return model, tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids]

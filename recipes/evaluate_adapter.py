@@ -77,7 +77,7 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
             scored[name]["adapter"] = evaluate(live, tokenizer, rows, max_rows, max_new_tokens)
         del live
     if model:
-        plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto", use_safetensors=True)
         for name, rows in parts.items():
             scored[name]["merged"] = evaluate(plain, tokenizer, rows, max_rows, max_new_tokens)
 

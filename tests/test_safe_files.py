@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 
+from recipes.chat import chat
+from recipes.merge_adapter import merge_adapter
 from recipes.utils import model as models
 from recipes.utils.config import load_config
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError
+from recipes.utils.merge_plan import read_weights
 from recipes.utils.model import check_machine, load_base_model
 
 import pytest
@@ -81,6 +84,21 @@ def test_a_pickled_adapter_to_go_on_from_is_refused(config_file, tmp_path):
     torch.save({}, adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled weights are not loaded"):
         load_config(config_file(model={"adapter": str(adapter)}), {}, "lora")
+
+
+def test_a_pickled_adapter_or_base_is_refused_by_every_recipe(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"}))
+    torch.save({}, adapter / "adapter_model.bin")
+    for recipe in (merge_adapter, chat):
+        with pytest.raises(UserError, match="pickled ones are not loaded"):
+            recipe(adapter)
+    base = tmp_path / "base"
+    base.mkdir()
+    torch.save({}, base / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled ones are not loaded"):
+        read_weights(base)
 
 
 def test_remote_code_is_off_and_said_in_red_when_it_is_on(config_file, capsys):

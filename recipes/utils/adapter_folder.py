@@ -28,8 +28,11 @@ def read_adapter(folder: Path) -> dict:
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
     adapter = _read_json(config)
-    if not any((folder / f"adapter_model.{form}").is_file() for form in ("safetensors", "bin")):
-        raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors)")
+    if not (folder / "adapter_model.safetensors").is_file():
+        why = (
+            "; pickled ones are not loaded, since they can run code" if (folder / "adapter_model.bin").is_file() else ""
+        )
+        raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
     for place in (folder, folder.parent):
         if (place / "run.json").is_file() and (place == folder or folder.name.startswith("checkpoint-")):
             return _read_json(place / "run.json")
@@ -83,8 +86,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return base if all((base / name).is_file() for name in names) else None
-    weights = [base / "model.safetensors", *base.glob("pytorch_model*.bin")]  # pickles are PEFT's to read
-    return base if weights[-1].is_file() else None
+    return base if (base / "model.safetensors").is_file() else None
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -29,6 +29,7 @@ def merge_in_memory(record: dict, adapter: Path, output: Path) -> tuple[bool, st
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             dtype="auto",
+            use_safetensors=True,
         )
     tied, dtype = model.config.tie_word_embeddings, model.dtype
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

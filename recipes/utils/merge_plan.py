@@ -98,7 +98,7 @@ def read_weights(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict | Non
         names = sorted(set(content["weight_map"].values()))
         return {name: read_header(folder / name) for name in names}, content
     if not (folder / "model.safetensors").is_file():
-        raise NotStreamable("the base has no safetensors weights")
+        raise UserError(f"{folder}: has no safetensors weights; pickled ones are not loaded, since they can run code")
     return {"model.safetensors": read_header(folder / "model.safetensors")}, None
 
 
@@ -161,8 +161,6 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
 
 def _changes(adapter: Path) -> dict[str, dict[str, Stored]]:
     """Base tensor name -> what the adapter holds for it, by part: lora_A.weight, ..., or `full` for a whole tensor."""
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise NotStreamable("the adapter has no safetensors file")
     changes = {}
     for key, stored in read_header(adapter / "adapter_model.safetensors").items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
