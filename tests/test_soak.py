@@ -25,24 +25,24 @@ def soak(config_file, tmp_path, method: str, kind: signal.Signals, kills: int, s
     path = config_file(lora={"lora_dropout": 0.1}, training=RUN)
     warm()
     alone = start(method, path, tmp_path / "alone")
-    began = time.monotonic()
     alone.join(300)
-    whole = time.monotonic() - began
     assert alone.exitcode == 0, log_of(tmp_path / "alone")
     expected, evaluations = adapter(tmp_path / "alone"), validation_losses(tmp_path / "alone")
     moments, hit, runs = random.Random(seed), 0, 0
     while hit < kills:
         folder, runs = tmp_path / f"killed-{runs}", runs + 1
         while True:
-            process, began = start(method, path, folder, "--resume"), time.monotonic()
-            process.join(moments.uniform(0.2, 0.8) * whole if hit < kills else 300)
+            process = start(method, path, folder, "--resume")
+            if hit < kills:
+                wait(process, folder, moments)
+            else:
+                process.join(300)
             if process.is_alive():
                 os.kill(process.pid, kind)
                 process.join(300)
             log = log_of(folder)
             assert "Traceback" not in log, log
             if process.exitcode == 0:
-                whole = min(whole, time.monotonic() - began)  # the machine may have been busier at first
                 break
             assert process.exitcode in (-kind, 75), (process.exitcode, log)
             hit += 1
@@ -50,6 +50,20 @@ def soak(config_file, tmp_path, method: str, kind: signal.Signals, kills: int, s
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), (folder, log)
         assert validation_losses(folder) == evaluations, log
+
+
+def wait(process, folder: Path, moments: random.Random) -> None:
+    """Until a random moment of the run: some lines of metrics.jsonl later (steps, evaluations), and a part of the time
+    that one takes; now and then while it starts."""
+    metrics = folder / "metrics.jsonl"
+    lines, more, deadline = None, moments.randint(0, 5), time.monotonic() + 300
+    while process.is_alive() and time.monotonic() < deadline:
+        now = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        lines = now if lines is None or now < lines else lines  # a resume takes lines back
+        if now >= lines + more:
+            break
+        time.sleep(0.005)
+    process.join(moments.uniform(0, 0.3) if more else moments.uniform(0, 1.5))
 
 
 def validation_losses(folder: Path) -> list:
