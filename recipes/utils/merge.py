@@ -22,9 +22,7 @@ from recipes.utils.round_trip import RoundTrip
 import torch
 from rich.progress import track
 
-PIECE = (
-    1 << 18
-)  # numbers read, changed and written at a time: few enough to stay in a core's cache until they are written
+PIECE = 1 << 18  # numbers at a time: few enough to stay in a core's cache from the product to the write
 FEWEST_ROWS = 16  # in a piece: a product of fewer rows than 4 is summed up in another order, to other bits
 MOST_WORKERS = 8  # more would wait for the disk
 
@@ -122,6 +120,8 @@ def _write_tensor(name: str, target: Target, place: int, path: Path, round_trip:
                     f"{name}: the merged weights are not finite; the adapter is broken, or {new.dtype} too small"
                 )
             _write(file, new)
+        if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
+            os.posix_fadvise(file.fileno(), place, source.size, os.POSIX_FADV_DONTNEED)
     return changed
 
 
