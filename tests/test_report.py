@@ -140,7 +140,7 @@ def hostile(finished, tmp_path) -> Path:
     (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 5, "lo')
     sample = {"step": 2, "where": HOSTILE, "prompt": HOSTILE, "expected": HOSTILE, "answer": HOSTILE, "stopped": False}
     write_jsonl(tmp_path / "samples.jsonl", [sample, {**sample, "step": 4}])
-    write_jsonl(tmp_path / "ledger.jsonl", [{"where": HOSTILE, "epoch": 0.5, "loss": 1.0, "tokens": 3}])
+    write_jsonl(tmp_path / "ledger.jsonl", [{"where": HOSTILE, "step": 1, "epoch": 0.5, "loss": 1.0, "tokens": 3}])
     write_report(tmp_path)
     return tmp_path
 
@@ -196,13 +196,14 @@ def test_training_goes_on_when_the_report_cannot_be_written(config_file, monkeyp
     assert capsys.readouterr().out.count("report.html could not be written: ZeroDivisionError") >= 2
 
 
-def test_the_worst_rows_are_those_above_the_median_of_their_epoch(finished, tmp_path):
+def test_the_worst_rows_of_the_ledger_come_first(finished, tmp_path):
     (tmp_path / "run.json").write_text((finished[0] / "run.json").read_text())
     usual = [
-        {"where": f"usual:{n}", "epoch": epoch, "loss": 3.0 / epoch, "tokens": 9} for n in range(40) for epoch in (1, 2)
+        {"where": f"usual:{n}", "step": 10 * epoch, "epoch": epoch, "loss": 3.0 / epoch, "tokens": 9}
+        for n in range(40)
+        for epoch in (1, 2)
     ]
-    usual.append({"where": "usual in the first epoch, when all were high", "epoch": 1, "loss": 3.0, "tokens": 9})
-    wrong = [{"where": f"wrong:{n}", "epoch": 2, "loss": 2.5 + n, "tokens": 9} for n in range(3)]
+    wrong = [{"where": f"wrong:{n}", "step": 20, "epoch": 2, "loss": 2.5 + n, "tokens": 9} for n in range(3)]
     write_jsonl(tmp_path / "ledger.jsonl", usual + wrong)
     write_report(tmp_path)
     text = outline(tmp_path).text

@@ -5,9 +5,10 @@ import math
 import statistics
 from pathlib import Path
 
-from recipes.utils.console import is_main_process, say
+from recipes.utils.console import UserError, is_main_process, say
 from recipes.utils.evaluation_record import MODELS
 from recipes.utils.intervals import sentence, show_interval
+from recipes.utils.ledger import read_ledger
 from recipes.utils.page import write_page
 from recipes.utils.plots import bars, curves, histogram
 from recipes.utils.scores import SCORES, show
@@ -67,7 +68,7 @@ def write_report(run_folder: Path) -> None:
         tiles=_tiles(record, metrics), curves=_curves(metrics), distributions=_distributions(record, answers, ledger),
         verdicts=[sentence(pair, found) for pair, found in differences.items()],
         tables=_tables(evaluation), examples=_examples(answers), samples=_samples(_lines(folder / "samples.jsonl")),
-        worst=_worst_rows(ledger), longest=LONGEST,
+        worst=_worst_rows(folder), longest=LONGEST,
     )  # fmt: skip
 
 
@@ -193,18 +194,9 @@ def _samples(lines: list[dict]) -> list[dict]:
     ]
 
 
-def _worst_rows(lines: list[dict]) -> list[dict]:
-    """The rows whose loss, when last seen, was furthest above the median of its epoch."""
-    epochs, rows = {}, {}
-    for line in lines:
-        epoch = math.ceil(line["epoch"])
-        epochs.setdefault(epoch, []).append(line["loss"])
-        row = rows.setdefault(line["where"], {"where": line["where"], "tokens": line["tokens"], "losses": {}})
-        row["losses"][epoch] = line["loss"]
-    middle = {epoch: statistics.median(losses) for epoch, losses in epochs.items()}
-
-    def excess(row):
-        last = max(row["losses"])
-        return row["losses"][last] - middle[last]
-
-    return sorted(rows.values(), key=excess, reverse=True)[:WORST]
+def _worst_rows(folder: Path) -> list:
+    """The rows of the ledger that stay worst; none where there is no ledger, or its data files have changed."""
+    try:
+        return read_ledger(folder)[:WORST]
+    except UserError:
+        return []

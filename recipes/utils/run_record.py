@@ -14,6 +14,7 @@ from recipes.utils.console import RunEnded, UserError, device_name, is_main_proc
 from recipes.utils.failures import out_of_memory
 from recipes.utils.jsonl import data_files, file_hash
 from recipes.utils.prepare import Prepared
+from recipes.utils.report import refresh_report
 
 import torch
 
@@ -49,6 +50,7 @@ def recorded(config: Config, trainer, train: Prepared, validation: Prepared | No
         with contextlib.suppress(OSError):
             _write(config.run_folder, {**record, "status": word, "ended": _now(), "step": trainer.state.global_step,
                                        "reason": how})  # fmt: skip
+        refresh_report(config.run_folder)
         if ended is error:
             raise
         raise ended from error
