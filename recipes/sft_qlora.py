@@ -103,7 +103,7 @@ def train_qlora(config: Config) -> Path:
     # 6. Train, so that nothing is lost but the steps since the last checkpoint: signals, divergence and full disks end
     # the run with a whole one. The best checkpoint by validation loss is loaded at the end.
     save_whole(trainer, made_of)
-    begin_from(trainer, config.resume)
+    begin_from(trainer, config.resume, accepted)
     stop_if_not_finite(trainer, train, validation)
     start = keep_start(trainer.model)
     with recorded(config, trainer, train, validation, accepted) as results, stoppable(trainer, config.max_hours):

@@ -9,6 +9,7 @@ from recipes.utils.console import UserError
 
 import conftest
 import pytest
+import torch
 from conftest import ROOT, TINY, read_jsonl, write_jsonl
 
 RECIPES = {"lora": sft_lora.train_lora, "qlora": sft_qlora.train_qlora}
@@ -51,6 +52,15 @@ def other_weights(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def other_projection(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] += 0.3 * torch.randn(())
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def other_tokenizer(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][-1], "id": 4000, "content": "<|another|>"})
@@ -85,6 +95,10 @@ CHANGES = {
     "training.packing": lambda tmp: {"training.packing": False},
     "training.max_length": lambda tmp: {"training.max_length": 310},
     "training.max_steps": lambda tmp: {"training.max_steps": 3},
+    "training.metric_for_best_model": lambda tmp: {
+        "training.metric_for_best_model": "eval_mean_token_accuracy",
+        "training.greater_is_better": True,
+    },
     "effective batch": lambda tmp: {"training.gradient_accumulation_steps": 4},
 }
 
@@ -116,14 +130,17 @@ def test_what_changes_no_step_may_change(begun, tmp_path, capsys):
 
 def test_more_steps_and_a_smaller_micro_batch_at_the_same_effective_batch_go_on_and_say_so(begun, tmp_path, capsys):
     overrides = {
-        "training.max_steps": 6, "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 4,
+        "training.max_steps": 8, "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 4,
         "training.eval_steps": 2, "training.save_steps": 2,
     }  # fmt: skip
     folder = resume(begun, overrides, tmp_path)
     shown = " ".join(capsys.readouterr().out.split())
     assert "micro-batches of 1 rows, not 2, at the same effective batch" in shown
-    assert "training.max_steps 6, not 4" in shown
-    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert "training.max_steps 8, not 4" in shown
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [4, 6, 8]
+    assert (folder / "checkpoint-6").is_dir()
 
 
 def test_accepted_changes_go_on_and_stand_in_the_record(begun, tmp_path, capsys):
@@ -149,6 +166,8 @@ def test_another_quantisation_is_refused_by_its_name(tmp_path):
     train(path, method="qlora")
     with pytest.raises(UserError, match=r"quantization\.bnb_4bit_use_double_quant: true in the checkpoint, false now"):
         train(path, {"quantization.bnb_4bit_use_double_quant": False}, method="qlora", resume="latest")
+    with pytest.raises(UserError, match=r"\n  base weights"):
+        train(path, {"model.name_or_path": other_base(tmp_path, other_projection)}, method="qlora", resume="latest")
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import MistralConfig, MistralForCausalLM
 
 from recipes.utils.adapter import adapter_shapes
+from recipes.utils.failures import whole_norm
 
 dist.init_process_group("gloo")
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
@@ -34,6 +35,12 @@ for layer in model.get_base_model().model.layers:
 fully_shard(model, mesh=mesh)
 ids = torch.arange(16).view(2, 8) + dist.get_rank()
 model(input_ids=ids, labels=ids).loss.backward()
+parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+assert isinstance(norm, torch.distributed.tensor.DTensor)
+assert whole_norm(norm).isfinite() & torch.tensor(True)
+parameters[0].grad.fill_(float("nan"))
+assert not whole_norm(torch.nn.utils.clip_grad_norm_(parameters, 1.0)).isfinite()
 full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 assert adapter_shapes(model) == before
 if dist.get_rank() == 0:

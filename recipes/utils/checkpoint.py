@@ -15,9 +15,13 @@ from pathlib import Path
 from recipes.utils.console import RunEnded, say
 from recipes.utils.jsonl import file_hash
 
+import torch
+import torch.distributed
+from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
 MANIFEST = "manifest.json"
+JUDGES = ("training.metric_for_best_model", "training.greater_is_better", "data.validation", "validation rows")
 NEEDED = {"adapter weights": "adapter_model.safetensors", "optimizer state": "optimizer*", "scheduler": "scheduler.pt",
           "random state": "rng_state*.pth", "trainer state": "trainer_state.json"}  # fmt: skip
 
@@ -45,16 +49,14 @@ def save_whole(trainer, made_of: dict) -> None:
             state.best_model_checkpoint = None
             if args.should_save:
                 state.save_to_json(str(staging / name / "trainer_state.json"))
-                (staging / name / "training_args.bin").unlink(
-                    missing_ok=True
-                )  # a pickle, with the paths of this machine
+                # a pickle, with the paths of this machine
+                (staging / name / "training_args.bin").unlink(missing_ok=True)
                 _write_manifest(staging / name, state.global_step, made_of)
                 _publish(staging / name, folder / name)
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # torch and safetensors have errors of their own for a full disk
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        # torch and safetensors have errors of their own for a full disk
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise RunEnded("failed", _not_written(folder / name, error)) from error
         finally:
@@ -82,6 +84,8 @@ def fault(checkpoint: Path) -> str | None:
     for what, pattern in NEEDED.items():
         if not any(Path(name).match(pattern) for name in files):
             return f"it holds no {what}"
+    if sum(name.startswith("rng_state") for name in files) < manifest["made_of"].get("processes", 1):
+        return "it holds no random state of some processes"
     for name, entry in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -113,9 +117,10 @@ def read_made_of(checkpoint: Path) -> dict:
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["made_of"]
 
 
-def begin_from(trainer, checkpoint: str | None) -> None:
+def begin_from(trainer, checkpoint: str | None, accepted: list[str]) -> None:
     """Clear what a killed save has left in the run folder, and make `trainer` begin where `checkpoint` ended: with its
-    best checkpoint so far, if that one is still whole, and without another step if it was the last one."""
+    best checkpoint so far, if that one is still whole and the `accepted` changes (utils/same_run.py) leave it comparable,
+    and without another step if it was the last one."""
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         shutil.rmtree(folder / ".saving", ignore_errors=True)
@@ -127,12 +132,16 @@ def begin_from(trainer, checkpoint: str | None) -> None:
     step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["best_global_step"]
     best = Path(checkpoint).with_name(f"checkpoint-{step}")
     why = fault(best) if step and best != Path(checkpoint) else None
+    if any(line.startswith(JUDGES) for line in accepted):
+        why = "what is best is judged otherwise now"
     if why:
         say(f"resume: {best}, the best checkpoint so far, is not used: {why}")
     read_state, run_epoch = trainer._init_training_state, trainer._run_epoch
 
     def init_training_state(*args, **kwargs):
         result = read_state(*args, **kwargs)
+        # how often it logs, evaluates and saves would be the checkpoint's
+        trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
         if why or not trainer.args.load_best_model_at_end:
             trainer.state.best_metric = trainer.state.best_global_step = None
         elif step:

@@ -8,6 +8,7 @@ from recipes.utils.prepare import Prepared, document_hash, locate
 
 import torch
 import torch.distributed
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 ROWS_NAMED = 10
@@ -56,7 +57,7 @@ class NotFinite(TrainerCallback):
         losses = torch.stack([loss.float() for _, loss in self.batches])
         finite = losses.isfinite().all()
         if not args.fp16:
-            finite &= torch.as_tensor(self.gradient_norm, device=finite.device).isfinite()
+            finite &= whole_norm(self.gradient_norm).to(finite.device).isfinite()
         self._end_unless(finite, f"step {state.global_step + 1}: the loss or its gradient", self.train, state)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -97,6 +98,11 @@ class NotFinite(TrainerCallback):
         )
 
 
+def whole_norm(norm) -> torch.Tensor:
+    """A gradient norm as a plain scalar tensor; sharded training gives one that is spread over the processes."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+
+
 def _ids(inputs: dict) -> tuple:
     """What the documents of a micro-batch can be told by."""
     return inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask")
@@ -111,7 +117,9 @@ def documents_of(input_ids, position_ids, attention_mask) -> list[torch.Tensor]:
     documents = []
     for row, ids in enumerate(input_ids):
         there = slice(None) if attention_mask is None else attention_mask[row].bool()
-        positions = torch.arange(len(ids))[there] if position_ids is None else position_ids[row][there]
+        positions = (
+            torch.arange(len(ids), device=ids.device)[there] if position_ids is None else position_ids[row][there]
+        )
         starts = (positions == 0).nonzero().flatten().tolist()
         documents += ids[there].cpu().tensor_split(starts[1:])
     return documents

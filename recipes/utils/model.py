@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from recipes.utils import OFFLINE_ASKED_FOR
+from recipes.utils.adapter import CHANGE_THE_BASE
 from recipes.utils.attention import VARLEN, kernel_missing
 from recipes.utils.chat_template import choose_chat_template
 from recipes.utils.config import Config, ModelOptions
@@ -29,6 +30,10 @@ def check_machine(config: Config) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         if config.training["use_cpu"]:
             raise UserError("FSDP was asked for, and without GPUs it would be plain data parallelism: use ddp.yaml")
+        if str(config.lora.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+            raise UserError(
+                "lora.init_lora_weights: an adapter that changes the base cannot be saved from FSDP's parts"
+            )
         storage = config.quantization.get("bnb_4bit_quant_storage")
         if config.method == "qlora" and storage != config.model.dtype:
             raise UserError(

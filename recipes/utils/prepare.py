@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections import Counter
@@ -79,7 +80,7 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
         while not (folder / "counts.json").is_file():
             time.sleep(0.2)
     if not (folder / "counts.json").is_file():
-        temporary = folder.with_name(f"{key}.{os.getpid()}")
+        temporary = folder.with_name(f"{key}.{platform.node()}.{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

@@ -17,6 +17,7 @@ from recipes.utils.prepare import Prepared
 from recipes.utils.report import refresh_report
 
 import torch
+from safetensors import SafetensorError
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,9 +40,9 @@ def recorded(config: Config, trainer, train: Prepared, validation: Prepared | No
     except BaseException as error:
         if isinstance(error, torch.OutOfMemoryError):
             ended = RunEnded("failed", out_of_memory(config, trainer))
-        elif isinstance(error, OSError) and error.errno in DISK_FULL:
+        elif isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
             ended = RunEnded(
-                "failed", f"{config.run_folder}: the disk is full; make room, then run again with --resume"
+                "failed", f"{config.run_folder}: cannot be written: {error}; make room on the disk, then --resume"
             )
         else:
             ended = error

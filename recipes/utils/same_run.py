@@ -16,22 +16,26 @@ import torch
 # Settings of `training` that leave each step's arithmetic as it is.
 FREE = (
     "output_dir", "log", "report_to", "run_name", "project", "trackio", "save_", "eval_", "per_device_eval", "load_best",
-    "metric_for_best", "greater_is_better", "batch_eval", "do_", "disable_tqdm", "dataloader_num_workers", "dataloader_pin",
+    "batch_eval", "do_", "disable_tqdm", "dataloader_num_workers", "dataloader_pin",
     "dataloader_prefetch", "dataloader_persistent", "gradient_checkpointing", "activation_checkpointing", "push_to_hub",
-    "hub_", "ddp_timeout", "skip_memory", "include_", "resume_from", "dataset_num_proc", "use_cache", "restore_callback",
+    "hub_", "ddp_timeout", "skip_memory", "include_", "resume_from", "dataset_num_proc", "use_cache", "activation_offloading", "bf16_full", "fp16_full",
+    "dataloader_multiprocessing", "remove_unused", "label_names", "length_column", "ddp_find", "ddp_bucket",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "debug", "prediction",
-    "_n_gpu", "local_rank", "torch_empty_cache", "train_sampling_strategy_seed", "enable_jit", "save_on",
+    "local_rank", "torch_empty_cache",
 )  # fmt: skip
-DATA_KEYS = ("over_length", "train_on", "system", "control_tokens", "on_bad_row")
+ON_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedulers that step when it evaluates
+FREE_OF_EVALUATIONS = tuple(prefix for prefix in FREE if prefix != "eval_")
+NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
+DATA_KEYS = ("over_length", "train_on", "system", "control_tokens")
 MAY_GROW = ("training.num_train_epochs", "training.max_steps")
 
 
 def describe(config: Config, trainer, train, validation, attention: str) -> dict:
     """{setting: value} of all that decides what a step computes, as JSON has it. Data, template, tokenizer and base are
-    digests of their content; the base's is of 256 numbers of each of its weights that is not in 4 bit."""
+    digests of their content; the base's is of 256 numbers of each of its weights."""
     args, tokenizer = trainer.args, trainer.processing_class
     adapter = trainer.model.peft_config["default"].to_dict()
-    processes = args.world_size
+    processes, free = args.world_size, FREE if args.lr_scheduler_type not in ON_EVALUATIONS else FREE_OF_EVALUATIONS
     made_of = {
         "data.train": _files_digest(config.data.train),
         "data.validation": config.data.validation if isinstance(config.data.validation, float | None) else
@@ -46,13 +50,16 @@ def describe(config: Config, trainer, train, validation, attention: str) -> dict
         "model.compile_layers": config.model.compile_layers,
         "attention": attention,
         **{f"quantization.{key}": value for key, value in config.quantization.items()},
-        **{f"lora.{key}": value for key, value in adapter.items() if key not in ("base_model_name_or_path", "revision")},
-        **{f"training.{key}": value for key, value in args.to_dict().items() if not key.startswith(FREE)},
+        **{f"lora.{key}": value for key, value in adapter.items() if key not in NOT_OF_THE_ADAPTER},
+        **{f"training.{key}": value for key, value in args.to_dict().items() if not key.startswith(free)},
         "training.num_train_epochs": args.num_train_epochs,
         "training.max_steps": args.max_steps,
         "effective batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * processes,
         "micro-batch": args.per_device_train_batch_size,
         "processes": processes,
+        "sharded": trainer.is_fsdp_enabled,
+        "training.gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs,
+        "training.activation_checkpointing_kwargs": args.activation_checkpointing_kwargs,
         "rows": _rows_digest(train.rows),
         "validation rows": _rows_digest(validation.rows) if validation else None,
     }  # fmt: skip
@@ -136,7 +143,7 @@ def _rows_digest(rows) -> str:
 def _base_digest(model) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
+        if not parameter.requires_grad:
             start = parameter.detach().flatten()[:256].contiguous()
             digest.update(name.encode() + start.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

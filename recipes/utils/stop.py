@@ -90,7 +90,8 @@ class Stop(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         self.longest_step = max(self.longest_step, time.monotonic() - self.began)
         if self._agreed():
-            end_of_epoch = args.eval_strategy == "epoch" and state.epoch == round(state.epoch)
+            at_the_end = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+            end_of_epoch = args.eval_strategy == "epoch" and at_the_end and args.eval_delay <= state.epoch
             self.evaluation_due = control.should_evaluate or end_of_epoch
             control.should_evaluate, control.should_save = False, True
         self.began, self.random_state = time.monotonic(), torch.random.get_rng_state()
