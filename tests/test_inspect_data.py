@@ -1,6 +1,7 @@
 """inspect_data shows what is trained, to people and machines, without weights."""
 
 import json
+import os
 import re
 import shutil
 
@@ -63,7 +64,7 @@ def test_json_stands_alone_on_standard_output(inspect, tmp_path):
 def test_one_row_can_be_named_and_an_unknown_one_is_a_user_error(inspect, tmp_path):
     status, shown, _ = inspect("--row", f"{tmp_path}/train.jsonl:7")
     assert status == 0
-    assert f"{tmp_path}/train.jsonl:7"[1:] in shown
+    assert f"{os.path.relpath(tmp_path)}/train.jsonl:7" in shown
     assert read_jsonl(TINY / "train.jsonl")[6]["messages"][1]["content"] in shown
     status, _, errors = inspect("--row", "nowhere.jsonl:7")
     assert status == 2

@@ -71,7 +71,7 @@ def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, 
     assert len(losses) == 4
 
     (written,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    assert str(written.parent) in shown.replace("\r\n", "")
+    assert f"run/wandb/{written.parent.name}" in shown.replace("\r\n", "")
     records = list(wandb_records(written))
     history = [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
