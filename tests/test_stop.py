@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from recipes import sft_lora
 from recipes.utils import console, stop
@@ -80,21 +81,26 @@ def test_sigterm_ends_a_real_script_with_status_75_a_whole_checkpoint_and_no_fin
     assert checkpoint.name == f"checkpoint-{last}"
 
 
-def test_a_second_ctrl_c_ends_at_once(config_file, tmp_path):
-    process = begin(
-        config_file(training={**LONG, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 50})
-    )
-    wait_for(tmp_path / "run" / "run.json")
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None, "the first one lets the step finish"
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=20)[1]
-    assert process.returncode == 1
+def test_a_second_ctrl_c_ends_at_once(config_file, tmp_path, monkeypatch, capsys):
+    """Both within one step: the first lets it finish, the second does not."""
+    finished = []
+
+    class Interrupted(sft_lora.SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            for _ in range(2 * (self.state.global_step == 5)):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)  # the handler runs
+            finished.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(sft_lora, "SFTTrainer", Interrupted)
+    assert console.run(sft_lora.main, [str(config_file())]) == 1
+    assert finished[-1] == 4
+    errors = capsys.readouterr().err
     assert "Traceback" not in errors
     assert "--resume" in errors
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +147,20 @@ def test_an_evaluation_that_a_stop_put_off_is_made_up_at_the_resume(
     assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
-def test_max_hours_stops_before_the_deadline_with_time_left_for_the_save(config_file, tmp_path):
+def test_max_hours_stops_with_a_whole_checkpoint(config_file, tmp_path):
     config = load_config(config_file(training=LONG), {}, "lora")
-    # the clock runs from the start of this process; a save and a step take far less than what is left here
-    config.max_hours = (time.time() - stop.psutil.Process().create_time() + 8) / 3600
+    config.max_hours = (time.time() - stop.psutil.Process().create_time() + 8) / 3600  # from the start of this process
     with pytest.raises(RunEnded, match="stopped by --max-hours"):
         sft_lora.train_lora(config)
-    assert time.time() < stop.psutil.Process().create_time() + config.max_hours * 3600
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert fault(checkpoint) is None
+    assert checkpoint.name != "checkpoint-5000"
+
+
+@pytest.mark.parametrize(("step", "save", "stops"), [(1, 10, False), (1, 60, True), (70, 1, True)])
+def test_a_deadline_leaves_time_for_a_step_and_two_saves(step, save, stops):
+    asked = stop.Stop.__new__(stop.Stop)
+    asked.asked_by, asked.longest_step, asked.longest_save = None, step, save
+    asked.deadline = time.time() + 100
+    asked.trainer = SimpleNamespace(args=SimpleNamespace(world_size=1))
+    assert asked._agreed() is stops
