@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.utils.checkpoint import sync
 from recipes.utils.console import RunEnded, UserError, is_main_process
+from recipes.utils.disk import sync
 
 from peft import get_peft_model_state_dict
 from safetensors import safe_open

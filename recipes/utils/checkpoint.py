@@ -7,12 +7,12 @@ its manifest.json before training goes on from it.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
 from recipes.utils.console import RunEnded, say
+from recipes.utils.disk import sync, sync_path
 from recipes.utils.jsonl import file_hash
 
 import torch
@@ -157,16 +157,6 @@ def begin_from(trainer, checkpoint: str | None, accepted: list[str]) -> None:
     trainer._init_training_state, trainer._run_epoch = init_training_state, run_epoch_unless_done
 
 
-def sync(folder: Path) -> None:
-    """Bring the files of `folder`, and their names, to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _write_manifest(checkpoint: Path, step: int, made_of: dict) -> None:
     files = {str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
              for path in sorted(checkpoint.rglob("*")) if path.is_file()}  # fmt: skip
@@ -188,9 +178,7 @@ def _publish(staged: Path, checkpoint: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         checkpoint.rename(old)
     staged.rename(checkpoint)
-    handle = os.open(checkpoint.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    sync_path(checkpoint.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

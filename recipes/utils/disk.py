@@ -1,11 +1,14 @@
-"""What a run's checkpoints need of the disk, against what is free."""
+"""The disk: what a run's checkpoints need of it, what its being full looks like, and bringing files to it."""
 
+import errno
 import math
+import os
 import shutil
 from pathlib import Path
 
 from recipes.utils.console import UserError, steps_of
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SMALL_FILES = 32 << 20  # tokenizer, configs, states: bytes a checkpoint, generously
 
 
@@ -36,3 +39,18 @@ def check_disk(trainer) -> str:
             "with --training.output_dir"
         )
     return f"{kept} of {size / 1e9:.2f} GB at most; {free / 1e9:,.0f} GB free" if kept else "none"
+
+
+def sync(folder: Path) -> None:
+    """Bring the files of `folder`, and their names, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,7 +5,6 @@ config.json after all its weights, so that it cannot be taken for a model before
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from recipes.utils.console import UserError, say
+from recipes.utils.disk import DISK_FULL, sync, sync_path
 
 from transformers import AutoTokenizer
 
@@ -20,7 +20,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -47,11 +46,9 @@ def staged(output: Path):
             say(f"{left}: was left by another merge; if that one is not running, delete it")
     try:
         yield partial
-        for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
+        sync(partial)
         partial.replace(output)
-        _sync(output.parent)
+        sync_path(output.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -135,11 +132,3 @@ def _write_tokenizer_config(output: Path, template: str, **keys) -> None:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

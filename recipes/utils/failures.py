@@ -4,6 +4,7 @@ from pathlib import Path
 
 from recipes.utils.config import Config
 from recipes.utils.console import RunEnded
+from recipes.utils.micro_batch import documents_of
 from recipes.utils.prepare import Prepared, document_hash, locate
 
 import torch
@@ -106,23 +107,6 @@ def whole_norm(norm) -> torch.Tensor:
 def _ids(inputs: dict) -> tuple:
     """What the documents of a micro-batch can be told by."""
     return inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask")
-
-
-def documents_of(input_ids, position_ids, attention_mask) -> list[torch.Tensor]:
-    """The documents of a micro-batch as they were before packing and padding, as token ids.
-
-    `input_ids` [rows, length]; `position_ids` [rows, length], 0 where a packed document begins, or None;
-    `attention_mask` [rows, length], 0 on padding, or None.
-    """
-    documents = []
-    for row, ids in enumerate(input_ids):
-        there = slice(None) if attention_mask is None else attention_mask[row].bool()
-        positions = (
-            torch.arange(len(ids), device=ids.device)[there] if position_ids is None else position_ids[row][there]
-        )
-        starts = (positions == 0).nonzero().flatten().tolist()
-        documents += ids[there].cpu().tensor_split(starts[1:])
-    return documents
 
 
 def out_of_memory(config: Config, trainer) -> str:

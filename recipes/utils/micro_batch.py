@@ -38,15 +38,32 @@ def read(inputs: dict, outputs) -> MicroBatch:
     nll, trained = np.zeros(ids.shape), np.zeros(ids.shape, dtype=np.int64)
     nll[:, 1:] = -outputs.log_probs.detach().float().cpu().numpy()  # zero where there is no label
     trained[:, 1:] = outputs.label_mask.cpu().numpy()
-    if inputs.get("position_ids") is not None:
-        starts = np.flatnonzero(inputs["position_ids"].cpu().numpy() == 0)
-        lengths = np.diff(starts, append=ids.size)
-    else:
-        starts = np.arange(len(ids)) * ids.shape[1]
-        lengths = inputs["attention_mask"].sum(1).cpu().numpy()
+    starts, lengths = spans(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"))
     trained = np.add.reduceat(trained.ravel(), starts)
     nll = np.add.reduceat(nll.ravel(), starts)
     # A row without a trained token is never made: such a stretch is padding.
     kept = np.flatnonzero(trained)
     documents = [ids.ravel()[starts[index] : starts[index] + lengths[index]] for index in kept]
     return MicroBatch(documents, nll[kept], trained[kept], ids.size)
+
+
+def spans(input_ids, position_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
+    """(where each document of a micro-batch begins among its positions, all rows in one; its tokens). Where packed rows
+    are padded, each position of the padding counts as one more document.
+
+    `input_ids` [rows, length]; `position_ids` [rows, length], 0 where a packed document begins, or None for rows that
+    are not packed; `attention_mask` [rows, length], 0 on padding, or None where there is none.
+    """
+    rows, length = input_ids.shape
+    if position_ids is None:
+        return np.arange(rows) * length, attention_mask.sum(1).cpu().numpy()
+    starts = np.flatnonzero(position_ids.cpu().numpy() == 0)
+    return starts, np.diff(starts, append=rows * length)
+
+
+def documents_of(input_ids, position_ids, attention_mask) -> list[np.ndarray]:
+    """The token ids of each document of a micro-batch, as they were before packing and padding; arguments as in `spans`."""
+    ids = input_ids.cpu().numpy().ravel()
+    there = np.ones(ids.size, bool) if attention_mask is None else attention_mask.cpu().numpy().ravel().astype(bool)
+    starts, lengths = spans(input_ids, position_ids, attention_mask)
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True) if there[start]]

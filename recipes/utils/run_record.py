@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import platform
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from recipes.utils.config import Config
 from recipes.utils.console import RunEnded, UserError, device_name, is_main_process, say
+from recipes.utils.disk import DISK_FULL
 from recipes.utils.failures import out_of_memory
 from recipes.utils.jsonl import data_files, file_hash
 from recipes.utils.prepare import Prepared
@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
