@@ -25,7 +25,7 @@ COMMANDS = {  # name -> (words, exit status)
     "a dry run": (["recipes/sft_lora.py", str(TINY), "--dry-run"], 0),
 }
 # Seconds on an idle machine of two cores.
-LIMITS = {"a plan": 10}
+LIMITS = {"--help": 1, "a config that is not YAML": 1, "a plan": 10}
 
 
 def seconds(words: list[str], status: int, cwd: Path) -> float:

@@ -12,6 +12,25 @@ import math
 import sys
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest finished run"
+    )
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.utils.adapter_folder import load_adapter, load_adapter_tokenizer, read_adapter
 from recipes.utils.console import UserError, run, say
 from recipes.utils.encoding import prompt_ids, stop_token_ids
@@ -96,15 +115,8 @@ def _typed():
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest finished run"
-    )
-    parser.add_argument("--system", help="a system message")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
     try:
-        chat(**vars(parser.parse_args(argv)))
+        chat(**vars(command_line().parse_args(argv)))
     except KeyboardInterrupt:
         say("")  # the shell's prompt begins a line of its own
 

@@ -13,6 +13,22 @@ import sys
 from csv import DictWriter
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; all in runs/ without one")
+    parser.add_argument("--html", metavar="FILE", help="write the table as a page that opens from disk")
+    parser.add_argument("--csv", metavar="FILE", help="write it as CSV, with plain numbers")
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.utils.comparison import Run, against, differing, not_comparable, read_runs
 from recipes.utils.console import UserError, out, run, say
 from recipes.utils.page import write_page
@@ -145,11 +161,7 @@ def _write_csv(path: Path, runs: list[Run], keys: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; all in runs/ without one")
-    parser.add_argument("--html", metavar="FILE", help="write the table as a page that opens from disk")
-    parser.add_argument("--csv", metavar="FILE", help="write it as CSV, with plain numbers")
-    compare_runs(**vars(parser.parse_args(argv)))
+    compare_runs(**vars(command_line().parse_args(argv)))
 
 
 if __name__ == "__main__":

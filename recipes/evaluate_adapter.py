@@ -15,6 +15,32 @@ import argparse
 import sys
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+
+def _scales(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
+    parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model as well")
+    parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")
+    parser.add_argument(
+        "--max-rows", type=int, default=200, help="how many answers to generate (200); losses use all rows"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer; 16 tokens more than the longest expected")
+    parser.add_argument("--scales", metavar="0.5,1,...", type=_scales, help="score the adapter at each of these scales")
+    parser.add_argument("--forgetting", metavar="FILE", help="rows of another kind, that the base must not unlearn")
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.utils.adapter_folder import load_adapter
 from recipes.utils.console import UserError, out, run, say
 from recipes.utils.dataset import read_chats
@@ -145,22 +171,8 @@ def _print(metrics: dict, scored: dict, chats: list) -> None:
             say(f"{name:<9} {rows[index]['answer']}")
 
 
-def _scales(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
-
-
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
-    parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model as well")
-    parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")
-    parser.add_argument(
-        "--max-rows", type=int, default=200, help="how many answers to generate (200); losses use all rows"
-    )
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer; 16 tokens more than the longest expected")
-    parser.add_argument("--scales", metavar="0.5,1,...", type=_scales, help="score the adapter at each of these scales")
-    parser.add_argument("--forgetting", metavar="FILE", help="rows of another kind, that the base must not unlearn")
-    evaluate_adapter(**vars(parser.parse_args(argv)))
+    evaluate_adapter(**vars(command_line().parse_args(argv)))
 
 
 if __name__ == "__main__":

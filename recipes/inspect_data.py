@@ -18,14 +18,35 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument("--rows", type=int, default=3, help="how many rows to show token by token (3)")
+    parser.add_argument("--row", metavar="FILE:LINE", help="show this row")
+    parser.add_argument("--random", dest="pick", action="store_true", help="show random rows")
+    parser.add_argument("--ledger", metavar="RUN", help="show the rows that this run could not learn, the worst first")
+    parser.add_argument("--html", metavar="FILE", help="write the same as a page that opens from disk")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the same for a machine")
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.utils.config import Config, load_config
 from recipes.utils.config_file import read_flags
-from recipes.utils.console import UserError, out, print_table, run, say, steps_of
+from recipes.utils.console import UserError, out, print_table, run, say
 from recipes.utils.guards import check_rows, check_settings
 from recipes.utils.ledger import read_ledger
 from recipes.utils.model import load_tokenizer
 from recipes.utils.page import write_data_page
 from recipes.utils.prepare import Prepared, prepare
+from recipes.utils.run_table import steps_of
 from recipes.utils.token_view import token_pieces
 
 import numpy as np
@@ -157,17 +178,7 @@ def _print(config: Config, report: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
-    parser.add_argument("--rows", type=int, default=3, help="how many rows to show token by token (3)")
-    parser.add_argument("--row", metavar="FILE:LINE", help="show this row")
-    parser.add_argument("--random", dest="pick", action="store_true", help="show random rows")
-    parser.add_argument("--ledger", metavar="RUN", help="show the rows that this run could not learn, the worst first")
-    parser.add_argument("--html", metavar="FILE", help="write the same as a page that opens from disk")
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print the same for a machine")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = command_line().parse_known_args(argv)
     path = Path(options.config)
     words = " ".join(rest) + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
     method = "qlora" if "quantization" in words else "lora"

@@ -15,6 +15,32 @@ import json
 import sys
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
+    parser.add_argument("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
+    parser.add_argument(
+        "--base", choices=["original", "dequantized"], default="original", help="after Q-LoRA: which form of the base"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
+    parser.add_argument("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
+    parser.add_argument("--rows", type=int, default=16, help="how many rows to compare on (16)")
+    parser.add_argument("--max-kl", type=float, default=0.5, help="refuse a larger KL divergence, nats a token (0.5)")
+    parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not load the model to compare")
+    parser.add_argument(
+        "--ollama", nargs="?", const="./model-q4_k_m.gguf", metavar="GGUF", help="write a Modelfile too"
+    )
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.utils.adapter_folder import find_base, load_adapter_tokenizer, read_adapter
 from recipes.utils.console import UserError, run, say
 from recipes.utils.drift import drift_into_the_other_base, live_answers, print_drift, rows_to_compare
@@ -106,21 +132,7 @@ def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
-    parser.add_argument("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
-    parser.add_argument(
-        "--base", choices=["original", "dequantized"], default="original", help="after Q-LoRA: which form of the base"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
-    parser.add_argument("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
-    parser.add_argument("--rows", type=int, default=16, help="how many rows to compare on (16)")
-    parser.add_argument("--max-kl", type=float, default=0.5, help="refuse a larger KL divergence, nats a token (0.5)")
-    parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not load the model to compare")
-    parser.add_argument(
-        "--ollama", nargs="?", const="./model-q4_k_m.gguf", metavar="GGUF", help="write a Modelfile too"
-    )
-    merge_adapter(**vars(parser.parse_args(argv)))
+    merge_adapter(**vars(command_line().parse_args(argv)))
 
 
 if __name__ == "__main__":

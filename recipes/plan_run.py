@@ -18,6 +18,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument("--gpu", metavar="GPU", help="the GPU to plan for: 24GB, or a name; this machine's without it")
+    parser.add_argument("--qlora", action="store_true", help="plan for sft_qlora.py: its flags and its speed")
+    parser.add_argument("--probe", action="store_true", dest="probing", help="take three real steps on this machine")
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.utils.attention import VARLEN
 from recipes.utils.config import Config, load_config
 from recipes.utils.config_file import read_flags
@@ -124,22 +141,15 @@ def _attention(config: Config, gpu: str | None) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/mistral.yaml")
-    parser.add_argument("--gpu", metavar="GPU", help="the GPU to plan for: 24GB, or a name; this machine's without it")
-    parser.add_argument("--qlora", action="store_true", help="plan for sft_qlora.py: its flags and its speed")
-    parser.add_argument("--probe", action="store_true", dest="probing", help="take three real steps on this machine")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = command_line().parse_known_args(argv)
     if options.probing and options.gpu:
-        parser.error("--probe runs on this machine; leave --gpu out")
+        command_line().error("--probe runs on this machine; leave --gpu out")
     config = None
     if options.config:
         method = "qlora" if options.qlora else "lora"
         config = load_config(options.config, read_flags(rest), method, new_run=False)
     elif rest or options.gpu or options.probing or options.qlora:
-        parser.error("name a CONFIG")
+        command_line().error("name a CONFIG")
     plan_run(config, options.gpu, options.probing)
 
 

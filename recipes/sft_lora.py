@@ -11,19 +11,26 @@ Made to be copied: `cp recipes/sft_lora.py my_run.py`, then change what you need
 import sys
 from pathlib import Path
 
+from recipes.utils.command_line import first_look, training_parser
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(training_parser(__doc__))
+
 from recipes.utils.adapter import keep_start, save_adapter
 from recipes.utils.checkpoint import begin_from, save_whole
 from recipes.utils.config import Config, parse_command_line
-from recipes.utils.console import discard_empty, print_run_table, run, say, settings_judged
+from recipes.utils.console import run, say
 from recipes.utils.disk import check_disk
-from recipes.utils.failures import stop_if_not_finite
+from recipes.utils.failures import settings_judged, stop_if_not_finite
 from recipes.utils.fit import settle_memory
 from recipes.utils.guards import check_model, check_rows, check_settings, heed
 from recipes.utils.model import check_machine, check_sharded, choose_attention, load_base_model, load_tokenizer
 from recipes.utils.monitor import watch
 from recipes.utils.prepare import prepare
 from recipes.utils.report import ReportWriter, refresh_report
+from recipes.utils.run_folder import discard_empty
 from recipes.utils.run_record import recorded
+from recipes.utils.run_table import print_run_table
 from recipes.utils.same_run import check_same_run, describe
 from recipes.utils.speed import speed_up
 from recipes.utils.stop import stoppable

@@ -17,6 +17,29 @@ import shlex
 import sys
 from pathlib import Path
 
+from recipes.utils.command_line import first_look
+
+TRIALS = 20  # where a range leaves it open how many there are
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
+    parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
+    parser.add_argument(
+        "--trials", type=int, help=f"how many; all combinations of lists, {TRIALS} where a range is searched"
+    )
+    parser.add_argument("--folder", metavar="DIR", help="where the trials go; runs/CONFIG-METHOD-sweep without it")
+    parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="run every trial to its end")
+    parser.add_argument("--seed", type=int, default=0, help="of the points that are drawn in ranges (0)")
+    return parser
+
+
+if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
+    first_look(command_line())
+
 from recipes.compare_runs import compare_runs
 from recipes.utils.config import load_config
 from recipes.utils.config_file import read_flags
@@ -28,7 +51,6 @@ import optuna
 from optuna.trial import TrialState
 
 RECIPES = Path(__file__).parent
-TRIALS = 20  # where a range leaves it open how many there are
 
 
 def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=True, seed=0) -> dict:
@@ -92,18 +114,7 @@ def _words(settings: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
-    parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
-    parser.add_argument(
-        "--trials", type=int, help=f"how many; all combinations of lists, {TRIALS} where a range is searched"
-    )
-    parser.add_argument("--folder", metavar="DIR", help="where the trials go; runs/CONFIG-METHOD-sweep without it")
-    parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="run every trial to its end")
-    parser.add_argument("--seed", type=int, default=0, help="of the points that are drawn in ranges (0)")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = command_line().parse_known_args(argv)
     sweep(options.config, read_flags(rest), **{key: value for key, value in vars(options).items() if key != "config"})
 
 

@@ -3,10 +3,10 @@
 import os
 
 from recipes.utils import console
-from recipes.utils.config import load_config
-from recipes.utils.config_keys import ModelOptions
+from recipes.utils.config import load_config, parse_command_line
+from recipes.utils.config_keys import REFUSED, SECTIONS, ModelOptions, key_names
 from recipes.utils.console import UserError
-from recipes.utils.model import check_machine, choose_attention, hub_errors, load_model_config
+from recipes.utils.model import check_machine, choose_attention, load_model_config
 
 import pytest
 import torch
@@ -15,12 +15,60 @@ from conftest import ROOT, TINY, run_script, write_jsonl
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.name != "__init__.py")
 
 
+@pytest.fixture
+def no_torch(tmp_path):
+    """An environment in which nothing can import torch, and so none of the libraries that take seconds."""
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "torch.py").write_text("raise SystemExit('torch was imported')")
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_each_recipe_has_a_help_that_shows_the_command_to_type(recipe):
-    result = run_script(recipe, "--help")
+def test_each_recipe_shows_the_command_to_type_before_it_imports_torch(recipe, no_torch):
+    result = run_script(recipe, "--help", **no_torch)
     assert result.returncode == 0
     assert f"python recipes/{recipe.name}" in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("recipe", ["sft_lora", "sft_qlora", "inspect_data", "plan_run", "sweep"])
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("model:\n  name_or_path: [x\n", [], "my.yaml:3: not YAML"),
+        ("modell:\n  name_or_path: x\n", [], "my.yaml:2: unknown section `modell`; did you mean `model`?"),
+        (None, [], "my.yaml: no such config file"),
+        ("data:\n  train: gone.jsonl\n", [], "gone.jsonl: no such data file"),
+        ("data:\n  train: gone.jsonl\n", ["--data.train", "gone/*.jsonl"], "gone/*.jsonl: no file matches"),
+        ("data:\n  train: my.yaml\n", ["--lora.r=8", "--lora.r=16"], "--lora.r is given twice"),
+    ],
+    ids=["syntax", "section", "config", "data", "glob", "flag"],
+)
+def test_slips_in_files_and_flags_are_told_before_torch_is_imported(recipe, text, flags, message, no_torch, tmp_path):
+    if text:
+        (tmp_path / "my.yaml").write_text(text)
+    result = run_script(ROOT / "recipes" / f"{recipe}.py", "my.yaml", *flags, cwd=tmp_path, **no_torch)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_only_the_libraries_can_judge_is_left_to_them(config_file, no_torch):
+    result = run_script("recipes/sft_lora.py", config_file(), **no_torch)
+    assert (result.returncode, result.stderr) == (1, "torch was imported\n")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_help_all_lists_every_key_that_a_config_may_hold(method, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["--help", "all"], method, "")
+    assert not ended.value.code
+    listed = {word[2:] for word in capsys.readouterr().out.split() if word.startswith("--") and "." in word}
+    sections = [section for section in SECTIONS if (section, method) != ("quantization", "lora")]
+    taken = {f"{section}.{name}" for section in sections for name in key_names(section)} - set(REFUSED)
+    assert listed == taken
+    assert "training.learning_rate" in listed
 
 
 @pytest.mark.parametrize(
@@ -156,14 +204,6 @@ def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(config_file, 
         checked(config_file, monkeypatch, gpus=0, model={"name_or_path": seven_billion})
     assert len(str(error.value).splitlines()) == 1
     checked(config_file, monkeypatch, gpus=0, model={"name_or_path": seven_billion}, training={"use_cpu": True})
-
-
-def test_a_gated_base_is_one_line_with_the_licence_page_and_the_login():
-    with (
-        pytest.raises(UserError, match=r"https://huggingface.co/mistralai/x, then: hf auth login"),
-        hub_errors("mistralai/x"),
-    ):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
 
 def test_a_hub_name_without_network_is_one_line():

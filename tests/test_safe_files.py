@@ -8,7 +8,7 @@ import sys
 
 from recipes.chat import chat
 from recipes.merge_adapter import merge_adapter
-from recipes.utils import model as models
+from recipes.utils import hub
 from recipes.utils.config import load_config
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError
@@ -114,6 +114,7 @@ def test_the_hub_is_reached_for_hub_names_alone_and_never_where_offline_was_aske
         (True, "some/model", True),
     ):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(models, "OFFLINE_ASKED_FOR", asked)
-        with models.hub_errors(name):
+        monkeypatch.setattr(hub, "OFFLINE_ASKED_FOR", asked)
+        with hub.hub_errors(name, None):
             assert constants.HF_HUB_OFFLINE is offline
+        assert constants.HF_HUB_OFFLINE is True

@@ -1,20 +1,17 @@
 """An adapter folder, of a run or of somebody else's, and the folder of its base's weights."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from recipes.utils.config import ModelOptions
 from recipes.utils.console import UserError
-from recipes.utils.model import hub_errors, load_run_base, load_tokenizer
+from recipes.utils.hub import FILES, cached_base, hub_errors
+from recipes.utils.jsonl import read_json
+from recipes.utils.model import load_run_base, load_tokenizer
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoTokenizer
-
-# No consolidated.safetensors, no pickles: what the index names, and small files.
-FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.py"]
 
 
 def read_adapter(folder: Path) -> dict:
@@ -27,7 +24,7 @@ def read_adapter(folder: Path) -> dict:
     config = folder / "adapter_config.json"
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
-    adapter = _read_json(config)
+    adapter = read_json(config)
     if not (folder / "adapter_model.safetensors").is_file():
         why = (
             "; pickled ones are not loaded, since they can run code" if (folder / "adapter_model.bin").is_file() else ""
@@ -35,10 +32,10 @@ def read_adapter(folder: Path) -> dict:
         raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
     for place in (folder, folder.parent):
         if (place / "run.json").is_file() and (place == folder or folder.name.startswith("checkpoint-")):
-            return _read_json(place / "run.json")
+            return read_json(place / "run.json")
     model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
     record = {"name": folder.resolve().name, "method": "lora", "model": dataclasses.asdict(model)}
-    config = _read_json(find_base(record) / "config.json")
+    config = read_json(find_base(record) / "config.json")
     record["model"]["dtype"] = config.get("dtype") or config.get("torch_dtype") or "float32"
     return record
 
@@ -51,7 +48,7 @@ def find_base(record: dict) -> Path:
     if Path(name).is_dir():
         base = Path(name)
     else:
-        base = _cached(name, revision) or _download(name, revision)
+        base = cached_base(name, revision) or _download(name, revision)
     if not (base / "config.json").is_file():
         raise UserError(f"{name}: the adapter's base is not there (no config.json)")
     return base
@@ -69,35 +66,15 @@ def load_adapter_tokenizer(folder: Path, record: dict):
     return load_tokenizer(ModelOptions(**record["model"]))[0]
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON: {error}") from error
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    """The snapshot in the cache, if all its weights are there."""
-    try:
-        base = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):  # not there, or no name that could be
-        return None
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return base if all((base / name).is_file() for name in names) else None
-    return base if (base / "model.safetensors").is_file() else None
-
-
 def _download(name: str, revision: str | None) -> Path:
-    with hub_errors(name):
+    with hub_errors(name, revision):
         try:
             snapshot_download(name, revision=revision, allow_patterns=FILES)
         except ValueError as error:  # what the client raises for a name that cannot be one
             raise UserError(
                 f"{name}: the folder of the adapter's base is not there; a relative path is one from where the command runs"
             ) from error
-    if base := _cached(name, revision):  # offline, the client gives what it has
+    if base := cached_base(name, revision):  # offline, the client gives what it has
         return base
     raise UserError(
         f"{name}: its weights are not all in the cache, and the hub has no safetensors or cannot be reached"

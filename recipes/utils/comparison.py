@@ -9,6 +9,7 @@ from typing import NamedTuple
 from recipes.utils.console import UserError
 from recipes.utils.evaluation_record import read_rows
 from recipes.utils.intervals import compare, own_interval, show_interval
+from recipes.utils.jsonl import read_json
 from recipes.utils.scores import SCORES
 
 # Follow from other settings or from the machine, or name the run itself.
@@ -42,7 +43,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def _read(folder: Path, name: str) -> Run:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "run.json")
     metrics = []
     if (folder / "metrics.jsonl").is_file():
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]

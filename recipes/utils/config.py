@@ -4,14 +4,15 @@ Every key is honoured or refused: an unknown, misspelt, renamed, wrongly typed o
 names the line, before any data or model is read.
 """
 
-import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
 from recipes.utils.adapter import check_continued, check_initialisation
 from recipes.utils.auto import hold_effective_batch, take_auto
+from recipes.utils.command_line import training_parser
 from recipes.utils.config_file import read_flags, read_settings
 from recipes.utils.config_keys import (
     SECTIONS,
@@ -23,7 +24,8 @@ from recipes.utils.config_keys import (
     type_checker,
 )
 from recipes.utils.console import UserError
-from recipes.utils.run_folder import find_run_folder
+from recipes.utils.key_list import print_keys
+from recipes.utils.run_folder import find_run_folder, keep_revision
 
 import torch
 
@@ -57,30 +59,10 @@ class Config:
 
 def parse_command_line(argv: list[str], method: str, description: str) -> Config:
     """`CONFIG [--section.key VALUE ...] [--dry-run] [--resume [CHECKPOINT]]` to a `Config`."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32",
-    )
-    parser.add_argument("config", nargs="?", help="a YAML file, such as configs/mistral.yaml")
-    parser.add_argument(
-        "--from-run", metavar="RUN.JSON", help="run a run again, by its record, in the place of a config"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="do everything up to training, then stop")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="latest",
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a path, from the newest complete one of this config",
-    )
-    parser.add_argument("--accept-changes", action="store_true", help="resume although settings or data were changed")
-    parser.add_argument("--max-hours", type=float, help="stop with a checkpoint before so many hours are over")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
-    options, rest = parser.parse_known_args(argv)
-    if bool(options.config) == bool(options.from_run):
-        parser.error("one YAML file is needed, such as configs/mistral.yaml, or --from-run RUN/run.json")
+    if argv[:2] == ["--help", "all"]:
+        print_keys(method)
+        sys.exit()
+    options, rest = training_parser(description).parse_known_args(argv)
     flags = {name: getattr(options, name) for name in ("dry_run", "resume", "accept_changes", "max_hours")}
     return load_config(options.config or options.from_run, read_flags(rest), method, **flags)
 
@@ -124,6 +106,7 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
     _resolve_training(config, path)
     if new_run:
         find_run_folder(config)
+        keep_revision(config)
     run_folder = config.run_folder if new_run else Path()
     config.new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     check_initialisation(config.lora, config.method)

@@ -9,6 +9,9 @@ from recipes.utils.jsonl import file_hash
 
 import yaml
 
+# Each is the arguments of one class: config_keys.py says of which.
+SECTION_NAMES = ("model", "data", "lora", "training", "quantization")
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` is a word (1.1 reads false)."""
@@ -27,8 +30,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-# In run.json and not in a config: where the run went, and what follows from model.dtype.
-RESOLVED = ("training.output_dir", "training.bf16", "training.fp16", "lora.task_type")
+# In run.json and not in a config: where the run went, and what follows from the section `model`.
+RESOLVED = ("training.output_dir", "training.bf16", "training.fp16", "lora.task_type", "lora.revision")
 
 
 def read_settings(path: Path, method: str) -> tuple[str, dict]:
@@ -54,7 +57,7 @@ def read_settings(path: Path, method: str) -> tuple[str, dict]:
             )
     settings = {
         f"{section}.{key}": (value, str(path))
-        for section in ("model", "data", "lora", "training", "quantization")
+        for section in SECTION_NAMES
         for key, value in record[section].items()
         if value is not None and f"{section}.{key}" not in RESOLVED
     }

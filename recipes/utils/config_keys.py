@@ -7,6 +7,8 @@ import re
 import typing
 from typing import Literal
 
+from recipes.utils.command_line import near_section
+from recipes.utils.config_file import SECTION_NAMES
 from recipes.utils.console import UserError
 
 import torch
@@ -16,48 +18,44 @@ from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
 
+def _key(default, meaning: str):
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclasses.dataclass
 class ModelOptions:
-    """What to load. `adapter` is a LoRA folder to go on from."""
+    """What to load."""
 
-    name_or_path: str = ""  # required
-    revision: str | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    attn_implementation: str = "auto"
-    chat_template: str = "auto"
-    adapter: str | None = None
-    adapter_input_cast: bool = False  # PEFT's cast of each adapter's input to float32: the same losses, more memory
-    compile_layers: bool = False  # torch.compile of each decoder layer
-    trust_remote_code: bool = False
+    name_or_path: str = _key("", "required: a folder, or a name on the Hugging Face hub")
+    revision: str | None = _key(None, "of a name on the hub: a branch, tag or commit")
+    dtype: Literal["bfloat16", "float16", "float32"] = _key("bfloat16", "of the base's weights and of the arithmetic")
+    attn_implementation: str = _key("auto", "auto is the fastest here that keeps packed chats apart")
+    chat_template: str = _key("auto", "auto is the model's own, with loss marks; or mistral, qwen2, a .jinja file")
+    adapter: str | None = _key(None, "a LoRA folder to go on from")
+    adapter_input_cast: bool = _key(False, "PEFT's cast of each adapter's input to float32: same losses, more memory")
+    compile_layers: bool = _key(False, "torch.compile of each decoder layer")
+    trust_remote_code: bool = _key(False, "run code that comes with the model")
 
 
 @dataclasses.dataclass
 class DataOptions:
-    """Which rows to train on, and what to do with those that cannot be used as they are.
+    """Which rows to train on, and what to do with those that cannot be used as they are."""
 
-    A path is a file or a glob of JSONL files; a float for `validation` is a share of the train rows.
-    """
-
-    train: str | list[str] = ""  # required
-    validation: float | str | list[str] | None = None
-    test: str | list[str] | None = None
-    over_length: Literal["drop", "truncate", "error"] = "drop"
-    max_over_length: float = 0.1  # the share of rows or tokens that may be lost to max_length before the run stops
-    on_bad_row: Literal["error", "skip"] = "error"
-    train_on: Literal["all", "last"] = "all"  # answers of a chat that carry loss
-    system: Literal["keep", "merge"] = "keep"  # merge: into the user turn that follows
-    control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
-    ledger: bool = True  # keep the loss of each training row at each epoch, in RUN/ledger.jsonl
-    samples: int = 3  # validation prompts that are answered at each evaluation, into RUN/samples.jsonl
+    train: str | list[str] = _key("", "required: a path, a list, or a glob of JSONL files")
+    validation: float | str | list[str] | None = _key(None, "the same, or a share of the train rows, such as 0.05")
+    test: str | list[str] | None = _key(None, "what evaluate_adapter.py scores; the validation rows when null")
+    over_length: Literal["drop", "truncate", "error"] = _key("drop", "what becomes of rows over training.max_length")
+    max_over_length: float = _key(0.1, "the share of rows or tokens that may be lost to it before the run stops")
+    on_bad_row: Literal["error", "skip"] = _key("error", "skip: bad rows are listed in RUN/bad_rows.jsonl")
+    train_on: Literal["all", "last"] = _key("all", "answers of a chat that carry loss")
+    system: Literal["keep", "merge"] = _key("keep", "merge: into the user turn that follows")
+    control_tokens: Literal["refuse", "escape"] = _key("refuse", "escape: typed ones are encoded as plain text")
+    ledger: bool = _key(True, "keep the loss of each training row at each epoch, in RUN/ledger.jsonl")
+    samples: int = _key(3, "validation prompts that are answered at each evaluation, into RUN/samples.jsonl")
 
 
-SECTIONS = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "lora": LoraConfig,
-    "training": SFTConfig,
-    "quantization": BitsAndBytesConfig,
-}
+_CLASSES = (ModelOptions, DataOptions, LoraConfig, SFTConfig, BitsAndBytesConfig)
+SECTIONS = dict(zip(SECTION_NAMES, _CLASSES, strict=True))
 
 RENAMED = {
     "training.max_seq_length": "training.max_length",
@@ -113,6 +111,7 @@ REFUSED = {
     "training.dataloader_num_workers": "rows are ready, so workers gain nothing, and a stop signal would end them first",
     "training.enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 end a run with a checkpoint already",
     "lora.task_type": "it is CAUSAL_LM here",
+    "lora.revision": "it follows model.revision",
     "lora.inference_mode": "an adapter that is trained is not in inference mode",
     "lora.trainable_token_indices": "TRL's fused head cannot train single rows; use --lora.modules_to_save '[lm_head]'",
 }
@@ -137,28 +136,28 @@ def known_key(key: str, method: str) -> tuple[str, str]:
     """("training", "learning_rate") for a real key; raises with the mend for any other."""
     section, _, name = key.partition(".")
     if section not in SECTIONS:
-        near = difflib.get_close_matches(section, SECTIONS, n=1)
-        homes = [f"{s}.{section}" for s in SECTIONS if not name and section in _names(s)]
-        mend = near[0] if near else (homes[0] if homes else ", ".join(SECTIONS))
-        raise UserError(f"unknown section `{section}`; did you mean `{mend}`?")
+        homes = [f"{s}.{section}" for s in SECTIONS if not name and section in key_names(s)]
+        mend = homes[0] if homes else ", ".join(SECTIONS)
+        raise UserError(near_section(section) or f"unknown section `{section}`; did you mean `{mend}`?")
     if section == "quantization" and method == "lora":
         raise UserError("a `quantization` section is Q-LoRA's: run recipes/sft_qlora.py, or remove it")
     if key in RENAMED:
         raise UserError(f"`{key}` is not a key of these libraries any more; now: {RENAMED[key]}")
     if key in REFUSED:
         raise UserError(f"`{key}` is refused: {REFUSED[key]}")
-    names = _names(section)
+    names = key_names(section)
     if not name:
         raise UserError(f"`{section}` is a section: write its keys below it, indented")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        elsewhere = [f"{s}.{name}" for s in SECTIONS if name in _names(s)]
+        elsewhere = [f"{s}.{name}" for s in SECTIONS if name in key_names(s)]
         mend = elsewhere[0] if elsewhere else (f"{section}.{near[0]}" if near else None)
         raise UserError(f"unknown key `{key}`" + (f"; did you mean `{mend}`?" if mend else ""))
     return section, name
 
 
-def _names(section: str) -> list[str]:
+def key_names(section: str) -> list[str]:
+    """The keys of a section: the arguments of its class."""
     return [name for name in inspect.signature(SECTIONS[section]).parameters if name != "kwargs"]
 
 

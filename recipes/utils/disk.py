@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from recipes.utils.console import UserError, steps_of
+from recipes.utils.console import UserError
+from recipes.utils.run_table import steps_of
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SMALL_FILES = 32 << 20  # tokenizer, configs, states: bytes a checkpoint, generously

@@ -1,11 +1,13 @@
 """What can go wrong in a training step: numbers that are not finite, traced to their rows, and memory that is not enough."""
 
+import contextlib
 from pathlib import Path
 
 from recipes.utils.config import Config
-from recipes.utils.console import RunEnded
+from recipes.utils.console import RunEnded, UserError
 from recipes.utils.micro_batch import documents_of
 from recipes.utils.prepare import Prepared, document_hash, locate
+from recipes.utils.run_folder import discard_empty
 
 import torch
 import torch.distributed
@@ -13,6 +15,22 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 ROWS_NAMED = 10
+
+
+@contextlib.contextmanager
+def settings_judged(new_folders):
+    """Turn what the libraries raise about settings that only they can judge (a target module that the model lacks, a
+    tracker that is not installed) into a `UserError`; the `new_folders` that they made meanwhile go."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UserError:
+        discard_empty(new_folders)
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
+        discard_empty(new_folders)
+        raise UserError(f"the settings cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def stop_if_not_finite(trainer, train: Prepared, validation: Prepared | None) -> None:

@@ -3,10 +3,11 @@
 import tempfile
 
 from recipes.utils.config import Config
-from recipes.utils.console import UserError, say, steps_of
+from recipes.utils.console import UserError, say
 from recipes.utils.control_tokens import control_tokens
 from recipes.utils.leakage import Finding, leave_out_copies, near_duplicates, sample
 from recipes.utils.prepare import Prepared
+from recipes.utils.run_table import steps_of
 
 import torch
 from transformers import AutoTokenizer

@@ -48,6 +48,14 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises `UserError` if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON: {error}") from error
+
+
 def append_lines(path: Path, objects: list[dict]) -> None:
     """Add a line for each of `objects` to a JSONL file, in one write."""
     with open(path, "a", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipes.utils.console import UserError
-from recipes.utils.jsonl import append_lines, file_hash, keep_steps
+from recipes.utils.jsonl import append_lines, file_hash, keep_steps, read_json
 from recipes.utils.micro_batch import MicroBatch
 from recipes.utils.prepare import document_hash, locate
 
@@ -88,7 +88,7 @@ def read_ledger(run_folder) -> list[Row]:
     path = Path(run_folder) / LEDGER
     if not path.is_file():
         raise UserError(f"{run_folder}: has no {LEDGER}; a run keeps one unless data.ledger is false")
-    record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+    record = read_json(path.parent / "run.json")
     for name, digest in record["data_sha256"].items():
         if Path(name).is_file() and file_hash(Path(name)) != digest:
             raise UserError(

@@ -23,7 +23,7 @@ def merge_in_memory(record: dict, adapter: Path, output: Path) -> tuple[bool, st
         UserError: if a merged weight is not finite, or none differs from the base's.
     """
     options = ModelOptions(**record["model"])
-    with hub_errors(options.name_or_path):
+    with hub_errors(options.name_or_path, options.revision):
         model = AutoModelForCausalLM.from_pretrained(
             options.name_or_path,
             revision=options.revision,

@@ -1,18 +1,15 @@
 """Tokenizer, base model and attention, each choice with its reason."""
 
-import contextlib
 import os
-from pathlib import Path
 
-from recipes.utils import OFFLINE_ASKED_FOR
 from recipes.utils.adapter import CHANGE_THE_BASE
 from recipes.utils.attention import VARLEN, kernel_missing
 from recipes.utils.chat_template import choose_chat_template
 from recipes.utils.config import Config, ModelOptions
 from recipes.utils.console import UserError, out, say
+from recipes.utils.hub import hub_errors, pin_revision, say_download
 
 import torch
-from huggingface_hub import constants
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
@@ -21,7 +18,7 @@ INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
 
 
 def check_machine(config: Config) -> None:
-    """Refuse a run that this machine cannot do, before data or weights are read.
+    """Refuse a run that this machine cannot do, before data or weights are read; of a base on the hub, take one commit.
 
     Raises:
         UserError: several GPUs without a launcher; a precision that the model does not stand; Liger's kernels where they
@@ -49,6 +46,8 @@ def check_machine(config: Config) -> None:
         )
     if config.model.trust_remote_code:
         out.print(f"[bold red]model.trust_remote_code: code that comes with {config.model.name_or_path} is run here[/]")
+    pin_revision(config.model)
+    config.lora["revision"] = config.model.revision
     model_config = load_model_config(config.model)
     if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
@@ -71,7 +70,7 @@ def check_sharded(trainer) -> None:
 
 def load_model_config(options: ModelOptions):
     """The base model's own configuration, without its weights."""
-    with hub_errors(options.name_or_path):
+    with hub_errors(options.name_or_path, options.revision):
         return AutoConfig.from_pretrained(
             options.name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
@@ -85,7 +84,7 @@ def count_parameters(model_config) -> int:
 
 def load_tokenizer(options: ModelOptions) -> tuple:
     """(tokenizer with the chat template that will be trained and saved, one line that says which and why)."""
-    with hub_errors(options.name_or_path):
+    with hub_errors(options.name_or_path, options.revision):
         tokenizer = AutoTokenizer.from_pretrained(
             options.name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
@@ -153,7 +152,8 @@ def choose_attention(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
 def load_base_model(options: ModelOptions, attention: str, use_cpu: bool, quantization_config=None):
     """The base model in `options.dtype` on this process's device, 4-bit if `quantization_config` says so."""
     device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with hub_errors(options.name_or_path):
+    with hub_errors(options.name_or_path, options.revision):
+        say_download(options)
         model = AutoModelForCausalLM.from_pretrained(
             options.name_or_path,
             revision=options.revision,
@@ -181,33 +181,6 @@ def keep_nf4_as_packed(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-@contextlib.contextmanager
-def hub_errors(name: str):
-    """Turn what the hub client raises about `name` into a line that says what to do. With a `name` that is no folder, the
-    network may be used from here on, unless HF_HUB_OFFLINE is set."""
-    if not Path(name).is_dir():
-        constants.HF_HUB_OFFLINE = OFFLINE_ASKED_FOR
-    try:
-        yield
-    except OSError as error:
-        chain = f"{error} {error.__cause__} {error.__context__}".lower()
-        if "gated" in chain or "401" in chain or "403" in chain:
-            raise UserError(
-                f"{name} is gated or private: accept its licence at https://huggingface.co/{name}, then: hf auth login"
-            ) from error
-        if "connect" in chain or "offline" in chain or "resolve" in chain:
-            raise UserError(
-                f"{name}: there is no such folder here, and the Hugging Face hub cannot be reached; give a folder as "
-                "model.name_or_path"
-            ) from error
-        if "safetensors" in chain:
-            raise UserError(
-                f"{name}: has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: "
-                "transformers' from_pretrained and save_pretrained, on a machine that you can spare"
-            ) from error
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def load_run_base(record: dict):

@@ -1,10 +1,12 @@
 """Which folder a run writes into, and which checkpoint it goes on from. Nothing here asks a question."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
 from recipes.utils.checkpoint import fault, newest_complete
 from recipes.utils.console import UserError, say
+from recipes.utils.jsonl import read_json
 
 
 def find_run_folder(config) -> None:
@@ -46,6 +48,15 @@ def find_run_folder(config) -> None:
     config.training["output_dir"] = str(folder)
 
 
+def keep_revision(config) -> None:
+    """A run that goes on takes the commit of its base that it began with, whatever the hub has by now."""
+    record = config.run_folder / "run.json"
+    if config.resume and config.model.revision is None and record.is_file():
+        model = read_json(record)["model"]
+        if model["name_or_path"] == config.model.name_or_path:
+            config.model.revision = model["revision"]
+
+
 def holds_a_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("run.json", "adapter_config.json")) or any(
         folder.glob("checkpoint-*")
@@ -56,3 +67,10 @@ def _last_written(folder: Path) -> float:
     """When the run in `folder` was begun, taken up or ended last."""
     record = folder / "run.json"
     return record.stat().st_mtime if record.is_file() else 0.0
+
+
+def discard_empty(folders) -> None:
+    """Remove folders that hold nothing, the innermost first: of a run that was not begun, nothing stays."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

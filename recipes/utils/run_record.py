@@ -9,12 +9,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from recipes.utils.config import Config
-from recipes.utils.console import RunEnded, UserError, device_name, is_main_process, say
-from recipes.utils.disk import DISK_FULL
+from recipes.utils.console import RunEnded, UserError, is_main_process, say
+from recipes.utils.disk import DISK_FULL, sync_path
 from recipes.utils.failures import out_of_memory
-from recipes.utils.jsonl import data_files, file_hash
+from recipes.utils.jsonl import data_files, file_hash, read_json
 from recipes.utils.prepare import Prepared
 from recipes.utils.report import refresh_report
+from recipes.utils.run_table import device_name
 
 import torch
 from safetensors import SafetensorError
@@ -62,7 +63,7 @@ def read_run(folder: Path) -> dict:
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     if not (path.parent / "adapter_config.json").is_file():
         raise UserError(
             f"{folder}: holds no adapter yet (its run is {record['status']}, not finished); go on with --resume, or name "
@@ -75,7 +76,7 @@ def read_run(folder: Path) -> dict:
 
 def newest_run(folder: str = "runs") -> Path:
     """The run below `folder` that finished last. Raises `UserError` where none has."""
-    records = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in Path(folder).glob("*/run.json")]
+    records = [(path.parent, read_json(path)) for path in Path(folder).glob("*/run.json")]
     finished = [(record["finished"], path) for path, record in records if record["status"] == "finished"]
     if not finished:
         raise UserError(f"no finished run under {folder}/; name the run's folder")
@@ -111,7 +112,7 @@ def _describe(config: Config, trainer, counts: dict[str, dict], accepted: list[s
     }
     before = config.run_folder / "run.json"
     if config.resume and before.is_file():
-        old = json.loads(before.read_text(encoding="utf-8"))
+        old = read_json(before)
         again = {"from": Path(config.resume).name, "at": _now(), "accepted": accepted}
         record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
         if changed := [f"{name} {old['versions'].get(name)}, now {now}" for name, now in record["versions"].items()
@@ -133,6 +134,7 @@ def _write(folder: Path, record: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".run.json.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    sync_path(temporary)
     temporary.replace(folder / "run.json")
 
 
