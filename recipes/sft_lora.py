@@ -16,7 +16,7 @@ from recipes.utils.command_line import first_look, training_parser
 if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
     first_look(training_parser(__doc__))
 
-from recipes.utils.adapter import keep_start, save_adapter
+from recipes.utils.adapter import keep_start, save_adapter, train_in_float32
 from recipes.utils.checkpoint import begin_from, save_whole
 from recipes.utils.config import Config, parse_command_line
 from recipes.utils.console import run, say
@@ -77,6 +77,7 @@ def train_lora(config: Config) -> Path:
         disk = check_disk(trainer)
         made_of = describe(config, trainer, train, validation, attention)
         accepted = check_same_run(config, trainer, made_of)
+    train_in_float32(trainer.model)
     chosen["speed"] = speed_up(trainer.model, config.model)
     watch(trainer, config, train, validation)
     trainer.add_callback(ReportWriter(config.run_folder))

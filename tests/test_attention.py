@@ -2,7 +2,6 @@
 
 from recipes.utils import attention, model
 from recipes.utils.config_keys import ModelOptions
-from recipes.utils.console import UserError
 from recipes.utils.model import choose_attention
 
 import pytest
@@ -137,7 +136,6 @@ def test_a_packed_run_has_the_losses_of_sdpa(config_file, settings):
 
 def test_the_kernel_of_this_torch_takes_what_it_is_given():
     """Shapes and gradients alone: without a GPU nothing is computed."""
-    assert attention.kernel_missing() is None
     with FakeTensorMode():
         query = torch.empty(20, 4, 16, requires_grad=True)
         key, value = (torch.empty(20, 2, 16, requires_grad=True) for _ in range(2))
@@ -172,14 +170,20 @@ def test_auto_takes_the_fastest_that_keeps_packed_rows_apart(monkeypatch, dtype,
     assert why in reason
 
 
-def test_a_torch_without_the_kernel_falls_back_to_sdpa_and_says_so(monkeypatch):
-    on_a_gpu(monkeypatch)
-    monkeypatch.setattr(attention, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal=False: None)
-    name, reason = choose_attention(ModelOptions(), use_cpu=False)
-    assert name == "sdpa"
-    assert "varlen" in reason
-    with pytest.raises(UserError, match="varlen cannot be had here"):
-        choose_attention(ModelOptions(attn_implementation="varlen"), use_cpu=False)
+def test_the_kernel_gets_one_dtype_of_16_bit_also_under_a_trained_embedding(monkeypatch):
+    """Such an embedding makes queries and keys float32 and leaves values in 16 bit; autocast does not know the kernel."""
+    seen, attend = [], attention.attend_by_document
+
+    def spy(query, key, value, *others):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return attend(query, key, value, *others)
+
+    monkeypatch.setattr(attention, "attend_by_document", spy)
+    model = small_model("qwen2", attention.VARLEN).to(torch.bfloat16)
+    model.model.embed_tokens.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**packed(7, 12))
+    assert seen == [{torch.bfloat16}] * 2
 
 
 def test_it_is_the_name_that_a_model_keeps():

@@ -1,5 +1,7 @@
 """The memory model against the real thing: what autograd keeps in a step of SFTTrainer, byte for byte."""
 
+import dataclasses
+
 from recipes.utils import memory_trace
 from recipes.utils.memory import activations, nf4_bytes, predict
 from recipes.utils.memory_trace import Step
@@ -128,6 +130,7 @@ PUBLISHED = {  # the dimensions on the models' pages at huggingface.co
         num_key_value_heads=4,
     ),
 }  # fmt: skip
+STEP = Step("bfloat16", "varlen", 1, 128, True, True)
 ALL_LINEAR = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 # GB, worked out by hand: weights; activations kept and recomputed; 16 bytes a float32 adapter parameter
 BY_HAND = [
@@ -149,9 +152,31 @@ def test_mistral_7b_is_within_a_tenth_of_the_figures_by_hand():
 
 @pytest.mark.parametrize(("name", "whole", "in_4_bit"), [("Mistral-7B-v0.3", 14.5, 4.1), ("Qwen2-7B", 15.2, 5.6)])
 def test_weights_of_the_published_models(name, whole, in_4_bit):
-    [found] = predict(PUBLISHED[name], ALL_LINEAR, [Step("bfloat16", "varlen", 1, 128, True, True)])
+    [found] = predict(PUBLISHED[name], ALL_LINEAR, [STEP])
     assert found["lora"].weights / 1e9 == pytest.approx(whole, rel=0.01)
     assert found["qlora"].weights / 1e9 == pytest.approx(in_4_bit, rel=0.02)
+
+
+def test_a_trained_head_is_counted_in_16_bit_and_its_copy_in_float32():
+    config = PUBLISHED["Qwen2-7B"]
+    plain, trained = (
+        predict(
+            config, LoraConfig(r=16, target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM"), [STEP]
+        )[0]
+        for modules in (None, ["lm_head"])
+    )
+    head = 152064 * 3584
+    for method in ("lora", "qlora"):
+        assert trained[method].weights == plain[method].weights
+        assert trained[method].adapter - plain[method].adapter == 16 * head
+        assert trained[method].head - plain[method].head == 4 * head
+
+
+def test_several_processes_hold_the_gradients_that_they_exchange():
+    lora = LoraConfig(r=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    one, two = predict(PUBLISHED["Qwen2-7B"], lora, [STEP, dataclasses.replace(STEP, processes=2)])
+    trained = 28 * 16 * (3584 + 3584)
+    assert two["lora"].adapter - one["lora"].adapter == 4 * trained
 
 
 def test_a_mask_of_packed_rows_costs_the_square_of_their_tokens():

@@ -1,5 +1,6 @@
 """Two processes over gloo: the run of one process, stopped together and resumed together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -105,8 +106,9 @@ def test_torchrun_on_a_laptop_trains_and_a_sigterm_to_it_leaves_the_word_in_run_
         output = process.communicate(timeout=120)[0]
     finally:
         for left in psutil.process_iter():
-            if str(path) in " ".join(left.cmdline() if left.is_running() else []):
-                left.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if str(path) in " ".join(left.cmdline()):
+                    left.kill()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped", output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert fault(checkpoint) is None

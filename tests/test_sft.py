@@ -208,6 +208,15 @@ CHANGE_THE_BASE = [
 ]
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_trained_head_is_stepped_in_float32_whatever_the_base_is_in(config_file, method):
+    folder = train(
+        config_file(model={"dtype": "bfloat16"}, lora={"modules_to_save": ["lm_head"]}, training={"max_steps": 2}),
+        method,
+    )
+    assert {tensor.dtype for tensor in adapter_of(folder).values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("lora", LORA_OPTIONS + CHANGE_THE_BASE, ids=str)
 def test_what_loraconfig_has_works_and_reads_back_as_it_was_trained(config_file, lora):
     training = {"max_steps": 4, "learning_rate": 5e-3, "per_device_eval_batch_size": 8}

@@ -3,6 +3,7 @@
 from recipes.utils import model as model_module
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError
+from recipes.utils.evaluation import generate_answers
 from recipes.utils.memory_trace import LoraConfig
 from recipes.utils.speed import speed_up
 
@@ -79,6 +80,20 @@ def losses(model):
         found.append(loss.item())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return found, gradients
+
+
+def test_answers_while_training_compile_nothing():
+    """Each length of the cache would be compiled for, and beyond torch's limit training itself would go uncompiled."""
+    torch._dynamo.reset()
+    tokenizer, _ = model_module.load_tokenizer(ModelOptions(str(TINY / "base")))
+    model = adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32))
+    speed_up(model, ModelOptions(compile_layers=True), "eager")
+    losses(model)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert len(generate_answers(model, tokenizer, [[5, 6, 7], [8, 9]], 6)) == 2
+    losses(model.train())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]

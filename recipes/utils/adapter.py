@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: adapters that take a part of the base with them when they begin, given back when they are saved.
+"""What is trained, and how it is saved: PiSSA and OLoRA take a part of the base with them when they begin.
 
 Such an adapter means something only on a base from which the same part was taken, by a decomposition that another
 machine, or another seed, does not repeat. Saved as the difference to its start (PEFT's conversion, of twice the rank),
@@ -60,6 +60,14 @@ def check_continued(folder: str | None) -> None:
             f"model.adapter: {folder} began with {start} and is no plain LoRA; convert it with PEFT's "
             "path_initial_model_for_weight_conversion first"
         )
+
+
+def train_in_float32(model) -> None:
+    """Make all that is trained float32, whatever the base is in: in 16 bit small steps would be rounded away. PEFT leaves
+    modules_to_save in the base's dtype, TRL casts an adapter on a 4-bit base to bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 class Start(NamedTuple):

@@ -10,25 +10,15 @@ import inspect
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-
 VARLEN = "varlen"  # with "flash" in it, transformers would look for that package
-
-
-def kernel_missing() -> str | None:
-    """Why torch's kernel cannot be had here, or None: its arguments came one release after another."""
-    arguments = inspect.signature(varlen_attn).parameters if varlen_attn else {}
-    if not {"scale", "window_size", "enable_gqa"} <= set(arguments):
-        return f"torch {torch.__version__} has no varlen attention with grouped heads and windows"
-    return None
+# torch 2.11 groups heads unasked; later ones want to be told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -50,6 +40,11 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     longest = int(borders.diff().max()) if longest is None else longest
     window = kwargs.get("sliding_window")
     window = window if window and window < longest else None
+    # A trained embedding makes float32 of what the values' projection, under autocast, has in 16 bit; autocast casts for
+    # sdpa and does not know this kernel, which takes one dtype of 16 bit.
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (states.to(dtype) for states in (query, key, value))
     # one row of all tokens: (tokens, heads, head size)
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     # the memory model calls the kernel too, with tensors that hold nothing
@@ -62,7 +57,7 @@ def varlen_kernel(query, key, value, borders, longest: int, scale, window: int |
     """torch's kernel. `window`: how many tokens a token sees, itself included; None for all before it."""
     return varlen_attn(
         query, key, value, borders, borders, longest, longest,
-        scale=scale, window_size=(window - 1 if window else -1, 0), enable_gqa=True,
+        scale=scale, window_size=(window - 1 if window else -1, 0), **GROUPED,
     )  # fmt: skip
 
 

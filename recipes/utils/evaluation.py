@@ -128,9 +128,11 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
         for row, index in enumerate(batch):  # padded on the left, so that every answer begins at the same place
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-        )
+        # Layers that are compiled for training run as they are: each length of the cache would be compiled for.
+        with torch.compiler.set_stance("force_eager"):
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
         for row, index in enumerate(batch):
             generated = output[row, width:].tolist()
             end = next((place for place, token in enumerate(generated) if token in stop_ids), None)

@@ -38,7 +38,7 @@ def step_of(config: Config, attention: str, rows: int, checkpointing: bool, on_g
     return Step(
         dtype=config.model.dtype, attention=attention, rows=rows, length=args.max_length, packed=args.packing,
         checkpointing=checkpointing, input_cast=config.model.adapter_input_cast, double_quantisation=config.quantization.get("bnb_4bit_use_double_quant", True),
-        optimizer=str(args.optim), on_gpu=on_gpu,
+        optimizer=str(args.optim), on_gpu=on_gpu, processes=int(os.environ.get("WORLD_SIZE", 1)),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Memory:
     adapter: int  # with its gradients and the optimizer's state
     activations: int  # kept for the backward pass
     working: int  # the most that a pass through one layer takes on top, recomputation included
-    head: int  # the tile of logits, and the gradient that leaves the head
+    head: int  # the tile of logits, the gradient that leaves the head, and that of a head that is trained
 
     @property
     def total(self) -> int:
@@ -36,7 +36,8 @@ def predict(model_config, lora: LoraConfig, steps: list[Step]) -> list[dict[str,
     """For each of `steps`, which are of one dtype, {"lora": ..., "qlora": ...}: what it takes on a base in that dtype
     and on one in 4 bit."""
     model = on_meta(model_config, lora, steps[0].dtype)
-    vocabulary, width = model.get_output_embeddings().weight.shape
+    head = model.get_output_embeddings()
+    (vocabulary, width), head_trains = head.weight.shape, any(p.requires_grad for p in head.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     linear = [p.numel() for p in _quantised(model)]
@@ -46,11 +47,13 @@ def predict(model_config, lora: LoraConfig, steps: list[Step]) -> list[dict[str,
         kept, working = activations(model_config, lora, step)
         base = Memory(
             weights=frozen * size,
-            # float32, a gradient, and AdamW's two moments
-            adapter=trained * (4 + 4 + (2 if "8bit" in step.optimizer else 8)),
+            # float32, a gradient, AdamW's two moments, and with several processes the gradients that they exchange
+            adapter=trained * (4 + 4 + (2 if "8bit" in step.optimizer else 8) + 4 * (step.processes > 1)),
             activations=kept,
             working=working,
-            head=min(tokens, TILE[0]) * min(vocabulary, TILE[1]) * size + tokens * width * (4 + size),
+            head=min(tokens, TILE[0]) * min(vocabulary, TILE[1]) * size
+            + tokens * width * (4 + size)
+            + head_trains * vocabulary * width * 4,
         )
         # A 4-bit weight is dequantised for each product; what autograd keeps is the same, since the base is frozen.
         in_4_bit = sum(nf4_bytes(count, step.double_quantisation) for count in linear)
@@ -81,10 +84,10 @@ def activations(model_config, lora: LoraConfig, step: Step) -> tuple[int, int]:
 
 
 def _quantised(model):
-    """The weights that Q-LoRA holds in 4 bit: those of all linear layers of the base but the head."""
-    head = model.get_output_embeddings()
+    """The weights that Q-LoRA holds in 4 bit: those of all linear layers of the base but the head, be it a trained one."""
+    head = set(model.get_output_embeddings().modules())
     return [
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+        if isinstance(module, torch.nn.Linear) and module not in head and "lora_" not in name
     ]

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import weakref
 
+from recipes.utils.adapter import train_in_float32
 from recipes.utils.attention import VARLEN
 
 import torch
@@ -35,6 +36,7 @@ class Step:
     double_quantisation: bool = True
     optimizer: str = "adamw_torch_fused"
     on_gpu: bool = True
+    processes: int = 1
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -148,7 +150,9 @@ def on_meta(model_config, lora: LoraConfig, dtype: str, layers: int | None = Non
             model_config, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        return get_peft_model(model, lora, low_cpu_mem_usage=True)
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    train_in_float32(model)
+    return model
 
 
 def _materialise(model) -> None:

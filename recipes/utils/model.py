@@ -3,7 +3,7 @@
 import os
 
 from recipes.utils.adapter import CHANGE_THE_BASE
-from recipes.utils.attention import VARLEN, kernel_missing
+from recipes.utils.attention import VARLEN
 from recipes.utils.chat_template import choose_chat_template
 from recipes.utils.config import Config, ModelOptions
 from recipes.utils.console import UserError, out, say
@@ -124,22 +124,20 @@ def choose_attention(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
     else:
         missing = None
     no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
-    no_varlen = missing or kernel_missing()
     if setting == "auto":
         if not no_flash:
             return "flash_attention_2", "fastest"
-        if not no_varlen:
+        if not missing:
             return VARLEN, f"torch's own, chat by chat; {no_flash}"
-        reason = no_varlen if no_varlen == no_flash else f"{no_flash}, and {no_varlen}"
-        return "sdpa", f"no faster one here: {reason}"
+        return "sdpa", f"no faster one here: {missing}"
     if setting == "flash_attention_2" and no_flash:
         raise UserError(
             f"model.attn_implementation: flash_attention_2 cannot be had here: {no_flash}. It wants an Ampere or newer "
             f"GPU and: {INSTALL_FLASH}; auto takes what is there"
         )
     on_cpu = use_cpu or not torch.cuda.is_available()
-    if setting == VARLEN and no_varlen and not on_cpu:
-        raise UserError(f"model.attn_implementation: varlen cannot be had here: {no_varlen}; auto takes what is there")
+    if setting == VARLEN and missing and not on_cpu:
+        raise UserError(f"model.attn_implementation: varlen cannot be had here: {missing}; auto takes what is there")
     if setting == "flex_attention" and use_cpu:
         raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use auto")
     if setting not in ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention"):
