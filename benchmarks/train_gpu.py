@@ -1,6 +1,6 @@
 """How fast a 7B model trains on one GPU: a ladder of settings, with stock TRL and Unsloth in the same run.
 
-    python benchmarks/train_gpu.py mistral                      every rung that is not measured yet, nine minutes of it
+    python benchmarks/train_gpu.py mistral                      every rung that is not measured yet, some nine minutes
     python benchmarks/train_gpu.py mistral                      ... and again, until it says that all are done
     python benchmarks/train_gpu.py qwen2 --only "packed" "packed, no checkpointing"
     python benchmarks/train_gpu.py mistral --unsloth /folder/with/unsloth     its own versions, first on the path
@@ -49,6 +49,9 @@ SHAPES = {  # as the models' pages have them
 WARM_UP, TIMED = 3, 8
 MAX_LENGTH, MEDIAN, LABELLED = 4096, 420, 0.55
 TINY_SCALE = 32  # lengths are divided by it
+GRACE = 2.5  # minutes that the last rung of a call may take on top
+# Packed rungs see the same rows, so that their losses are equal but for rounding in bfloat16.
+LOSSES_APART = 5e-3
 
 # What a rung sets; the rest stands in DEFAULTS. `kind`: trl as its documentation starts it, ours, or unsloth.
 DEFAULTS = {
@@ -166,22 +169,22 @@ def measure(name: str, rung_name: str, model: Path, micro_batch: int | None = No
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu, seed=0,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model)
+    gigabytes = predicted(rung, args, model, lora)  # before Liger puts its own classes in the place of the model's
     trainer = SFTTrainer(model=loaded, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     if rung["kind"] == "ours":
+        from recipes.utils.adapter import train_in_float32
         from recipes.utils.config_keys import ModelOptions
         from recipes.utils.speed import speed_up
 
-        if rung["method"] == "qlora":
-            for parameter in trainer.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        train_in_float32(trainer.model)
         speed_up(trainer.model, ModelOptions(adapter_input_cast=rung["cast"], compile_layers=rung["compile"]))
 
-    counts, losses, clock = [], [], []
+    counts, losses, clock, batch = [], [], [], {}
     compute_loss = trainer.compute_loss
 
     def counted(model, inputs, **kwargs):
         real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        batch.update({key: list(value.shape) for key, value in inputs.items() if hasattr(value, "shape")})
         counts.append((real, inputs["input_ids"].numel(), (inputs["labels"] != -100).sum()))
         return compute_loss(model, inputs, **kwargs)
 
@@ -217,12 +220,12 @@ def measure(name: str, rung_name: str, model: Path, micro_batch: int | None = No
         "model": name, "shape": [shape["model_type"], shape["hidden_size"], shape["num_hidden_layers"]],
         "variant": rung_name, "ours": rung["kind"] == "ours", "method": rung["method"],
         "checkpointing": rung["checkpointing"], "settings": rung, "micro_batch": rows_a_step,
-        "max_length": args.max_length, "steps": TIMED, "gpu": "CPU" if use_cpu else torch.cuda.get_device_name(),
+        "max_length": args.max_length, "steps": TIMED, "gpu": device_name(),
         "date": date.today().isoformat(), "seconds": seconds,
         "useful_tokens_per_second": useful / seconds, "trained_tokens_per_second": trained / seconds,
         "padding": 1 - useful / seen, "mfu": flops / seconds / product, "product_tflops": product / 1e12,
-        "peak_allocated_gb": peak, "peak_reserved_gb": reserved, "predicted_gb": predicted(rung, args, model, lora),
-        "losses": losses, "versions": versions(),
+        "peak_allocated_gb": peak, "peak_reserved_gb": reserved, "predicted_gb": gigabytes,
+        "losses": losses, "batch": batch, "versions": versions(),
     }  # fmt: skip
 
 
@@ -258,8 +261,8 @@ def product_rate(shape: dict, use_cpu: bool) -> float:
 
 
 def predicted(rung: dict, args, model: Path, lora) -> float | None:
-    """GB that the memory model says, for the rungs of this project."""
-    if rung["kind"] != "ours":
+    """GB that the memory model says, for the rungs of this project; it knows nothing of fused kernels."""
+    if rung["kind"] != "ours" or rung["compile"] or rung["liger"]:
         return None
     from recipes.utils.memory import predict
     from recipes.utils.memory_trace import Step
@@ -283,6 +286,12 @@ def versions() -> dict:
     return found
 
 
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def why_not(rung: dict, unsloth: Path | None) -> str | None:
     """Why a rung cannot run here, or None."""
     import torch
@@ -298,12 +307,13 @@ def why_not(rung: dict, unsloth: Path | None) -> str | None:
 
 
 def print_table(runs: list[dict]) -> None:
-    """Rungs in order, with the distance of packed losses from those of `packed, sdpa`."""
+    """Rungs in order for each model and GPU, with the distance of packed losses from those of `packed, sdpa`."""
     order = list(RUNGS)
-    for model in dict.fromkeys(run["model"] for run in runs):
-        ours = sorted((run for run in runs if run["model"] == model), key=lambda run: order.index(run["variant"]))
+    for model, gpu in dict.fromkeys((run["model"], run["gpu"]) for run in runs):
+        ours = [run for run in runs if (run["model"], run["gpu"]) == (model, gpu)]
+        ours.sort(key=lambda run: order.index(run["variant"]))
         reference = next((run["losses"] for run in ours if run["variant"] == "packed, sdpa"), None)
-        print(f"\n{model} on {ours[0]['gpu']}, {ours[0]['date']}")
+        print(f"\n{model} on {gpu}, {ours[0]['date']}")
         print(f"{'':38}{'tokens/s':>10}{'MFU':>7}{'peak GB':>9}{'predicted':>11}{'losses differ by':>18}")
         for run in ours:
             comparable = reference and run["ours"] and run["settings"]["packing"] and run["method"] == "lora"
@@ -314,6 +324,7 @@ def print_table(runs: list[dict]) -> None:
             print(
                 f"{run['variant']:38}{run['useful_tokens_per_second']:10,.0f}{run['mfu']:7.1%}{cells[0]:>9}{cells[1]:>11}"
                 + (f"{apart:18.1e}" if apart is not None else f"{'-':>18}")
+                + ("  TOO MUCH: it computes something else" if apart and apart > LOSSES_APART else "")
             )
 
 
@@ -321,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=SHAPES)
     parser.add_argument("--only", nargs="+", choices=RUNGS, metavar="RUNG", help="these rungs, measured already or not")
-    parser.add_argument("--minutes", type=float, default=9, help="no rung is begun after so long (9)")
+    parser.add_argument("--minutes", type=float, default=7, help="no rung is begun after so long (7)")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/train_gpu"), help="where the model is made")
     parser.add_argument("--unsloth", type=Path, help="a folder with Unsloth and the versions that it wants")
     parser.add_argument("--micro-batch", type=int, help="rows a micro-batch (2 packed, 8 padded)")
@@ -329,6 +340,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is kept")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.once == "make":
+        make_model(options.model, options.folder)
+        return
     if options.once:
         record = measure(options.model, options.once, options.folder / options.model, options.micro_batch)
         print(json.dumps(record))
@@ -336,8 +350,10 @@ def main() -> None:
     runs = json.loads(options.json.read_text())["runs"] if options.json.exists() else []
     if not options.table:
         began = time.monotonic()
-        make_model(options.model, options.folder)
-        done = {run["variant"] for run in runs if run["model"] == options.model}
+        if not (options.folder / options.model / "done").exists():  # in a process of its own: it fills the GPU
+            ask(options, "--once", "make", check=True)
+        gpu = device_name()
+        done = {run["variant"] for run in runs if (run["model"], run["gpu"]) == (options.model, gpu)}
         rungs = options.only or [name for name in RUNGS if name not in done]
         left = []
         for name in rungs:
@@ -347,29 +363,39 @@ def main() -> None:
             elif time.monotonic() - began > options.minutes * 60:
                 left.append(name)
             else:
-                record = one_process(name, options)
+                record = one_process(name, options, (options.minutes + GRACE) * 60 - (time.monotonic() - began))
                 if record:
-                    runs = [run for run in runs if (run["model"], run["variant"]) != (options.model, name)] + [record]
+                    same = (options.model, name, gpu)
+                    runs = [run for run in runs if (run["model"], run["variant"], run["gpu"]) != same] + [record]
                     options.json.parent.mkdir(parents=True, exist_ok=True)
                     options.json.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
         print(f"\nto do: {', '.join(left)}: call again" if left else "\nall rungs that can run here are done")
     print_table(runs)
 
 
-def one_process(name: str, options) -> dict | None:
-    """The record of a rung that ran in a process of its own, or None where it failed: the next still runs."""
+def one_process(name: str, options, seconds: float) -> dict | None:
+    """The record of a rung that ran in a process of its own, or None where it failed or took too long: the next still
+    runs."""
     print(f"{name} ...", flush=True)
-    words = [options.model, "--once", name, "--folder", str(options.folder)]
-    words += ["--micro-batch", str(options.micro_batch)] if options.micro_batch else []
-    unsloth = options.unsloth if "Unsloth" in name else None
-    path = os.pathsep.join(str(part) for part in (unsloth, ROOT, os.environ.get("PYTHONPATH")) if part)
-    result = subprocess.run(
-        [sys.executable, __file__, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    words = ["--micro-batch", str(options.micro_batch)] if options.micro_batch else []
+    try:
+        result = ask(options, "--once", name, *words, unsloth="Unsloth" in name, timeout=max(60, seconds))
+    except subprocess.TimeoutExpired:
+        print(f"failed: {name}: not done after {seconds:.0f} s", flush=True)
+        return None
     if result.returncode:
         print(f"failed: {name}:\n{result.stderr[-2000:]}", flush=True)
         return None
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def ask(options, *words: str, unsloth=False, **how):
+    """Run this script again with `words`, offline: TRL and Unsloth would report what they are used for."""
+    path = [options.unsloth if unsloth else None, ROOT, os.environ.get("PYTHONPATH")]
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(str(part) for part in path if part)}
+    command = [sys.executable, __file__, options.model, *words, "--folder", str(options.folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, **how)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ def command_line() -> argparse.ArgumentParser:
 if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
     first_look(command_line())
 
-from recipes.utils.attention import VARLEN
 from recipes.utils.config import Config, load_config
 from recipes.utils.config_file import read_flags
 from recipes.utils.config_keys import DataOptions
@@ -43,8 +42,8 @@ from recipes.utils.console import out, print_table, run, say
 from recipes.utils.fit import choose, fits, flags, lora_of, step_of
 from recipes.utils.machine import check_everything
 from recipes.utils.memory import predict
-from recipes.utils.model import choose_attention, load_model_config
-from recipes.utils.plan import OLDER_THAN_AMPERE, WAYS, measured_speed, memory_of_gpu, print_fits, print_parts
+from recipes.utils.model import load_model_config
+from recipes.utils.plan import WAYS, measured_speed, memory_of_gpu, on_gpu, print_fits, print_parts
 
 import torch
 from trl import SFTConfig
@@ -64,9 +63,9 @@ def plan_run(config: Config | None, gpu: str | None = None, probing: bool = Fals
         return
 
     # 1. The steps that come into question: these rows a micro-batch, with and without activation checkpointing.
-    args = SFTConfig(**config.training)
     there, name = memory_of_gpu(gpu)
-    attention = _attention(config, gpu)
+    config, attention, dtype_flag = on_gpu(config, gpu, name)
+    args = SFTConfig(**config.training)
     a_step = config.auto.get("rows", args.per_device_train_batch_size * args.gradient_accumulation_steps)
     sizes = sorted({size for size in (1, 2, 4, 8) if a_step % size == 0} | {args.per_device_train_batch_size})
     steps = {(ck, rows): step_of(config, attention, rows, ck) for ck in (True, False) for rows in sizes}
@@ -83,18 +82,22 @@ def plan_run(config: Config | None, gpu: str | None = None, probing: bool = Fals
     )
     print_fits(name, there, memory, sizes, args.max_length)
 
-    # 3. What to run.
-    rows, checkpointing = choose(
-        sizes, [False, True], args.max_length, lambda rows, ck: fits(memory[(config.method, ck, rows)], there)
-    )
-    peak = memory[(config.method, checkpointing, rows)]
-    verdict = f"{peak.total / 1e9:.1f} GB"
-    rows_of_table = {
-        "fits" if fits(peak, there) else "does not fit": verdict,
-        "flags": flags(rows, a_step // rows, checkpointing),
-        "speed": measured_speed(config, name, checkpointing),
-    }
-    print_table(f"\n{config.name} · {config.method}", rows_of_table)
+    # 3. What to run, also on a base in 4 bit where a 16-bit one has no room.
+    for method in dict.fromkeys((config.method, "qlora")):
+        rows, checkpointing = choose(
+            sizes,
+            [False, True],
+            args.max_length,
+            lambda rows, ck, method=method: fits(memory[(method, ck, rows)], there),
+        )
+        peak = memory[(method, checkpointing, rows)]
+        rows_of_table = {"fits" if fits(peak, there) else "does not fit": f"{peak.total / 1e9:.1f} GB"}
+        if fits(peak, there):
+            rows_of_table["flags"] = flags(rows, a_step // rows, checkpointing) + dtype_flag
+            rows_of_table["speed"] = measured_speed(config, method, name, checkpointing)
+        print_table(f"\n{config.name} · {method}", rows_of_table)
+        if fits(peak, there):
+            break
 
 
 def probe(config: Config) -> dict[str, str]:
@@ -131,13 +134,6 @@ def probe(config: Config) -> dict[str, str]:
         return {"memory": f"{resident:.1f} GB resident at the most, libraries and all", **speed}
     peaks = (torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9)
     return {"memory": "{:.1f} GB allocated at the most, {:.1f} GB reserved".format(*peaks), **speed}
-
-
-def _attention(config: Config, gpu: str | None) -> str:
-    """What packed rows go through on that GPU."""
-    if gpu is None or config.model.attn_implementation != "auto":
-        return choose_attention(config.model, use_cpu=gpu is not None)[0]
-    return "sdpa" if gpu in OLDER_THAN_AMPERE or config.model.dtype == "float32" else VARLEN
 
 
 def main(argv: list[str]) -> None:

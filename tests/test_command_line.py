@@ -6,7 +6,7 @@ from recipes.utils import console
 from recipes.utils.config import load_config, parse_command_line
 from recipes.utils.config_keys import REFUSED, SECTIONS, ModelOptions, key_names
 from recipes.utils.console import UserError
-from recipes.utils.model import check_machine, choose_attention, load_model_config
+from recipes.utils.model import check_machine, choose_attention, load_base_model, load_model_config
 
 import pytest
 import torch
@@ -204,6 +204,15 @@ def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(config_file, 
         checked(config_file, monkeypatch, gpus=0, model={"name_or_path": seven_billion})
     assert len(str(error.value).splitlines()) == 1
     checked(config_file, monkeypatch, gpus=0, model={"name_or_path": seven_billion}, training={"use_cpu": True})
+
+
+def test_a_gpu_that_others_fill_is_one_line(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("recipes.utils.model.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(UserError, match="nvidia-smi shows what else runs there"):
+        load_base_model(ModelOptions(str(TINY / "base")), "sdpa", use_cpu=False)
 
 
 def test_a_hub_name_without_network_is_one_line():

@@ -46,8 +46,40 @@ def test_settings_and_size_change_the_plan(mistral, capsys):
     assert "does not fit" in shown(capsys, *mistral, "--gpu", "8GB")
 
 
-def test_an_older_gpu_is_planned_with_the_mask_that_it_needs(mistral, capsys):
-    assert "attention sdpa" in shown(capsys, *mistral, "--gpu", "T4")
+def test_an_older_gpu_is_planned_with_the_mask_and_the_dtype_that_it_needs(mistral, capsys, tmp_path):
+    text = shown(capsys, *mistral, "--gpu", "t4")
+    assert "float16, attention sdpa" in text
+    assert "--training.gradient_checkpointing true --model.dtype float16" in text
+    PUBLISHED["Qwen2-7B"].save_pretrained(tmp_path / "model")
+    assert "float32, attention sdpa" in shown(capsys, *mistral, "--gpu", "T4", "--qlora")
+
+
+def test_where_16_bit_has_no_room_the_flags_are_those_of_4_bit(mistral, capsys):
+    text = shown(capsys, *mistral, "--gpu", "12GB")
+    assert text.index("mistral · lora does not fit") < text.index("mistral · qlora fits") < text.index("--training")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "same"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A10", False),
+        ("NVIDIA L40S", "L4", False),
+        ("NVIDIA A100-SXM4-40GB", "A100-40", True),
+        ("NVIDIA A100-SXM4-80GB", "A100-40", False),
+        ("NVIDIA H200", "H200", True),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090", True),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB", True),
+    ],
+)
+def test_a_measured_speed_is_of_that_gpu_and_of_no_other(device, gpu, same):
+    assert plan._is(device, gpu) is same
+
+
+@pytest.mark.parametrize(("capability", "there"), [((7, 0), False), ((7, 5), True), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_that_this_torch_has_no_kernels_for_is_told(monkeypatch, capability, there):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "compute_120"])
+    assert (machine.no_kernels() is None) is there
 
 
 def test_an_unknown_gpu_is_answered_with_those_that_are_known(mistral, capsys):

@@ -1,7 +1,10 @@
 """The GPU benchmark at tiny scale on a CPU, so that it cannot rot."""
 
+import argparse
 import importlib.util
 import json
+
+from recipes.utils import attention
 
 import pytest
 from conftest import ROOT
@@ -22,12 +25,16 @@ def model(tmp_path_factory):
     return train_gpu.make_model("tiny", tmp_path_factory.mktemp("bench"))
 
 
-def test_rungs_on_the_same_rows_have_the_same_losses(model, short):
+def test_rungs_on_the_same_rows_have_the_same_losses_and_other_attention_has_not(model, short, monkeypatch):
     sdpa, ours, padded = (
         train_gpu.measure("tiny", name, model) for name in ("packed, sdpa", "packed", "bfloat16, padded")
     )
     assert len(sdpa["losses"]) == 3
-    assert ours["losses"] == pytest.approx(sdpa["losses"], abs=1e-2)  # bfloat16
+    assert ours["losses"] == pytest.approx(sdpa["losses"], abs=5e-4)  # bfloat16
+    assert set(ours["batch"]) >= {"input_ids", "labels", "position_ids"}
+    monkeypatch.setattr(attention, "attend_by_document", lambda query, key, value, *others: query)
+    none = train_gpu.measure("tiny", "packed", model)
+    assert none["losses"] != pytest.approx(sdpa["losses"], abs=5e-4)
     assert ours["padding"] == 0 < padded["padding"]
     assert 0 < ours["trained_tokens_per_second"] < ours["useful_tokens_per_second"]
     assert 0 < ours["mfu"] < 1
@@ -44,10 +51,10 @@ def test_other_rungs_train(model, short, rung):
 def test_calls_merge_their_results_and_go_on_where_the_last_one_stopped(tmp_path, model, monkeypatch, capsys):
     ran = []
 
-    def quick(name, options):
+    def quick(name, options, seconds):
         ran.append(name)
         return {
-            "model": "tiny", "variant": name, "gpu": "CPU", "date": "2000-01-01", "losses": [float(len(ran))], "mfu": 0.5,
+            "model": "tiny", "variant": name, "gpu": train_gpu.device_name(), "date": "2000-01-01", "losses": [float(len(ran))], "mfu": 0.5,
             "useful_tokens_per_second": 1.0, "peak_allocated_gb": None, "predicted_gb": None, "ours": True,
             "method": "lora", "settings": {"packing": True},
         }  # fmt: skip
@@ -80,6 +87,22 @@ def test_calls_merge_their_results_and_go_on_where_the_last_one_stopped(tmp_path
     assert "1.0e+00" in shown  # packed against it
     kept = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert len(kept) == len({run["variant"] for run in kept}) == len(ran)
+    assert "TOO MUCH" in shown
+
+    monkeypatch.setattr(train_gpu, "device_name", lambda: "Another GPU")
+    call("--only", "packed")
+    kept = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert len([run for run in kept if run["variant"] == "packed"]) == 2  # the first one's is kept
+
+
+def test_a_rung_runs_in_a_process_of_its_own_and_one_that_takes_too_long_is_given_up(model, capsys, monkeypatch):
+    options = argparse.Namespace(model="tiny", folder=model.parent, unsloth=None, micro_batch=1)
+    record = train_gpu.one_process("packed, sdpa", options, 200)
+    assert (record["micro_batch"], len(record["losses"])) == (1, train_gpu.WARM_UP + train_gpu.TIMED)
+    ask = train_gpu.ask
+    monkeypatch.setattr(train_gpu, "ask", lambda *words, **how: ask(*words, **{**how, "timeout": 0.1}))
+    assert train_gpu.one_process("packed", options, 200) is None
+    assert "failed: packed: not done" in capsys.readouterr().out
 
 
 def test_flops_of_a_token_are_those_of_the_floor():

@@ -62,7 +62,7 @@ def check_gpu() -> list[Check]:
     free = torch.cuda.mem_get_info(0)[0]
     count = f" × {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
     text = f"{properties.name}{count}, {properties.total_memory / 1e9:.1f} GB, {free / 1e9:.1f} free, compute capability {capability[0]}.{capability[1]}"
-    checks = [Check("ok", "GPU", text)]
+    checks = [Check("missing" if no_kernels() else "ok", "GPU", text + (no_kernels() or ""))]
     driver = (
         shutil.which("nvidia-smi")
         and subprocess.run(
@@ -85,6 +85,16 @@ def check_gpu() -> list[Check]:
             Check("optional", "flash-attn", "not for GPUs before Ampere; packed rows go through sdpa with a mask")
         )
     return checks
+
+
+def no_kernels() -> str | None:
+    """What to do where this torch holds no kernels for this GPU (those for CUDA 13 begin with Turing), or None. Kernels
+    run on later GPUs of the same generation: 8.6's on 8.9."""
+    generation, minor = torch.cuda.get_device_capability()
+    built = [divmod(int(name[3:]), 10) for name in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", name)]
+    if any(major == generation and least <= minor for major, least in built):
+        return None
+    return f": torch {torch.__version__} holds no kernels for it; install the same version as built for CUDA 12.6"
 
 
 def check_four_bit() -> Check:

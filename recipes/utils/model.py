@@ -152,16 +152,22 @@ def load_base_model(options: ModelOptions, attention: str, use_cpu: bool, quanti
     device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with hub_errors(options.name_or_path, options.revision):
         say_download(options)
-        model = AutoModelForCausalLM.from_pretrained(
-            options.name_or_path,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            dtype=getattr(torch, options.dtype),
-            attn_implementation=attention,
-            device_map={"": device},
-            quantization_config=quantization_config,
-            use_safetensors=True,
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                options.name_or_path,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+                dtype=getattr(torch, options.dtype),
+                attn_implementation=attention,
+                device_map={"": device},
+                quantization_config=quantization_config,
+                use_safetensors=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{options.name_or_path}: its weights do not fit what is free on {device}; nvidia-smi shows what else runs "
+                "there, recipes/plan_run.py what would fit"
+            ) from error
     keep_nf4_as_packed(model)
     fit_to_save(model)
     return model
