@@ -23,11 +23,11 @@ lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 
 bench: .venv/installed-dev
-	$(VENV)/python benchmarks/prepare_data.py --runs 2
-	$(VENV)/python benchmarks/merge.py
+	$(VENV)/python benchmarks/prepare_data.py --runs 2 --json benchmarks/results/prepare_data.json
+	$(VENV)/python benchmarks/merge.py --rounds 2
 	$(VENV)/python benchmarks/monitor.py
-	$(VENV)/python benchmarks/train_tiny.py
-	$(VENV)/python benchmarks/startup.py
+	$(VENV)/python benchmarks/train_tiny.py --json benchmarks/results/train_tiny.json
+	$(VENV)/python benchmarks/startup.py --rounds 2 --json benchmarks/results/startup.json
 
 clean:
 	rm -rf .venv runs

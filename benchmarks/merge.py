@@ -132,12 +132,14 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak of a process begins with its parent's
             base, adapter, model = pool.apply(make_model, (folder, options.layers))
         found = {}
-        for _ in range(options.rounds):
+        for number in range(1 + options.rounds):  # the first, not counted, warms caches and a virtual machine's memory
             for way, script in (("copy", COPY), ("this project", OURS), ("peft", PEFT)):
                 shutil.rmtree(folder / way, ignore_errors=True)
                 os.sync()
-                found.setdefault(way, []).append(measure(script, adapter, base, folder / way))
-                print(way, found[way][-1], flush=True)
+                seconds = measure(script, adapter, base, folder / way)
+                print("warm-up:" if number == 0 else "", way, seconds, flush=True)
+                if number > 0:
+                    found.setdefault(way, []).append(seconds)
         same = same_weights(folder / "this project", folder / "peft")
     medians = {way: {key: round(median(run[key] for run in runs), 2) for key in runs[0]} for way, runs in found.items()}
     ours, peft = medians["this project"], medians["peft"]
