@@ -118,7 +118,7 @@ def test_the_line_and_the_mend_are_named_and_nothing_is_written(name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_skipped_bad_rows_are_counted_and_the_good_ones_kept(name):
-    rows, counts = prepared(FOLDER / f"{name}.jsonl", on_bad_row="skip")
+    rows, counts, _ = prepared(FOLDER / f"{name}.jsonl", on_bad_row="skip")
     good = len((FOLDER / f"{name}.jsonl").read_bytes().splitlines()) - 2
     assert len(rows) == good
     assert [bad["where"].rpartition(":")[2] for bad in counts["bad"]] == ["3"]
@@ -140,7 +140,7 @@ def test_a_run_that_skips_bad_rows_writes_them_into_its_folder(config_file, caps
 def test_typed_control_tokens_are_plain_text_when_escaped():
     for name, end in (("control_token_user", "<|im_end|>"), ("mistral_control_token", "</s>")):
         tokenizer = FAMILIES["mistral v3" if name.startswith("mistral") else "qwen2"][0]()
-        rows, counts = prepared(FOLDER / f"{name}.jsonl", control_tokens="escape")
+        rows, counts, _ = prepared(FOLDER / f"{name}.jsonl", control_tokens="escape")
         assert counts["bad"] == []
         ids = rows[1]["input_ids"]
         special = [token for token in ids if token in tokenizer.added_tokens_decoder]

@@ -13,8 +13,10 @@ from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError
 from recipes.utils.dataset import Chat
 from recipes.utils.encoding import encode_chats, prompt_ids
-from recipes.utils.prepare import document_hash, fingerprint, locate, prepare
+from recipes.utils.prepare import prepare
+from recipes.utils.row_identity import document_hash, fingerprint, locate
 
+import datasets
 import pytest
 import trl.chat_template_utils as trl_templates
 from conftest import chat, real_rows, write_jsonl
@@ -24,9 +26,8 @@ from test_chat_template import FAMILIES, qwen_tokenizer, trained_texts
 
 
 def prepared(path, tokenizer, max_length=512, part="train", **options):
-    return prepare(
-        DataOptions(train=str(path), **options), SimpleNamespace(max_length=max_length, seed=1), tokenizer, part
-    )
+    args = SimpleNamespace(max_length=max_length, seed=1)
+    return prepare(DataOptions(train=str(path), **options), args, tokenizer, part)
 
 
 def qwen2_5():
@@ -89,7 +90,7 @@ def test_real_answers_are_what_is_trained(family):
     make, end, _ = FAMILIES[family]
     tokenizer = make()
     path = real_rows("alpaca_train.jsonl")
-    rows, counts = prepared(path, tokenizer, max_length=100_000)
+    rows, counts, _ = prepared(path, tokenizer, max_length=100_000)
     assert counts["rows"] == 900
     for line, row in zip(path.read_text().splitlines(), rows, strict=True):
         expected = json.loads(line)["output"]
@@ -104,7 +105,7 @@ def test_real_tool_calls_are_what_is_trained():
     """Calls and answers, not what tools said, by Qwen2.5's template through TRL's training twin."""
     tokenizer = qwen2_5()
     path = real_rows("sharegpt_tools.jsonl")
-    rows, counts = prepared(path, tokenizer, max_length=100_000)
+    rows, counts, _ = prepared(path, tokenizer, max_length=100_000)
     assert counts["bad"] == []
     learnt = learnt_by_place(rows, tokenizer)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -124,7 +125,7 @@ def test_real_tool_calls_are_trained_in_mistrals_form_too():
     """Each call and answer once, after the prompt that inference sends, which has the tools before the last user turn."""
     tokenizer = FAMILIES["mistral v3"][0]()
     path = real_rows("sharegpt_tools.jsonl")
-    rows, counts = prepared(path, tokenizer, max_length=100_000)
+    rows, counts, _ = prepared(path, tokenizer, max_length=100_000)
     assert counts["bad"] == []
     learnt = learnt_by_place(rows, tokenizer)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -151,14 +152,14 @@ def test_an_answer_with_weight_0_carries_no_loss(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
     row = chat("a", "bad answer", "b", "good answer")
     row["messages"][1]["weight"] = 0
-    rows, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
+    rows, _, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
     encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
     assert trained_texts(tokenizer, encoded) == ["good answer<|im_end|>"]
 
 
 def test_train_on_last_trains_the_last_answer_alone(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
-    rows, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")]), tokenizer, train_on="last")
+    rows, _, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")]), tokenizer, train_on="last")
     encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
     assert trained_texts(tokenizer, encoded) == ["d<|im_end|>"]
 
@@ -167,7 +168,7 @@ def test_train_on_last_takes_the_last_answer_that_has_weight(tmp_path):
     row = chat("a", "b", "c", "d")
     row["messages"][3]["weight"] = 0
     tokenizer = FAMILIES["qwen2"][0]()
-    rows, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer, train_on="last")
+    rows, _, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer, train_on="last")
     encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
     assert trained_texts(tokenizer, encoded) == ["b<|im_end|>"]
 
@@ -190,7 +191,7 @@ def test_an_answer_that_begins_without_a_blank_gets_none_from_sentencepiece():
 
 def test_a_chat_that_is_split_is_counted_and_every_answer_is_learnt_once(tmp_path):
     tokenizer = FAMILIES["mistral v3"][0]()
-    rows, counts = prepared(
+    rows, counts, _ = prepared(
         write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d", system="s"), chat("e", "f")]), tokenizer
     )
     assert (counts["rows"], counts["split"]) == (3, 1)
@@ -200,11 +201,11 @@ def test_a_chat_that_is_split_is_counted_and_every_answer_is_learnt_once(tmp_pat
 def test_rows_over_max_length_are_dropped_or_cut_or_refused_as_asked_and_counted(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
     path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b" * size) for size in (10, 20, 400)])
-    rows, counts = prepared(path, tokenizer, 200)
+    rows, counts, _ = prepared(path, tokenizer, 200)
     assert (len(rows), counts["rows"], counts["over_length"], counts["dropped"]) == (2, 2, 1, 1)
     assert counts["trained_tokens"] == 10 + 20 + 2
     assert counts["length_99"] > 400
-    rows, counts = prepared(path, tokenizer, 200, over_length="truncate")
+    rows, counts, _ = prepared(path, tokenizer, 200, over_length="truncate")
     assert (len(rows), max(map(len, rows["input_ids"])), counts["over_length"]) == (3, 200, 1)
     assert counts["lost_tokens"] == counts["all_tokens"] - counts["tokens"]
     with pytest.raises(UserError, match=r"a.jsonl:3: \d+ tokens, over training.max_length 200"):
@@ -215,7 +216,7 @@ def test_rows_over_max_length_are_dropped_or_cut_or_refused_as_asked_and_counted
 
 def test_a_cut_row_without_any_answer_left_is_dropped_and_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("a" * size, "b") for size in (10, 400)])
-    rows, counts = prepared(path, FAMILIES["qwen2"][0](), 200, over_length="truncate")
+    rows, counts, _ = prepared(path, FAMILIES["qwen2"][0](), 200, over_length="truncate")
     assert (len(rows), counts["dropped"]) == (1, 1)
 
 
@@ -315,3 +316,33 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert resource.RUSAGE_SELF == 0
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout.split()[-1]) < 400
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "counts.json"])
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_cache_entry_is_made_anew_and_said(tmp_path, monkeypatch, capsys, name, damage):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path, tokenizer = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")]), qwen2_5()
+    whole = prepared(path, tokenizer)[0].to_dict()
+    [entry] = (tmp_path / "cache" / "lora-recipes").iterdir()
+    if damage == "cut":
+        os.truncate(entry / name, (entry / name).stat().st_size // 2)
+    else:
+        (entry / name).unlink()
+    assert prepared(path, tokenizer)[0].to_dict() == whole
+    assert "are damaged" in capsys.readouterr().out
+    prepared(path, tokenizer)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_entries_that_nobody_used_for_a_month_go_when_another_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    entries, tokenizer = tmp_path / "cache" / "lora-recipes", qwen2_5()
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [chat("a", name)]) for name in "bcd"]
+    for path in paths[:2]:
+        prepared(path, tokenizer)
+    for entry in entries.iterdir():
+        os.utime(entry, (0, 0))
+    prepared(paths[0], tokenizer)  # used again
+    prepared(paths[2], tokenizer)
+    assert len(list(entries.iterdir())) == 2

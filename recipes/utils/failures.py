@@ -6,7 +6,8 @@ from pathlib import Path
 from recipes.utils.config import Config
 from recipes.utils.console import RunEnded, UserError
 from recipes.utils.micro_batch import documents_of
-from recipes.utils.prepare import Prepared, document_hash, locate
+from recipes.utils.prepare import Prepared
+from recipes.utils.row_identity import document_hash, locate
 from recipes.utils.run_folder import discard_empty
 
 import torch

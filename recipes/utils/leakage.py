@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from recipes.utils.config import Config
 from recipes.utils.dataset import Report, held_out, stream_chats
-from recipes.utils.prepare import Prepared, fingerprint
+from recipes.utils.prepare import Prepared
+from recipes.utils.row_identity import fingerprint
 
 import numpy as np
 from rensa import RMinHash, RMinHashLSH
@@ -37,8 +38,9 @@ def leave_out_copies(train: Prepared, validation: Prepared) -> tuple[list[Findin
                 f"but for case, space and punctuation: {', '.join(places)}",
             )
         )
-        validation = Prepared(
-            validation.rows.select(np.flatnonzero(~known)), {**validation.counts, "rows": int((~known).sum())}
+        validation = validation._replace(
+            rows=validation.rows.select(np.flatnonzero(~known)),
+            counts={**validation.counts, "rows": int((~known).sum())},
         )
         if known.all():
             findings.append(

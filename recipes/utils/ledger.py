@@ -14,7 +14,7 @@ from typing import NamedTuple
 from recipes.utils.console import UserError
 from recipes.utils.jsonl import append_lines, file_hash, keep_steps, read_json
 from recipes.utils.micro_batch import MicroBatch
-from recipes.utils.prepare import document_hash, locate
+from recipes.utils.row_identity import document_hash, locate
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback

@@ -1,17 +1,6 @@
-"""Files to training rows in one pass: read, checked, rendered, tokenised and labelled once, and kept for the next run.
+"""Files to training rows in one pass: read, checked, rendered, tokenised and labelled once, and kept for the next run."""
 
-A cache entry is found by content (the bytes of the files, template, tokenizer, settings and this code), so an edit is
-noticed and an unchanged file costs nothing but reading it.
-"""
-
-import contextlib
 import dataclasses
-import datetime
-import hashlib
-import json
-import os
-import platform
-import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,20 +8,20 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import recipes.utils
 from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import UserError, say
 from recipes.utils.control_tokens import control_tokens
-from recipes.utils.dataset import Chat, Report, held_out, stream_chats
+from recipes.utils.dataset import Report, held_out, stream_chats
 from recipes.utils.encoding import documents, encode_documents
 from recipes.utils.jsonl import BadRow, data_files, file_hash
+from recipes.utils.row_cache import cached, content_key
+from recipes.utils.row_identity import fingerprint
 
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
 BATCH = 1000
-NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -47,10 +36,12 @@ COUNTS = ("rows", "tokens", "trained_tokens", "over_length", "lost_tokens", "dro
 
 
 class Prepared(NamedTuple):
-    """Rows that SFTTrainer takes as they are (and `where`, `fingerprint`), and what preparing them counted."""
+    """Rows that SFTTrainer takes as they are (and `where`, `fingerprint`), what preparing them counted, and the files that
+    they came from with the SHA-256 of each."""
 
     rows: datasets.Dataset
     counts: dict
+    files: dict[str, str]
 
 
 def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
@@ -72,28 +63,12 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
     if share and not 0 < data.validation < 1:
         raise UserError(f"data.validation: {data.validation} is not a share between 0 and 1, nor a file")
     paths = data.train if share or part == "train" else data.validation
-    key = _key(paths, tokenizer, [repr(_that_make_rows(data)), max_length, part, seed])
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
-    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-        # One process of a machine prepares. A barrier would give up after its timeout; where that process fails, the
-        # launcher ends this one.
-        while not (folder / "counts.json").is_file():
-            time.sleep(0.2)
-    if not (folder / "counts.json").is_file():
-        temporary = folder.with_name(f"{key}.{platform.node()}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            counts = _write(temporary / "rows.arrow", paths, data, tokenizer, max_length, part, seed)
-            (temporary / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-            with contextlib.suppress(OSError):  # another process was faster; its rows are the same
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    files = {str(path): file_hash(path) for path in data_files(paths)}
+    key = content_key(files, tokenizer, [repr(_that_make_rows(data)), max_length, part, seed])
+    rows, counts = cached(key, lambda path: _write(path, paths, data, tokenizer, max_length, part, seed))
     if not counts["rows"]:
         raise UserError(_nothing_left(counts, data, part, max_length))
-    return Prepared(datasets.Dataset.from_file(str(folder / "rows.arrow")), counts)
+    return Prepared(rows, counts, files)
 
 
 def _that_make_rows(data: DataOptions) -> DataOptions:
@@ -115,30 +90,6 @@ def _nothing_left(counts: dict, data: DataOptions, part: str, max_length: int) -
             f"data.validation: with a share of {data.validation} no {part} row is left; give another share, or a file"
         )
     return f"data.{part}: names no rows"
-
-
-def document_hash(input_ids) -> bytes:
-    """A key for a row by its token ids, which is all that is left of it once it is packed."""
-    return hashlib.blake2b(np.asarray(input_ids, dtype=np.int32).tobytes(), digest_size=8).digest()
-
-
-def locate(rows: datasets.Dataset) -> dict[bytes, str]:
-    """{`document_hash`: file:line} for each of the rows, to find packed documents again; the first of equal ones."""
-    places = {}
-    for batch in rows.select_columns(["input_ids", "where"]).with_format("numpy").iter(BATCH):
-        for ids, where in zip(batch["input_ids"], batch["where"], strict=True):
-            places.setdefault(document_hash(ids), str(where))
-    return places
-
-
-def fingerprint(chat: Chat) -> int:
-    """The same number for chats that differ in case, space and (ASCII) punctuation alone."""
-    digest = hashlib.blake2b(digest_size=8)
-    for message in chat.messages:
-        calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
-        text = message["content"] + calls
-        digest.update(message["role"].encode() + text.casefold().encode().translate(None, NO_LETTERS) + b"\n")
-    return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def _write(path: Path, paths, data: DataOptions, tokenizer, max_length: int, part: str, seed: int) -> dict:
@@ -223,18 +174,3 @@ def _texts(chats, report: Report, tokenizer, control, data: DataOptions, part: s
                 yield document, fingerprint(chat)
         except BadRow as error:
             report.add_bad(chat.where, error, chat.line)
-
-
-def _key(paths, tokenizer, settings: list) -> str:
-    """A digest of all that the prepared rows depend on."""
-    digest = hashlib.sha256(repr([datasets.__version__, *settings]).encode())
-    for module in sorted(Path(recipes.utils.__file__).parent.glob("*.py")):
-        digest.update(module.read_bytes())
-    if "strftime_now" in tokenizer.chat_template:
-        digest.update(str(datetime.date.today()).encode())  # such a template writes the date
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr([tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]).encode())
-    for path in data_files(paths):
-        digest.update(str(path).encode())
-        digest.update(file_hash(path).encode())
-    return digest.hexdigest()[:32]

@@ -12,7 +12,7 @@ from recipes.utils.config import Config
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
 from recipes.utils.disk import DISK_FULL, sync_path
 from recipes.utils.failures import out_of_memory
-from recipes.utils.jsonl import data_files, file_hash, read_json
+from recipes.utils.jsonl import read_json
 from recipes.utils.prepare import Prepared
 from recipes.utils.report import refresh_report
 from recipes.utils.run_table import device_name
@@ -32,7 +32,8 @@ def recorded(config: Config, trainer, train: Prepared, validation: Prepared | No
     disk, becomes a `RunEnded` that says what to do. Rows that were skipped go to bad_rows.jsonl.
     """
     counts = {part: rows.counts for part, rows in (("train", train), ("validation", validation)) if rows}
-    record, results = _describe(config, trainer, counts, accepted), {}
+    files = train.files | (validation.files if validation else {})
+    record, results = _describe(config, trainer, counts, files, accepted), {}
     _write(config.run_folder, record)
     _write_bad_rows(config.run_folder, counts)
     try:
@@ -83,14 +84,8 @@ def newest_run(folder: str = "runs") -> Path:
     return max(finished)[1]
 
 
-def _describe(config: Config, trainer, counts: dict[str, dict], accepted: list[str]) -> dict:
+def _describe(config: Config, trainer, counts: dict[str, dict], files: dict[str, str], accepted: list[str]) -> dict:
     """What the run is made of; after a resume, with when it began and how often it was taken up again."""
-    files = [
-        path
-        for part in (config.data.train, config.data.validation)
-        if isinstance(part, (str, list))
-        for path in data_files(part)
-    ]
     record = {
         "status": "running",
         "method": config.method,
@@ -105,7 +100,7 @@ def _describe(config: Config, trainer, counts: dict[str, dict], accepted: list[s
         | {"python": platform.python_version()},
         "device": device_name(config.training["use_cpu"]),
         "processes": trainer.args.world_size,
-        "data_sha256": {str(path): file_hash(path) for path in files},
+        "data_sha256": files,
         "rows": {part: {**values, "bad": len(values["bad"])} for part, values in counts.items()},
         "seed": trainer.args.seed,
         "findings": [finding._asdict() for finding in config.findings],

@@ -8,7 +8,6 @@ from recipes.utils.adapter import adapter_shapes, stored_shapes
 from recipes.utils.checkpoint import read_made_of
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, say
-from recipes.utils.jsonl import data_files, file_hash
 
 import numpy as np
 import torch
@@ -37,9 +36,9 @@ def describe(config: Config, trainer, train, validation, attention: str) -> dict
     adapter = trainer.model.peft_config["default"].to_dict()
     processes, free = args.world_size, FREE if args.lr_scheduler_type not in ON_EVALUATIONS else FREE_OF_EVALUATIONS
     made_of = {
-        "data.train": _files_digest(config.data.train),
+        "data.train": _digest(" ".join(train.files.values())),
         "data.validation": config.data.validation if isinstance(config.data.validation, float | None) else
-        _files_digest(config.data.validation),
+        _digest(" ".join(validation.files.values())),
         **{f"data.{key}": getattr(config.data, key) for key in DATA_KEYS},
         "chat template": _digest(tokenizer.chat_template),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
@@ -124,10 +123,6 @@ def _short(value) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _files_digest(paths) -> str:
-    return _digest(" ".join(file_hash(path) for path in data_files(paths)))
 
 
 def _rows_digest(rows) -> str:
