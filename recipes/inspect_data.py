@@ -40,21 +40,19 @@ if __name__ == "__main__":  # --help and slips are answered before the imports, 
 
 from recipes.utils.config import Config, load_config
 from recipes.utils.config_file import read_flags
-from recipes.utils.console import UserError, out, print_table, run, say
+from recipes.utils.console import UserError, out, run, say
 from recipes.utils.guards import check_rows, check_settings
 from recipes.utils.ledger import read_ledger
 from recipes.utils.model import load_tokenizer
 from recipes.utils.page import write_data_page
 from recipes.utils.prepare import Prepared, prepare
 from recipes.utils.run_table import steps_of
-from recipes.utils.token_view import token_pieces
+from recipes.utils.token_view import print_data, token_pieces
 
 import numpy as np
-from rich.text import Text
 from trl import SFTConfig
 from trl.data_utils import pack_dataset
 
-STYLES = {"trained": "black on green", "special": "bold magenta", "context": "dim"}
 BINS = 12
 WORST = 20  # rows of a ledger that are listed
 
@@ -84,13 +82,14 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
     findings += check_settings(args, trainer_rows, train.counts)
     steps, steps_an_epoch = steps_of(args, trainer_rows)
     worst = read_ledger(ledger)[:WORST] if ledger else []
-    shown = _rows_to_show(train, row, rows, pick)
     if ledger:
-        shown = [
-            item
-            for where in dict.fromkeys(entry.where for entry in worst[:rows])
-            for item in _rows_to_show(train, where, 1, False)
-        ]
+        places = dict.fromkeys(entry.where for entry in worst[:rows])
+        shown = [found for place in places for found in _rows_at(train, place)]
+    elif row:
+        shown = _rows_at(train, row)
+    else:
+        indices, count = range(len(train.rows)), min(rows, len(train.rows))
+        shown = [train.rows[index] for index in (random.sample(indices, count) if pick else indices[:count])]
     report = {
         "chat_template": template_reason,
         "train": train.counts, "validation": validation.counts if validation else None,
@@ -113,22 +112,19 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_jso
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
     elif not html:
-        _print(config, report)
+        print_data(config.name, report)
     return report
 
 
-def _rows_to_show(train: Prepared, where: str | None, count: int, pick: bool) -> list[dict]:
-    if where:
-        places = [index for index, place in enumerate(train.rows["where"]) if place == os.path.relpath(where)]
-        if not places:
-            raise UserError(
-                f"--row {where}: no such row is trained on; rows are named as the config names the file, such as "
-                f"{train.rows[0]['where']}, and dropped ones are not shown"
-            )
-        return [train.rows[index] for index in places]
-    indices = range(len(train.rows))
-    chosen = random.sample(indices, min(count, len(indices))) if pick else indices[:count]
-    return [train.rows[index] for index in chosen]
+def _rows_at(train: Prepared, where: str) -> list[dict]:
+    """The rows of a file:line: several where the answers of a chat are split."""
+    places = [index for index, place in enumerate(train.rows["where"]) if place == os.path.relpath(where)]
+    if not places:
+        raise UserError(
+            f"--row {where}: no such row is trained on; rows are named as the config names the file, such as "
+            f"{train.rows[0]['where']}, and dropped ones are not shown"
+        )
+    return [train.rows[index] for index in places]
 
 
 def _answers(labels: list[int]) -> int:
@@ -140,41 +136,6 @@ def _histogram(lengths: np.ndarray) -> list[dict]:
     return [
         {"from": int(a), "to": int(b), "rows": int(n)} for n, a, b in zip(counts, edges[:-1], edges[1:], strict=True)
     ]
-
-
-def _print(config: Config, report: dict) -> None:
-    train, packing = report["train"], report["packing"]
-    print_table(f"{config.name}: what would be trained on", {
-        "chat template": report["chat_template"],
-        "files": ", ".join(f"{n:,} {shape} rows" for shape, n in train["shapes"].items()),
-        "ignored keys": ", ".join(train["ignored_keys"]) or None,
-        "rows": f"{train['rows']:,} train, {(report['validation'] or {'rows': 0})['rows']:,} validation; left out: "
-                f"{len(train['bad']):,} bad, {train['dropped']:,} over max_length or without an answer; {train['blank']:,} blank lines",
-        "answers a row": ", ".join(f"{n:,} rows of {k}" for k, n in sorted(report["answers_a_row"].items())),
-        "tokens": f"{train['tokens']:,}, trained on {train['trained_tokens']:,} ({train['trained_tokens'] / train['tokens']:.0%})",
-        "tokens a row": ", ".join(f"{name} {value:,}" for name, value in report["lengths"].items()),
-        "packing": f"{packing['rows']:,} rows of {report['max_length']}, {packing['fill']:.1%} filled" if packing else "off",
-        "steps": f"{report['steps']:,} ({report['steps_an_epoch']:,} an epoch)",
-    })  # fmt: skip
-    most = max(bar["rows"] for bar in report["histogram"])
-    for bar in report["histogram"]:
-        say(f"  {bar['from']:>6,}–{bar['to']:<6,} {'█' * round(40 * bar['rows'] / most):<40} {bar['rows']:,}")
-    for finding in report["findings"]:
-        say(f"{finding['level']}: {finding['message']}")
-    if report["ledger"]:
-        say("\nrows that stay worst: loss in nats a token at each epoch, and above the others' by")
-    for entry in report["ledger"]:
-        losses = " → ".join(f"{loss:.2f}" for loss in entry["losses"].values())
-        say(f"  {entry['where']}  {losses}  {entry['excess']:+.2f}  {entry['tokens']} tokens")
-    for row in report["rows"]:
-        text = Text()
-        kinds = ["context", *(kind for _, kind in row["tokens"]), "context"]
-        for place, (token, kind) in enumerate(row["tokens"], start=1):
-            opens, closes = (kind == "trained" != kinds[place + step] and not out.is_terminal for step in (-1, 1))
-            text.append("«" * opens + token.replace("\n", "⏎\n") + "»" * closes, STYLES[kind])
-        legend = "green is trained on, control tokens are magenta" if out.is_terminal else "«» is trained on"
-        say(f"\n{row['where']}   ({legend}; the rest is read, not learnt)")
-        out.print(text, soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """What a person meets at the terminal: exit codes, one-line errors, nothing left behind."""
 
 import os
+import signal
 
 from recipes.utils import console
 from recipes.utils.config import load_config, parse_command_line
@@ -52,6 +53,12 @@ def test_slips_in_files_and_flags_are_told_before_torch_is_imported(recipe, text
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_during_the_imports_is_one_word(config_file, no_torch, tmp_path):
+    (tmp_path / "without" / "torch.py").write_text("raise KeyboardInterrupt")
+    result = run_script("recipes/sft_lora.py", config_file(), **no_torch)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
 def test_what_only_the_libraries_can_judge_is_left_to_them(config_file, no_torch):

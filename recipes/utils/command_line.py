@@ -25,6 +25,14 @@ def first_look(parser: argparse.ArgumentParser) -> None:
 
     if status := exit_status(look, sys.argv[1:]):
         sys.exit(status)
+    sys.excepthook = _hook  # from here on, Ctrl-C meets the imports
+
+
+def _hook(kind, error, trace) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _check_config(path: Path, flags: dict) -> None:
