@@ -42,27 +42,16 @@ if __name__ == "__main__":  # --help and slips are answered before the imports, 
     first_look(command_line())
 
 from recipes.utils.adapter_folder import load_adapter
-from recipes.utils.console import UserError, out, run, say
+from recipes.utils.console import UserError, run, say
 from recipes.utils.dataset import read_chats
 from recipes.utils.evaluation import evaluate, rows_to_score
-from recipes.utils.evaluation_record import (
-    MODELS,
-    evaluation_key,
-    scored_before,
-    sum_up,
-    write_json,
-    write_rows,
-)
-from recipes.utils.intervals import sentence, show_interval
+from recipes.utils.evaluation_record import evaluation_key, scored_before, sum_up, write_json, write_rows
 from recipes.utils.report import refresh_report
 from recipes.utils.run_record import newest_run, read_run
 from recipes.utils.scale import check_linear, score_scales
-from recipes.utils.scores import SCORES, show
+from recipes.utils.score_table import print_evaluation, print_scores
 
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-EXAMPLES = 3
 
 
 def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None) -> dict:  # fmt: skip
@@ -115,7 +104,7 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
     write_json(folder / "metrics.json", metrics)
     for name, rows in parts.items():
         write_rows(folder / f"{name}.jsonl", scored[name], rows)
-    _print(metrics, scored["predictions"], chats)
+    print_evaluation(metrics, scored["predictions"], chats)
     say(f"\nwritten: {folder}\nreport:  {refresh_report(run_folder)}")
     if not model:
         say(f"next:    python recipes/merge_adapter.py {run_folder}")
@@ -129,46 +118,10 @@ def _score_scales(run_folder, record, tokenizer, parts, scales, max_rows, max_ne
     chats, old_chats = parts["predictions"], parts.get("forgetting", [])
     metrics = score_scales(live, tokenizer, chats, scales, old_chats, max_rows, max_new_tokens)
     write_json(run_folder / "evaluation" / "scales.json", metrics)
-    _print_table(metrics)
+    print_scores(metrics)
     best = min(metrics, key=lambda scale: metrics[scale]["loss"])
     say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
     return metrics
-
-
-def _print_table(by_name: dict, difference: dict | None = None) -> None:
-    """Figures by model or scale, and the differences of the adapter from the base."""
-    extra = ["adapter − base, 95 % interval", ""] if difference else []
-    table = Table("", *by_name, *extra, box=None, padding=(0, 2), header_style="bold")
-    first = next(iter(by_name.values()))
-    for name, score in SCORES.items():
-        if name in first:
-            label = score.label + (f" (expected {first['expected_tokens']:.1f})" if name == "answer_tokens" else "")
-            found = (difference or {}).get(name)
-            cells = [show_interval(name, found), found["verdict"]] if found else []
-            table.add_row(label, *(show(name, figures[name]) for figures in by_name.values()), *cells)
-    if "forgetting_loss" in first:
-        table.add_row("forgetting loss", *(f"{figures['forgetting_loss']:.4f}" for figures in by_name.values()))
-    out.print(table)
-
-
-def _print(metrics: dict, scored: dict, chats: list) -> None:
-    for title, part in [("", metrics), *((f"tag {tag}", part) for tag, part in metrics.get("tags", {}).items())]:
-        say(f"\n{title}, {part['base']['rows']:,} rows" if title else "")
-        _print_table({name: part[name] for name in MODELS if name in part}, part["differences"]["adapter against base"])
-    for pair, found in metrics["differences"].items():
-        say("\n" + sentence(pair, found))
-    if "forgetting" in metrics:
-        part = metrics["forgetting"]
-        say(f"\nforgetting, on {part['data']}, {part['base']['rows']:,} rows")
-        _print_table({name: part[name] for name in MODELS if name in part}, part["differences"]["adapter against base"])
-        found = part["differences"]["adapter against base"]
-        lost = [name for name in found if found[name]["verdict"] == "worse"]
-        named = ", ".join(f"{SCORES[name].label} ({show_interval(name, found[name])})" for name in lost)
-        say(f"\nlost: {named or 'nothing that these rows can show'}")
-    for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):
-        say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
-        for name, rows in scored.items():
-            say(f"{name:<9} {rows[index]['answer']}")
 
 
 def main(argv: list[str]) -> None:
