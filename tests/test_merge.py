@@ -354,7 +354,7 @@ from pathlib import Path
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.merge import write_merge
 from recipes.utils.merge_plan import plan_merge
-from recipes.utils.run_record import file_hash
+from recipes.utils.jsonl import file_hash
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 
 if os.fork() == 0:  # each merge in a fork of its own: this process has never had a second thread, whose locks forks would copy
