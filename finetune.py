@@ -6,14 +6,23 @@ train_lora(model_name="Qwen/Qwen2-7B", dataset_path="./datasets/train.jsonl", ou
 
 from pathlib import Path
 
-from recipes.evaluate_adapter import evaluate_adapter
-from recipes.merge_adapter import merge_adapter
+from recipes import evaluate_adapter as _evaluate
+from recipes import merge_adapter as _merge
 from recipes.sft_lora import train_lora as _train_lora
 from recipes.sft_qlora import train_qlora as _train_qlora
+from recipes.utils import OFFLINE_ASKED_FOR
 from recipes.utils.config import load_config
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError, say
+from recipes.utils.hub import closed
 from recipes.utils.model import load_model_config
+
+import datasets
+from huggingface_hub import constants
+
+# The recipes close the network when they are imported; here it is the caller's, and closed while a recipe runs.
+constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = OFFLINE_ASKED_FOR
+evaluate_adapter, merge_adapter = closed()(_evaluate.evaluate_adapter), closed()(_merge.merge_adapter)
 
 __all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
 
@@ -21,6 +30,7 @@ FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
+@closed()
 def train_lora(
     model_name: str,
     dataset_path,
@@ -51,6 +61,7 @@ def train_lora(
     return _train_lora(_config("lora", **locals()))
 
 
+@closed()
 def train_qlora(
     model_name: str,
     dataset_path,

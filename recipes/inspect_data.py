@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import first_look, parse
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -39,7 +39,6 @@ if __name__ == "__main__":  # --help and slips are answered before the imports, 
     first_look(command_line())
 
 from recipes.utils.config import Config, load_config
-from recipes.utils.config_file import read_flags
 from recipes.utils.console import UserError, out, run, say
 from recipes.utils.guards import check_rows, check_settings
 from recipes.utils.ledger import read_ledger
@@ -139,12 +138,10 @@ def _histogram(lengths: np.ndarray) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    options, rest = command_line().parse_known_args(argv)
-    path = Path(options.config)
-    words = " ".join(rest) + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
-    method = "qlora" if "quantization" in words else "lora"
-    config = load_config(path, read_flags(rest), method, new_run=False)
-    inspect_data(config, options.rows, options.row, options.pick, options.html, options.as_json, options.ledger)
+    options, keys = parse(command_line(), argv)
+    path = Path(options.pop("config"))
+    words = " ".join(keys) + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+    inspect_data(load_config(path, keys, "qlora" if "quantization" in words else "lora", new_run=False), **options)
 
 
 if __name__ == "__main__":

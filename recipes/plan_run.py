@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import first_look, parse
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -33,10 +33,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
+    first_look(command_line(), data=False)
 
 from recipes.utils.config import Config, load_config
-from recipes.utils.config_file import read_flags
 from recipes.utils.config_keys import DataOptions
 from recipes.utils.console import out, print_table, run, say
 from recipes.utils.fit import choose, fits, flags, lora_of, step_of
@@ -137,16 +136,16 @@ def probe(config: Config) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    options, rest = command_line().parse_known_args(argv)
-    if options.probing and options.gpu:
+    options, keys = parse(command_line(), argv)
+    gpu, probing = options["gpu"], options["probing"]
+    if probing and gpu:
         command_line().error("--probe runs on this machine; leave --gpu out")
     config = None
-    if options.config:
-        method = "qlora" if options.qlora else "lora"
-        config = load_config(options.config, read_flags(rest), method, new_run=False)
-    elif rest or options.gpu or options.probing or options.qlora:
+    if options["config"]:
+        config = load_config(options["config"], keys, "qlora" if options["qlora"] else "lora", new_run=False)
+    elif keys or gpu or probing or options["qlora"]:
         command_line().error("name a CONFIG")
-    plan_run(config, options.gpu, options.probing)
+    plan_run(config, gpu, probing)
 
 
 if __name__ == "__main__":

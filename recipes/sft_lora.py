@@ -98,7 +98,7 @@ def train_lora(config: Config) -> Path:
     save_whole(trainer, made_of)
     begin_from(trainer, config.resume, accepted)
     stop_if_not_finite(trainer, train, validation)
-    start = keep_start(trainer.model)
+    start = keep_start(trainer.model, config.model.revision)
     with recorded(config, trainer, train, validation, accepted) as results, stoppable(trainer, config.max_hours):
         results["train"] = trainer.train(resume_from_checkpoint=config.resume).metrics
 

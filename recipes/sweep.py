@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import first_look, parse
 
 TRIALS = 20  # where a range leaves it open how many there are
 
@@ -38,11 +38,10 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
+    first_look(command_line(), data=False)
 
 from recipes.compare_runs import compare_runs
 from recipes.utils.config import load_config
-from recipes.utils.config_file import read_flags
 from recipes.utils.console import UserError, run, say
 from recipes.utils.search_space import corners, grid, split_flags
 from recipes.utils.trials import done, open_study, run_trial
@@ -114,8 +113,8 @@ def _words(settings: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    options, rest = command_line().parse_known_args(argv)
-    sweep(options.config, read_flags(rest), **{key: value for key, value in vars(options).items() if key != "config"})
+    options, keys = parse(command_line(), argv)
+    sweep(options.pop("config"), keys, **options)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def local_hub(models: dict[str, Path], gated=()):
-    """Serve `models` ({"someone/name": folder}) and yield (the endpoint's address, the list of paths asked for)."""
-    asked = []
+    """Serve `models` ({"someone/name": folder}) and yield (the endpoint's address, the list of paths asked for, a list with
+    the commit that all of them are at, which may be changed)."""
+    asked, commit = [], [COMMIT]
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -29,23 +30,23 @@ def local_hub(models: dict[str, Path], gated=()):
                 return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             folder = models[name]
             files = sorted(path.name for path in folder.iterdir() if path.is_file())
-            if words[2:3] == ["revision"] and words[3] not in ("main", COMMIT):
+            if words[2:3] == ["revision"] and words[3] not in ("main", commit[0]):
                 return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             if words[2:3] == ["resolve"] and name in gated:
                 return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
             if words[2:3] == ["resolve"]:
                 path = folder / "/".join(words[4:])
                 if not path.is_file():
-                    return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                    return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit[0]})
                 content = path.read_bytes()
                 tag = hashlib.sha256(content).hexdigest()
-                return self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+                return self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": commit[0]})
             if words[2:3] == ["tree"]:
                 tree = [
                     {"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": "0"} for file in files
                 ]
-                return self.answer(200, json.dumps(tree).encode(), {"X-Repo-Commit": COMMIT})
-            found = {"id": name, "modelId": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+                return self.answer(200, json.dumps(tree).encode(), {"X-Repo-Commit": commit[0]})
+            found = {"id": name, "modelId": name, "sha": commit[0], "siblings": [{"rfilename": file} for file in files]}
             return self.answer(200, json.dumps(found).encode())
 
         def answer(self, status: int, content: bytes, headers=None):
@@ -62,7 +63,7 @@ def local_hub(models: dict[str, Path], gated=()):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", asked, commit
     finally:
         server.shutdown()
         server.server_close()

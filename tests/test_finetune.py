@@ -9,6 +9,7 @@ from recipes.utils.console import UserError
 import pytest
 import yaml
 from conftest import TINY, read_jsonl, write_jsonl
+from huggingface_hub import constants
 
 
 @pytest.fixture
@@ -20,6 +21,13 @@ def folder(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "datasets" / "val.jsonl", rows[8:12])
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_the_network_is_the_callers_again_after_a_call(monkeypatch, folder):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="no such folder"):
+        finetune.train_lora("/nowhere/at/all", "./datasets/train.jsonl")
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_the_call_as_documented_trains_from_any_folder(folder):

@@ -11,7 +11,7 @@ from recipes.utils.console import UserError, run
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from test_memory import PUBLISHED
 
 
@@ -36,6 +36,12 @@ def test_a_plan_for_a_gpu_says_what_fits_and_which_flags_to_paste(mistral, capsy
     config = load_config(mistral[0], read_flags(shlex.split(flags)), "lora", new_run=False)
     assert config.training["per_device_train_batch_size"] == config.training["gradient_accumulation_steps"] == 4
     assert config.training["gradient_checkpointing"] is True
+
+
+def test_a_plan_needs_no_data(mistral):
+    result = run_script("recipes/plan_run.py", *mistral, "--data.train", "gone.jsonl", "--gpu", "24GB")
+    assert result.returncode == 0, result.stderr
+    assert "--training.per_device_train_batch_size" in result.stdout
 
 
 def test_settings_and_size_change_the_plan(mistral, capsys):

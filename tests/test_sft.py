@@ -208,13 +208,18 @@ CHANGE_THE_BASE = [
 ]
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["norm"]], ids=str)
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_trained_head_is_stepped_in_float32_whatever_the_base_is_in(config_file, method):
-    folder = train(
-        config_file(model={"dtype": "bfloat16"}, lora={"modules_to_save": ["lm_head"]}, training={"max_steps": 2}),
-        method,
-    )
+def test_trained_modules_are_float32_on_a_base_in_16_bit_and_the_model_answers_all_the_same(
+    config_file, method, modules
+):
+    config = config_file(
+        model={"dtype": "bfloat16"}, data={"samples": 1}, lora={"modules_to_save": modules},
+        training={"max_steps": 2, "eval_steps": 1, "save_steps": 1},
+    )  # fmt: skip
+    folder = train(config, method)
     assert {tensor.dtype for tensor in adapter_of(folder).values()} == {torch.float32}
+    assert len(read_jsonl(folder / "samples.jsonl")) == 2
 
 
 @pytest.mark.parametrize("lora", LORA_OPTIONS + CHANGE_THE_BASE, ids=str)

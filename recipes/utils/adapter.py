@@ -5,13 +5,13 @@ machine, or another seed, does not repeat. Saved as the difference to its start 
 it is a plain LoRA on the base as it is published: it can be switched off, merged and served like any other.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from recipes.utils.console import RunEnded, UserError, is_main_process
 from recipes.utils.disk import sync
+from recipes.utils.jsonl import read_json
 
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
@@ -44,8 +44,10 @@ def check_initialisation(lora: dict, method: str) -> None:
             )
 
 
-def check_continued(folder: str | None) -> None:
-    """Raise `UserError` where `folder` (model.adapter) is no adapter, or one that training cannot go on from."""
+def check_continued(options) -> None:
+    """Raise `UserError` where `options.adapter` is no adapter, or one that training cannot go on from. It goes on from the
+    commit of its base that it was trained on, unless `options.revision` names another."""
+    folder = options.adapter
     if folder is None:
         return
     config = Path(folder) / "adapter_config.json"
@@ -54,7 +56,10 @@ def check_continued(folder: str | None) -> None:
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; pickled weights are not loaded, since "
                         "they can run code")  # fmt: skip
-    start = str(json.loads(config.read_text(encoding="utf-8")).get("init_lora_weights", True))
+    settings = read_json(config)
+    if settings.get("base_model_name_or_path") == options.name_or_path and options.revision is None:
+        options.revision = settings.get("revision")
+    start = str(settings.get("init_lora_weights", True))
     if start.startswith((*CHANGE_THE_BASE, *NEED_MORE)):
         raise UserError(
             f"model.adapter: {folder} began with {start} and is no plain LoRA; convert it with PEFT's "
@@ -77,9 +82,9 @@ class Start(NamedTuple):
     files: tempfile.TemporaryDirectory | None
 
 
-def keep_start(model) -> Start:
-    """What `save_adapter` has to know of the untrained adapter of `model`."""
-    files = None
+def keep_start(model, revision: str | None) -> Start:
+    """What `save_adapter` has to know of the untrained adapter of `model`, which is one of the base at `revision`."""
+    files, model.peft_config["default"].revision = None, revision
     if str(model.peft_config["default"].init_lora_weights).startswith(CHANGE_THE_BASE) and is_main_process():
         files = tempfile.TemporaryDirectory()
         model.save_pretrained(files.name)

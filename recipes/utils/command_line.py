@@ -1,31 +1,40 @@
 """The command line, read before the libraries are imported: they take seconds, and --help or a slip needs none of them."""
 
 import argparse
+import contextlib
 import difflib
 import sys
 from pathlib import Path
 
-from recipes.utils.config_file import SECTION_NAMES, read_flags, read_yaml
+from recipes.utils.config_file import SECTION_NAMES, read_flags, read_yaml, split_words
 from recipes.utils.console import UserError, exit_status
 from recipes.utils.jsonl import data_files
 
 
-def first_look(parser: argparse.ArgumentParser) -> None:
+def first_look(parser: argparse.ArgumentParser, data: bool = True) -> None:
     """End the process if `parser` or the files already have the answer: --help, an unknown flag, a YAML that is none, a
-    misspelt section, data files that are not there. Otherwise return, to the imports of the recipe."""
+    misspelt section, with `data` also data files that are not there. Otherwise return, to the imports of the recipe."""
 
     def look(argv: list[str]) -> None:
-        if argv[:2] == ["--help", "all"]:
+        if argv[:2] == ["--help", "all"] and parser.epilog:
             return  # the keys are the libraries'
-        options, rest = parser.parse_known_args(argv)
-        if "config" not in options:
-            parser.parse_args(argv)  # takes no keys of a config
-        elif options.config:
-            _check_config(Path(options.config), read_flags(rest))
+        options, flags = parse(parser, argv)
+        if options.get("config"):
+            _check_config(Path(options["config"]), flags, data)
 
     if status := exit_status(look, sys.argv[1:]):
         sys.exit(status)
     sys.excepthook = _hook  # from here on, Ctrl-C meets the imports
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict, dict]:
+    """(what `parser` takes, by name; {"section.key": value} where it takes a `config`). Exits with status 2 for what it
+    does not know, and raises `UserError` for a flag that is no key of a config."""
+    others, keys = split_words(argv)
+    options, unknown = parser.parse_known_args(others)
+    if "config" not in options:
+        parser.parse_args(argv)  # says what is unknown
+    return vars(options), read_flags([*keys, *unknown])
 
 
 def _hook(kind, error, trace) -> None:
@@ -35,18 +44,27 @@ def _hook(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-def _check_config(path: Path, flags: dict) -> None:
+def _check_config(path: Path, flags: dict, data: bool) -> None:
     """Raise `UserError` for what is wrong with the files themselves; keys and values are for the libraries to judge."""
+    if path.suffix == ".json":
+        raise UserError(f"{path}: is no YAML; a run is run again with --from-run {path}")
     given = {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
     given |= {key: (value, f"--{key}") for key, value in flags.items()}
     for key, (_, where) in given.items():
         section = key.partition(".")[0]
         if section not in SECTION_NAMES and (near := near_section(section)):
             raise UserError(f"{where}: {near}")
-    for part in ("train", "validation", "test"):
+    for part in ("train", "validation", "test") if data else ():
         names, _ = given.get(f"data.{part}", (None, None))
-        if names and isinstance(names, (str, list)):
+        names = [names] if isinstance(names, str) else names
+        if isinstance(names, list) and all(isinstance(name, str) and not _is_number(name) for name in names):
             data_files(names)
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return float(text) is not None
+    return False
 
 
 def near_section(section: str) -> str | None:

@@ -12,8 +12,8 @@ from typing import Literal
 
 from recipes.utils.adapter import check_continued, check_initialisation
 from recipes.utils.auto import hold_effective_batch, take_auto
-from recipes.utils.command_line import training_parser
-from recipes.utils.config_file import read_flags, read_settings
+from recipes.utils.command_line import parse, training_parser
+from recipes.utils.config_file import read_settings
 from recipes.utils.config_keys import (
     SECTIONS,
     DataOptions,
@@ -44,6 +44,7 @@ class Config:
     auto: dict = dataclasses.field(default_factory=dict)  # what is left to memory, as `take_auto` has it
     dry_run: bool = False
     resume: str | None = None
+    revision_asked: str | None = None  # model.revision as it was given, before it became a commit
     accept_changes: bool = False
     max_hours: float | None = None
     cpu_asked_for: bool = False
@@ -62,9 +63,9 @@ def parse_command_line(argv: list[str], method: str, description: str) -> Config
     if argv[:2] == ["--help", "all"]:
         print_keys(method)
         sys.exit()
-    options, rest = training_parser(description).parse_known_args(argv)
-    flags = {name: getattr(options, name) for name in ("dry_run", "resume", "accept_changes", "max_hours")}
-    return load_config(options.config or options.from_run, read_flags(rest), method, **flags)
+    options, keys = parse(training_parser(description), argv)
+    flags = {name: options[name] for name in ("dry_run", "resume", "accept_changes", "max_hours")}
+    return load_config(options["config"] or options["from_run"], keys, method, **flags)
 
 
 def load_config(path, overrides: dict[str, object], method: str, new_run=True, **flags) -> Config:
@@ -101,6 +102,7 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
         quantization=sections["quantization"],
         auto=auto,
     )
+    config.revision_asked = config.model.revision
     _make_relative(config)
     hold_effective_batch(auto, config.training)
     _resolve_training(config, path)
@@ -110,7 +112,7 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
     run_folder = config.run_folder if new_run else Path()
     config.new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     check_initialisation(config.lora, config.method)
-    check_continued(config.model.adapter)
+    check_continued(config.model)
     # Some values only the classes themselves can judge (names of schedulers, optimizers, strategies): build them once
     # here, where a refusal can still be told as an error in this file.
     for section in ("training", "lora", "quantization"):

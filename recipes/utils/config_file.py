@@ -30,8 +30,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-# In run.json and not in a config: where the run went, and what follows from the section `model`.
-RESOLVED = ("training.output_dir", "training.bf16", "training.fp16", "lora.task_type", "lora.revision")
+# In run.json and not in a config: where the run went, and what follows from model.dtype.
+RESOLVED = ("training.output_dir", "training.bf16", "training.fp16", "lora.task_type")
 
 
 def read_settings(path: Path, method: str) -> tuple[str, dict]:
@@ -103,6 +103,22 @@ def _text(key: yaml.Node, path: Path) -> str:
     if not isinstance(key, yaml.ScalarNode):
         raise UserError(f"{path}:{key.start_mark.line + 1}: a key must be a word")
     return key.value
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """(the words that are not, the words that are `--section.key value` or `--section.key=value`): argparse would take such a
+    value for an argument of its own."""
+    others, keys, words = [], [], list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            others.append(word)
+            continue
+        keys.append(word)
+        if not equals and words and not words[0].startswith("--"):
+            keys.append(words.pop(0))
+    return others, keys
 
 
 def read_flags(words: list[str]) -> dict[str, object]:

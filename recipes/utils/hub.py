@@ -24,6 +24,16 @@ FILES = ["*.json", WEIGHTS, "tokenizer*", "*.jinja", "*.txt", "*.py"]
 
 
 @contextlib.contextmanager
+def closed():
+    """No network in here but for a base on the hub; what the caller had set comes back."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def hub_errors(name: str, revision: str | None):
     """Turn what the hub client raises about `name` into a line that says what to do. With a `name` that is no folder and
     not whole in the cache, the network may be used in here, unless HF_HUB_OFFLINE is set."""
@@ -74,7 +84,8 @@ def cached_base(name: str, revision: str | None) -> Path | None:
     index, weights = base / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         weights = set(read_json(index)["weight_map"].values())
-    return base if all((base / file).is_file() for file in ("config.json", "tokenizer_config.json", *weights)) else None
+    tokenizer = any((base / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    return base if tokenizer and all((base / file).is_file() for file in ("config.json", *weights)) else None
 
 
 def pin_revision(options) -> None:

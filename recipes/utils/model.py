@@ -47,7 +47,6 @@ def check_machine(config: Config) -> None:
     if config.model.trust_remote_code:
         out.print(f"[bold red]model.trust_remote_code: code that comes with {config.model.name_or_path} is run here[/]")
     pin_revision(config.model)
-    config.lora["revision"] = config.model.revision
     model_config = load_model_config(config.model)
     if config.model.dtype == "float16" and model_config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")

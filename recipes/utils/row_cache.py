@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import recipes.utils
-from recipes.utils.console import say
+from recipes.utils.console import UserError, say
 
 import datasets
 
@@ -29,7 +29,7 @@ def cached(key: str, write) -> tuple[datasets.Dataset, dict]:
         return kept
     if kept := _kept(folder):
         return kept
-    if folder.exists():
+    if folder.exists() and not _kept(folder):
         say(f"rows are prepared again: those in {folder} are damaged")
         shutil.rmtree(folder, ignore_errors=True)
     temporary = folder.with_name(f"{key}.{platform.node()}.{os.getpid()}")
@@ -43,7 +43,9 @@ def cached(key: str, write) -> tuple[datasets.Dataset, dict]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _prune(folder.parent)
-    return _kept(folder)
+    if not (kept := _kept(folder)):
+        raise UserError(f"{folder}: these prepared rows are damaged and cannot be replaced; remove the folder")
+    return kept
 
 
 def _kept(folder: Path) -> tuple[datasets.Dataset, dict] | None:

@@ -50,11 +50,12 @@ def find_run_folder(config) -> None:
 
 def keep_revision(config) -> None:
     """A run that goes on takes the commit of its base that it began with, whatever the hub has by now."""
-    record = config.run_folder / "run.json"
-    if config.resume and config.model.revision is None and record.is_file():
-        model = read_json(record)["model"]
-        if model["name_or_path"] == config.model.name_or_path:
-            config.model.revision = model["revision"]
+    path = config.run_folder / "run.json"
+    if config.resume and path.is_file():
+        record = read_json(path)
+        before = record["model"]["name_or_path"], record.get("revision_asked")
+        if before == (config.model.name_or_path, config.revision_asked):
+            config.model.revision = record["model"]["revision"]
 
 
 def holds_a_run(folder: Path) -> bool:

@@ -43,7 +43,6 @@ def describe(config: Config, trainer, train, validation, attention: str) -> dict
         "chat template": _digest(tokenizer.chat_template),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
         "base weights": _base_digest(trainer.model),
-        "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
         "model.adapter": config.model.adapter,
         "model.compile_layers": config.model.compile_layers,

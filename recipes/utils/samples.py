@@ -35,7 +35,10 @@ class Samples(TrainerCallback):
             return
         was_training = model.training
         devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        # As in a step of training: what is trained is float32 beside a base in 16 bit, and only autocast brings them together.
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        autocast = torch.autocast(model.device.type, half, enabled=args.bf16 or args.fp16)
+        with torch.random.fork_rng(devices), autocast:
             answers = generate_answers(model, self.tokenizer, [ids for _, ids, _ in self.prompts], MOST_TOKENS)
         model.train(was_training)
         self.latest = [
