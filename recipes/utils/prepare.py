@@ -1,7 +1,6 @@
 """Files to training rows in one pass: read, checked, rendered, tokenised and labelled once, and kept for the next run."""
 
 import dataclasses
-import functools
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -64,18 +63,12 @@ def prepare(data: DataOptions, args, tokenizer, part: str) -> Prepared | None:
     if share and not 0 < data.validation < 1:
         raise UserError(f"data.validation: {data.validation} is not a share between 0 and 1, nor a file")
     paths = data.train if share or part == "train" else data.validation
-    files = {str(path): _hash(path, path.stat().st_size, path.stat().st_mtime_ns) for path in data_files(paths)}
+    files = {str(path): file_hash(path) for path in data_files(paths)}
     key = content_key(files, tokenizer, [repr(_that_make_rows(data)), max_length, part, seed])
     rows, counts = cached(key, lambda path: _write(path, paths, data, tokenizer, max_length, part, seed))
     if not counts["rows"]:
         raise UserError(_nothing_left(counts, data, part, max_length))
     return Prepared(rows, counts, files)
-
-
-@functools.lru_cache(maxsize=1000)
-def _hash(path: Path, size: int, modified: int) -> str:
-    """Of a file's content; a share for validation comes from the same files as training."""
-    return file_hash(path)
 
 
 def _that_make_rows(data: DataOptions) -> DataOptions:
