@@ -14,7 +14,7 @@ from recipes.utils import OFFLINE_ASKED_FOR
 from recipes.utils.config import load_config
 from recipes.utils.config_keys import ModelOptions
 from recipes.utils.console import UserError, say
-from recipes.utils.hub import closed
+from recipes.utils.hub import offline
 from recipes.utils.model import load_model_config
 
 import datasets
@@ -22,7 +22,7 @@ from huggingface_hub import constants
 
 # The recipes close the network when they are imported; here it is the caller's, and closed while a recipe runs.
 constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = OFFLINE_ASKED_FOR
-evaluate_adapter, merge_adapter = closed()(_evaluate.evaluate_adapter), closed()(_merge.merge_adapter)
+evaluate_adapter, merge_adapter = offline()(_evaluate.evaluate_adapter), offline()(_merge.merge_adapter)
 
 __all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
 
@@ -30,7 +30,7 @@ FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
-@closed()
+@offline()
 def train_lora(
     model_name: str,
     dataset_path,
@@ -61,7 +61,7 @@ def train_lora(
     return _train_lora(_config("lora", **locals()))
 
 
-@closed()
+@offline()
 def train_qlora(
     model_name: str,
     dataset_path,

@@ -7,18 +7,15 @@
 /reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only the answers are printed.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument(
         "path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest finished run"
     )

@@ -8,17 +8,14 @@ Scores and intervals are those of evaluate_adapter.py, for the runs that it has 
 first one; what was validated or tested on other rows is marked as not comparable.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; all in runs/ without one")
     parser.add_argument("--html", metavar="FILE", help="write the table as a page that opens from disk")
     parser.add_argument("--csv", metavar="FILE", help="write it as CSV, with plain numbers")

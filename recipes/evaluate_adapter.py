@@ -11,21 +11,18 @@ adapter is linear in its scale: --scales turns it down or up without training ag
 merges it at the one you choose (into scales.json).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
 
 
 def _scales(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
     parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model as well")
     parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")

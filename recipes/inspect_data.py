@@ -10,7 +10,6 @@
 Takes the keys of a config as flags, as the training recipes do. Loads no model weights and needs no GPU.
 """
 
-import argparse
 import json
 import os
 import random
@@ -18,13 +17,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from recipes.utils.command_line import first_look, parse
+from recipes.utils.command_line import ArgumentParser, first_look, parse, recipe_parser
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show token by token (3)")
     parser.add_argument("--row", metavar="FILE:LINE", help="show this row")

@@ -10,18 +10,15 @@ most of what was learnt would be rounded away. The merged model is read back and
 run's validation rows; the folder gets its name only after that.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look
+from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
     parser.add_argument("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
     parser.add_argument(

@@ -9,7 +9,6 @@ The memory is worked out from the model's own config and the run's settings; any
 recipes. Speed is told where it was measured, on the GPU that is named.
 """
 
-import argparse
 import dataclasses
 import json
 import random
@@ -18,13 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes.utils.command_line import first_look, parse
+from recipes.utils.command_line import ArgumentParser, first_look, parse, recipe_parser
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/mistral.yaml")
     parser.add_argument("--gpu", metavar="GPU", help="the GPU to plan for: 24GB, or a name; this machine's without it")
     parser.add_argument("--qlora", action="store_true", help="plan for sft_qlora.py: its flags and its speed")

@@ -10,22 +10,19 @@ the median of those before them at the same step are stopped early (--no-pruning
 stopped goes on where it was: give the same command again.
 """
 
-import argparse
 import json
 import os
 import shlex
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look, parse
+from recipes.utils.command_line import ArgumentParser, first_look, parse, recipe_parser
 
 TRIALS = 20  # where a range leaves it open how many there are
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> ArgumentParser:
+    parser = recipe_parser(__doc__)
     parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
     parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
     parser.add_argument(

@@ -44,10 +44,8 @@ def check_initialisation(lora: dict, method: str) -> None:
             )
 
 
-def check_continued(options) -> None:
-    """Raise `UserError` where `options.adapter` is no adapter, or one that training cannot go on from. It goes on from the
-    commit of its base that it was trained on, unless `options.revision` names another."""
-    folder = options.adapter
+def check_continued(folder: str | None) -> None:
+    """Raise `UserError` where `folder` (model.adapter) is no adapter, or one that training cannot go on from."""
     if folder is None:
         return
     config = Path(folder) / "adapter_config.json"
@@ -56,10 +54,7 @@ def check_continued(options) -> None:
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; pickled weights are not loaded, since "
                         "they can run code")  # fmt: skip
-    settings = read_json(config)
-    if settings.get("base_model_name_or_path") == options.name_or_path and options.revision is None:
-        options.revision = settings.get("revision")
-    start = str(settings.get("init_lora_weights", True))
+    start = str(read_json(config).get("init_lora_weights", True))
     if start.startswith((*CHANGE_THE_BASE, *NEED_MORE)):
         raise UserError(
             f"model.adapter: {folder} began with {start} and is no plain LoRA; convert it with PEFT's "
@@ -84,7 +79,8 @@ class Start(NamedTuple):
 
 def keep_start(model, revision: str | None) -> Start:
     """What `save_adapter` has to know of the untrained adapter of `model`, which is one of the base at `revision`."""
-    files, model.peft_config["default"].revision = None, revision
+    model.peft_config["default"].revision = revision
+    files = None
     if str(model.peft_config["default"].init_lora_weights).startswith(CHANGE_THE_BASE) and is_main_process():
         files = tempfile.TemporaryDirectory()
         model.save_pretrained(files.name)

@@ -1,9 +1,8 @@
 """The command line, read before the libraries are imported: they take seconds, and --help or a slip needs none of them."""
 
-import argparse
-import contextlib
 import difflib
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from recipes.utils.config_file import SECTION_NAMES, read_flags, read_yaml, split_words
@@ -11,7 +10,7 @@ from recipes.utils.console import UserError, exit_status
 from recipes.utils.jsonl import data_files
 
 
-def first_look(parser: argparse.ArgumentParser, data: bool = True) -> None:
+def first_look(parser: ArgumentParser, data: bool = True) -> None:
     """End the process if `parser` or the files already have the answer: --help, an unknown flag, a YAML that is none, a
     misspelt section, with `data` also data files that are not there. Otherwise return, to the imports of the recipe."""
 
@@ -27,7 +26,7 @@ def first_look(parser: argparse.ArgumentParser, data: bool = True) -> None:
     sys.excepthook = _hook  # from here on, Ctrl-C meets the imports
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict, dict]:
+def parse(parser: ArgumentParser, argv: list[str]) -> tuple[dict, dict]:
     """(what `parser` takes, by name; {"section.key": value} where it takes a `config`). Exits with status 2 for what it
     does not know, and raises `UserError` for a flag that is no key of a config."""
     others, keys = split_words(argv)
@@ -62,9 +61,11 @@ def _check_config(path: Path, flags: dict, data: bool) -> None:
 
 
 def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return float(text) is not None
-    return False
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def near_section(section: str) -> str | None:
@@ -73,12 +74,17 @@ def near_section(section: str) -> str | None:
     return f"unknown section `{section}`; did you mean `{near[0]}`?" if near else None
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
+def recipe_parser(description: str, **others) -> ArgumentParser:
+    """A parser with a recipe's docstring for its help, as it stands; no flag may be cut short."""
+    return ArgumentParser(
+        description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, **others
+    )
+
+
+def training_parser(description: str) -> ArgumentParser:
     """`CONFIG [--section.key VALUE ...] [--dry-run] [--resume [CHECKPOINT]]`, of the two recipes that train."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = recipe_parser(
+        description,
         epilog="Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32\n"
         "--help all lists every key.",
     )

@@ -24,8 +24,9 @@ from recipes.utils.config_keys import (
     type_checker,
 )
 from recipes.utils.console import UserError
+from recipes.utils.hub import keep_revision
 from recipes.utils.key_list import print_keys
-from recipes.utils.run_folder import find_run_folder, keep_revision
+from recipes.utils.run_folder import find_run_folder
 
 import torch
 
@@ -108,11 +109,11 @@ def load_config(path, overrides: dict[str, object], method: str, new_run=True, *
     _resolve_training(config, path)
     if new_run:
         find_run_folder(config)
-        keep_revision(config)
     run_folder = config.run_folder if new_run else Path()
     config.new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     check_initialisation(config.lora, config.method)
-    check_continued(config.model)
+    check_continued(config.model.adapter)
+    keep_revision(config)
     # Some values only the classes themselves can judge (names of schedulers, optimizers, strategies): build them once
     # here, where a refusal can still be told as an error in this file.
     for section in ("training", "lora", "quantization"):

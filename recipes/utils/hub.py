@@ -24,9 +24,9 @@ FILES = ["*.json", WEIGHTS, "tokenizer*", "*.jinja", "*.txt", "*.py"]
 
 
 @contextlib.contextmanager
-def closed():
-    """No network in here but for a base on the hub; what the caller had set comes back."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+def offline(switch: bool = True):
+    """No network for the hub's client in here, or with a `switch` of False its network; what was set before comes back."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, switch
     try:
         yield
     finally:
@@ -38,13 +38,11 @@ def hub_errors(name: str, revision: str | None):
     """Turn what the hub client raises about `name` into a line that says what to do. With a `name` that is no folder and
     not whole in the cache, the network may be used in here, unless HF_HUB_OFFLINE is set."""
     there = Path(name).is_dir() or cached_base(name, revision)
-    constants.HF_HUB_OFFLINE = bool(OFFLINE_ASKED_FOR or there)
-    try:
-        yield
-    except (OSError, RevisionResolutionError, HFValidationError) as error:
-        raise UserError(f"{name}{_what_to_do(error, name)}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = True
+    with offline(bool(OFFLINE_ASKED_FOR or there)):
+        try:
+            yield
+        except (OSError, RevisionResolutionError, HFValidationError) as error:
+            raise UserError(f"{name}{_what_to_do(error, name)}") from error
 
 
 def _what_to_do(error: Exception, name: str) -> str:
@@ -88,6 +86,23 @@ def cached_base(name: str, revision: str | None) -> Path | None:
     return base if tokenizer and all((base / file).is_file() for file in ("config.json", *weights)) else None
 
 
+def keep_revision(config) -> None:
+    """Training that goes on takes the commit of its base that it began with, whatever the hub has by now: a resumed run that of
+    its run.json, unless model.revision was given anew, and a run with model.adapter that adapter's, unless it is given."""
+    model = config.model
+    if config.resume and (config.run_folder / "run.json").is_file():
+        record = read_json(config.run_folder / "run.json")
+        if (record["model"]["name_or_path"], record.get("revision_asked")) == (
+            model.name_or_path,
+            config.revision_asked,
+        ):
+            model.revision = record["model"]["revision"]
+    if model.adapter and model.revision is None:
+        settings = read_json(Path(model.adapter) / "adapter_config.json")
+        if settings.get("base_model_name_or_path") == model.name_or_path:
+            model.revision = settings.get("revision")
+
+
 def pin_revision(options) -> None:
     """Make `options.revision` (of `ModelOptions`) the commit that it stands for today, where the base is on the hub. The
     run, its resumes, evaluations and merges all take that one, whatever is pushed meanwhile.
@@ -96,8 +111,8 @@ def pin_revision(options) -> None:
         UserError: if there is no such model, or the hub cannot be reached and the cache does not know it.
     """
     if not Path(options.name_or_path).is_dir():
-        with hub_errors(options.name_or_path, None):
-            constants.HF_HUB_OFFLINE = OFFLINE_ASKED_FOR  # a branch may have moved since it was cached
+        # also where the cache has it: a branch may have moved since
+        with hub_errors(options.name_or_path, None), offline(OFFLINE_ASKED_FOR):
             options.revision = HfApi().resolve_revision(options.name_or_path, revision=options.revision).resolved
 
 

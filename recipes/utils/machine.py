@@ -62,7 +62,8 @@ def check_gpu() -> list[Check]:
     free = torch.cuda.mem_get_info(0)[0]
     count = f" × {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
     text = f"{properties.name}{count}, {properties.total_memory / 1e9:.1f} GB, {free / 1e9:.1f} free, compute capability {capability[0]}.{capability[1]}"
-    checks = [Check("missing" if no_kernels() else "ok", "GPU", text + (no_kernels() or ""))]
+    why = no_kernels()
+    checks = [Check("missing" if why else "ok", "GPU", text + (why or ""))]
     driver = (
         shutil.which("nvidia-smi")
         and subprocess.run(

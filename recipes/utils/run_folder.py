@@ -6,7 +6,6 @@ from pathlib import Path
 
 from recipes.utils.checkpoint import fault, newest_complete
 from recipes.utils.console import UserError, say
-from recipes.utils.jsonl import read_json
 
 
 def find_run_folder(config) -> None:
@@ -46,16 +45,6 @@ def find_run_folder(config) -> None:
         say(f"resume: going on from {checkpoint}")
     config.resume = None if checkpoint is None else str(checkpoint)
     config.training["output_dir"] = str(folder)
-
-
-def keep_revision(config) -> None:
-    """A run that goes on takes the commit of its base that it began with, whatever the hub has by now."""
-    path = config.run_folder / "run.json"
-    if config.resume and path.is_file():
-        record = read_json(path)
-        before = record["model"]["name_or_path"], record.get("revision_asked")
-        if before == (config.model.name_or_path, config.revision_asked):
-            config.model.revision = record["model"]["revision"]
 
 
 def holds_a_run(folder: Path) -> bool:

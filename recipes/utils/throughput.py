@@ -23,8 +23,8 @@ class Throughput:
         self.on_gpu = trainer.accelerator.device.type == "cuda"
         # TRL's table of dense rates, from the makers' data sheets; None for a GPU that is not in it, and for float32. A
         # part of a GPU (MIG) bears the name of the whole.
-        name = torch.cuda.get_device_name() if self.on_gpu else "MIG"
-        self.peak = None if "MIG" in name else get_peak_flops(name, dtype)
+        name = torch.cuda.get_device_name() if self.on_gpu else None
+        self.peak = get_peak_flops(name, dtype) if name and "MIG" not in name else None
         self.counts = np.zeros(4)  # positions, tokens, trained tokens, FLOPs
         self.seconds = self.mark = self.highest = 0.0
         self.paused = True
