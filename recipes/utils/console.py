@@ -1,23 +1,37 @@
-"""What a person sees: lines, tables, one-line errors, exit codes. Imports none of the libraries, which take seconds."""
+"""What a person types and sees: the command line and the YAML, lines, tables, one-line errors, exit statuses.
 
+Imports no library but rich and yaml: --help and a slip are answered before those that take seconds.
+"""
+
+import contextlib
+import difflib
+import glob
+import logging
 import os
+import re
 import sys
 import traceback
+import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-OK, FAILED, USER_ERROR = 0, 1, 2
-# How a run can end before its end: the word in run.json, and the exit status.
-ENDS = {"failed": FAILED, "diverged": 3, "stopped": 75}
+OK, FAILED, USER_ERROR, DIVERGED, GATE_FAILED, TOO_FEW_ROWS, STOPPED = 0, 1, 2, 3, 4, 5, 75
+ENDS = {"failed": FAILED, "diverged": DIVERGED, "stopped": STOPPED}  # the word in run.json, and the exit status
+SECTION_NAMES = ("model", "data", "lora", "training", "quantization")
 
-# A log file or a pipe has no width of its own.
+# It asks for sys.stdout at each print. A log file or a pipe has no width of its own.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class UserError(Exception):
     """Something the user can mend: a config, a data file, a path. The message says what, where and how, in a line or
-    two; `run` prints it without a traceback and exits with status 2."""
+    two; `run_main` prints it without a traceback and returns status 2."""
 
 
 class RunEnded(Exception):
@@ -26,6 +40,14 @@ class RunEnded(Exception):
     def __init__(self, word: str, message: str):
         super().__init__(message)
         self.word = word
+
+
+class CommandLine(NamedTuple):
+    """A command line and the config that it names, read once."""
+
+    options: dict  # of argparse, by name
+    flags: dict[str, object]  # {"section.key": value}
+    yaml: dict[str, tuple[object, str]]  # {"section.key": (value, "file:line")} of options["config"], {} without one
 
 
 def is_main_process() -> bool:
@@ -51,46 +73,282 @@ def print_table(title: str, rows: dict[str, object]) -> None:
         out.print(table, markup=False)
 
 
-def run(main, argv: list[str] | None = None) -> int:
-    """Call `main(argv)`, with the command line where `argv` is None, and turn what it raises into an exit status, as `exit_status` does. Only long
-    work shows progress, and that is the recipes' own: the libraries' bars are off."""
-    import datasets  # here: what is answered before the libraries are there does without them
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    return exit_status(main, list(sys.argv[1:] if argv is None else argv))
+def near(name: object, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` may be a slip of."""
+    return next(iter(difflib.get_close_matches(str(name), list(names), n=1)), None)
 
 
-def exit_status(main, argv: list[str]) -> int:
-    """Call `main(argv)` and turn what it raises into an exit status: 0 done, 2 a `UserError`, 3
-    diverged, 75 stopped after a checkpoint, 1 anything else. (Launchers turn all of them into 1: see run.json.)
-
-    With `--traceback` among the arguments a `UserError` or `RunEnded` shows where in the code it arose.
-    """
-    show_traceback = "--traceback" in argv
-    argv = [word for word in argv if word != "--traceback"]
+def run_main(main: Callable[[CommandLine], int | None], given: CommandLine) -> int:
+    """Call `main(given)` and return the exit status: what it returns, 0 for None; where it raises, 2 for a `UserError`,
+    3 diverged, 75 stopped after a checkpoint, 1 failed. Any other exception is a defect of ours, and goes on. (Launchers
+    turn all of them into 1: see run.json.) With --traceback, a `UserError` or `RunEnded` shows where it arose."""
     try:
-        main(argv)
-        return OK
-    except UserError as error:
-        if show_traceback:
-            traceback.print_exc()
-        _complain(f"error: {error}")
-        return USER_ERROR
-    except RunEnded as ended:
-        if show_traceback:
-            traceback.print_exc()
-        if ended.word != "stopped":
-            _complain(f"{ended.word}: {ended}")
-        elif is_main_process():  # all processes agreed on it
-            print(ended, file=sys.stderr)
-        return ENDS[ended.word]
-    except KeyboardInterrupt:
+        with quiet():
+            return main(given) or OK
+    except (UserError, RunEnded, KeyboardInterrupt) as error:
+        return _report(error, given.options["traceback"])
+
+
+def _report(error: BaseException, show_traceback: bool) -> int:
+    """Print `error` for a person, and return the exit status for it."""
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted; a training run goes on from its last complete checkpoint with --resume", file=sys.stderr)
         return FAILED
+    if show_traceback:
+        traceback.print_exception(error)
+    word = error.word if isinstance(error, RunEnded) else "error"
+    message = str(error) if word == "stopped" else f"{word}: {error}"
+    if is_main_process():
+        print(message, file=sys.stderr)
+    elif word != "stopped":  # to stop, all processes agreed; of a fault, one alone may know
+        print(f"[process {os.environ['RANK']}] {message}", file=sys.stderr)
+    return ENDS.get(word, USER_ERROR)
 
 
-def _complain(message: str) -> None:
-    """Print to standard error; each further process says which one it is, since one alone may have met the fault."""
-    print(message if is_main_process() else f"[process {os.environ['RANK']}] {message}", file=sys.stderr)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """In here the imported libraries show no bars (only long work shows progress, and that is the recipes' own) and no
+    warnings of what no user can mend. Afterwards all is as before, the environment too: libraries write into it."""
+    transformers, datasets = sys.modules.get("transformers"), sys.modules.get("datasets")
+    environment, bnb = dict(os.environ), logging.getLogger("bitsandbytes")
+    bnb_level, trainer_log = bnb.level, logging.getLogger("transformers.trainer_utils")
+    with contextlib.ExitStack() as afterwards, warnings.catch_warnings():
+        afterwards.callback(_restore_environment, environment)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every fork
+        if transformers:
+            bars = transformers.utils.logging
+            hub = sys.modules["huggingface_hub"].utils
+            if not hub.are_progress_bars_disabled():
+                afterwards.callback(hub.enable_progress_bars)
+            if bars.is_progress_bar_enabled():
+                afterwards.callback(bars.enable_progress_bar)
+            bars.disable_progress_bar()
+        if datasets and not datasets.are_progress_bars_disabled():
+            afterwards.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # PEFT asks the hub at each save whether the vocabulary was changed; no recipe changes it
+        for message in ("Could not find a config file in", "Unable to fetch remote file due to the following error"):
+            warnings.filterwarnings("ignore", message=message)
+        afterwards.callback(bnb.setLevel, bnb_level)
+        bnb.setLevel(logging.ERROR)
+        # it takes a share of steps, such as save_steps: 0.1, for a change at each resume; check_same_run compares
+        afterwards.callback(trainer_log.removeFilter, _no_step_changes)
+        trainer_log.addFilter(_no_step_changes)
+        yield
+
+
+def _no_step_changes(record: logging.LogRecord) -> bool:
+    return "do not match the ones" not in str(record.msg)
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before:
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def recipe_parser(description: str | None, **others) -> ArgumentParser:
+    """A parser with a recipe's docstring for its help, as it stands, and --traceback; no flag may be cut short."""
+    parser = ArgumentParser(
+        description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, **others
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
+    return parser
+
+
+def training_parser(description: str | None) -> ArgumentParser:
+    """`CONFIG [--section.key VALUE ...] [--dry-run] [--resume [CHECKPOINT]]`, of the recipes that train."""
+    parser = recipe_parser(
+        description,
+        epilog="Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32\n"
+        "Its sections are the arguments of SFTConfig (training), LoraConfig (lora), BitsAndBytesConfig (quantization).",
+    )
+    again = "go on from a checkpoint; without a path, from the newest complete one of this config"
+    settings = parser.add_mutually_exclusive_group(required=True)
+    settings.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/mistral.yaml")
+    settings.add_argument("--from-run", metavar="RUN", help="run a run again, by its record, in the place of a config")
+    parser.add_argument("--dry-run", action="store_true", help="do everything up to training, then stop")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help=again)
+    parser.add_argument("--accept-changes", action="store_true", help="resume although settings or data were changed")
+    parser.add_argument("--max-hours", type=float, help="stop with a checkpoint before so many hours are over")
+    return parser
+
+
+def first_look(parser: ArgumentParser, argv: list[str] | None = None, data_files: bool = True) -> CommandLine:
+    """`parse` of a script's own command line. Ends the process, at --help (0) or a slip (2), before its imports."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        given = parse(parser, words, data_files)
+    except UserError as error:
+        sys.exit(_report(error, "--traceback" in words))
+    sys.excepthook = _hook  # from here on, Ctrl-C meets the imports
+    return given
+
+
+def _hook(kind, error, trace) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> CommandLine:
+    """What the words of `argv` and the YAML file that they name say; keys and values are for the libraries to judge.
+
+    Raises:
+        UserError: for a flag that is no key, a YAML or a section that is none; with `data_files`, for absent data files.
+        SystemExit: 2 for what `parser` does not take, 0 for --help.
+    """
+    words, keys = _split(argv)
+    known, unknown = parser.parse_known_args(words)
+    options, given = vars(known), {}
+    if "config" not in options:
+        parser.parse_args(argv)  # says what is unknown
+    flags = read_flags([*keys, *unknown])
+    if options.get("config"):
+        path = Path(options["config"])
+        if path.suffix == ".json" or (path / "run.json").is_file():
+            raise UserError(f"{path}: is no YAML; a run is run again with --from-run {path}")
+        given = {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
+        _check_files(given | {key: (value, f"--{key}") for key, value in flags.items()}, data_files)
+    return CommandLine(options, flags, given)
+
+
+def _check_files(given: dict[str, tuple[object, str]], look_for_data: bool) -> None:
+    """Raise `UserError` for a section that is none, and for data files that are not there."""
+    for key, (_, where) in given.items():
+        if message := slip_of_section(key.partition(".")[0]):
+            raise UserError(f"{where}: {message}")
+    for part in ("train", "validation", "test") if look_for_data else ():
+        names, _ = given.get(f"data.{part}", (None, None))
+        names = [names] if isinstance(names, str) else names
+        if isinstance(names, list) and all(isinstance(name, str) and not _is_number(name) for name in names):
+            find_data_files(names)
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return float(text) is not None
+    return False
+
+
+def slip_of_section(name: str) -> str | None:
+    """What to say of a section that is none, if it is like one."""
+    meant = None if name in SECTION_NAMES else near(name, SECTION_NAMES)
+    return f"unknown section `{name}`; did you mean `{meant}`?" if meant else None
+
+
+def find_data_files(paths: str | list[str]) -> list[Path]:
+    """The files that a path, a list or a glob names, in order. Raises `UserError` for one that is not there."""
+    files = []
+    for pattern in [paths] if isinstance(paths, str) else paths:
+        is_glob = any(mark in pattern for mark in "*?[") and not Path(pattern).exists()
+        matches = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
+        if not matches:
+            raise UserError(f"{pattern}: no file matches")
+        for name in matches:
+            if not Path(name).is_file():
+                hint = " (it is a folder; name the files: *.jsonl)" if Path(name).is_dir() else ""
+                raise UserError(f"{name}: no such data file{hint}; paths are relative to where the command runs")
+            if not os.access(name, os.R_OK):
+                raise UserError(f"{name}: cannot be read: permission denied")
+            files.append(Path(name))
+    return files
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` is a word (1.1 reads false)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+# the resolver above also matches plain integers, so those are asked first
+_Loader.yaml_implicit_resolvers = {
+    first: sorted(
+        (pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool" or first in "tTfF"),
+        key=lambda pair: pair[0] != "tag:yaml.org,2002:int",
+    )
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
+    """Yield (section.key, value, line number) of a config file; `UserError` on a syntax error or a key given twice."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
+    seen: dict[str, int] = {}
+    for section, body in root.value:
+        _word(section, path)
+        if isinstance(body, yaml.MappingNode):
+            pairs = [(f"{section.value}.{_word(key, path)}", key, value) for key, value in body.value]
+        else:
+            pairs = [(section.value, section, body)] if body.value else []  # a section without keys says nothing
+        for name, key, value in [(section.value, section, None), *pairs] if section.value in seen else pairs:
+            line = key.start_mark.line + 1
+            if name in seen:
+                raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
+            seen[name] = line
+            try:
+                yield name, loader.construct_object(value, deep=True), line
+            except yaml.YAMLError as error:
+                raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
+        seen[section.value] = section.start_mark.line + 1
+
+
+def _word(key: yaml.Node, path: Path) -> str:
+    if not isinstance(key, yaml.ScalarNode):
+        raise UserError(f"{path}:{key.start_mark.line + 1}: a key must be a word")
+    return key.value
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """(other words, words of `--section.key value` and `--section.key=value`): argparse would take such a value for an
+    argument of its own."""
+    others, keys, words = [], [], list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            others.append(word)
+            continue
+        keys.append(word)
+        if not equals and words and not words[0].startswith("--"):
+            keys.append(words.pop(0))
+    return others, keys
+
+
+def read_flags(words: list[str]) -> dict[str, object]:
+    """`--section.key value` and `--section.key=value` to {"section.key": value}, values read as YAML."""
+    flags, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UserError(f"what is {word!r}? Flags are written --section.key VALUE")
+        if "." not in name:
+            raise UserError(f"unknown flag --{name}; keys of the config are written --section.key VALUE")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{name} needs a value")
+            value = words.pop(0)
+        if name in flags:
+            raise UserError(f"--{name} is given twice")
+        try:
+            flags[name] = yaml.load(value, _Loader)
+        except yaml.YAMLError:  # a glob such as *.jsonl, which a shell has left as it is
+            flags[name] = value
+    return flags

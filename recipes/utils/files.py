@@ -1,0 +1,182 @@
+"""Files on the disk: JSON and JSONL, hashes, writes that are whole or absent, folders that one process holds."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from recipes.utils.console import UserError, say
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # EBADF: a folder, over NFS
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, so that a result can be traced to the very rows it came from."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises `UserError` if it cannot be read, is damaged or holds no object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
+    """Yield a text file that takes the place of `path` once it is on the disk; after an error, `path` is as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content`, indented, whole or not at all; what JSON has no form for is written as its `str`."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_jsonl(path: Path, objects: Iterable[dict]) -> None:
+    """Write a line for each of `objects`, whole or not at all."""
+    with whole_file(path) as file:
+        file.writelines(map(_line, objects))
+
+
+def append_jsonl(path: Path, objects: Iterable[dict]) -> None:
+    """Add a line for each of `objects` to a JSONL file, in one write."""
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(map(_line, objects)))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a run's JSONL file, [] where there is none; a line that a kill has cut off is left out.
+
+    Lines end at a line feed alone: answers may hold other separators, such as U+2028.
+    """
+    found = []
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Begin a run's JSONL file, or after a resume keep its lines up to the step `last`: later steps are done again."""
+    write_jsonl(path, [line for line in read_jsonl(path) if line["step"] <= last])
+
+
+def _line(item: dict) -> str:
+    return json.dumps(item, ensure_ascii=False) + "\n"
+
+
+def sync(folder: Path) -> None:
+    """Bring the files of `folder`, and their names, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Yield a new folder beside `output`, and rename it to `output` when all that was written there is on the disk.
+
+    After an error nothing is left.
+
+    Raises:
+        UserError: if `output` holds something or cannot be made, or the disk is full.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already; name another folder with --output")
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); name another folder with --output") from error
+    for left in output.parent.glob(f".{output.name}.partial-*"):
+        if left != partial:
+            say(f"{left}: was left by another merge; if that one is not running, delete it")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(output)
+        sync_path(output.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(f"{output}: the disk is full; nothing is left there. Name another with --output") from error
+        raise
+
+
+def check_space(folder: Path, size: int, what: str = "the merged model") -> None:
+    """Raise `UserError` if the disk under `folder` has no room for `size` bytes of `what` and 64 MB beside them."""
+    free, needed = shutil.disk_usage(folder).free, size + (64 << 20)
+    if free < needed:
+        raise UserError(
+            f"{folder.parent}: {what} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; nothing was kept. "
+            "Name another disk with --output"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which exists, for this process alone. The lock is the kernel's, so that none is left after a kill.
+
+    Raises:
+        UserError: if another process holds it. Where the file system has no locks, a line says so.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                say(f"{folder}: cannot be locked here ({error.strerror}); start no second run in it")
+            else:
+                raise UserError(f"{folder}: is in use by another {_holder(folder)}; wait for it, or end it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(folder: Path) -> str:
+    """The process that has locked `folder`, as far as the kernel tells."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"FLOCK .* (\d+) \S+:{folder.stat().st_ino} ", Path("/proc/locks").read_text())
+        return f"process (pid {found[1]})" if found and found[1] != "0" else "process"
+    return "process"
