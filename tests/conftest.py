@@ -1,4 +1,4 @@
-"""Shared by the tests: small real models, a config for them, and a way to run a recipe."""
+"""Shared by the tests: small real models, a config for them, runs to copy, and ways to call a recipe."""
 
 import os
 
@@ -9,6 +9,7 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="recipes-tests-")  # prepared rows are cached there
 
 import atexit
+import importlib
 import json
 import shutil
 import subprocess
@@ -18,20 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forks import command_line
+
+from recipes.utils.console import run_main
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny"
-REAL_ROWS = ROOT.parent / "shared" / "data"  # real chat rows, where a checkout has them beside it
-
-
-def real_rows(name: str) -> Path:
-    """The file `name` of real chat rows, or a skip that says it is absent."""
-    if not (REAL_ROWS / name).is_file():
-        pytest.skip(f"no {name} in a shared/data folder beside the repository")
-    return REAL_ROWS / name
+DATA = ROOT / "tests" / "data"  # a few rows of each shape, written for these tests
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -50,37 +47,72 @@ def chat(*texts: str, system: str | None = None) -> dict:
     return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
 
 
+def small_config(folder: Path, name: str = "small", **sections) -> Path:
+    """Write a small config of the tiny base into `folder`, with `section={...}` laid over it, and return its path.
+
+    Eight steps of two rows, with an evaluation and a checkpoint every four; the run goes to `folder`/run.
+    """
+    rows = read_jsonl(TINY / "train.jsonl")
+    config = {
+        "model": {"name_or_path": str(TINY / "base"), "dtype": "float32"},
+        "data": {
+            "train": str(write_jsonl(folder / "train.jsonl", rows[:48])),
+            "validation": str(write_jsonl(folder / "validation.jsonl", rows[48:56])),
+            "samples": 0,
+        },
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "training": {
+            "output_dir": str(folder / "run"), "max_steps": 8, "max_length": 320, "packing": True,
+            "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 1e-3,
+            "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps",
+            "save_steps": 4, "load_best_model_at_end": True, "logging_steps": 1,
+        },
+    }  # fmt: skip
+    for section, values in sections.items():
+        config[section] = {**config.get(section, {}), **values}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 @pytest.fixture
 def config_file(tmp_path):
-    """A function that writes a small config of the tiny base, with `section={...}` laid over it, and returns its path.
+    """`small_config` in the test's own folder."""
+    return lambda name="small", **sections: small_config(tmp_path, name, **sections)
 
-    Eight steps of two rows, with an evaluation and a checkpoint every four.
-    """
 
-    def write(name: str = "small", **sections) -> Path:
-        rows = read_jsonl(TINY / "train.jsonl")
-        config = {
-            "model": {"name_or_path": str(TINY / "base"), "dtype": "float32"},
-            "data": {
-                "train": str(write_jsonl(tmp_path / "train.jsonl", rows[:48])),
-                "validation": str(write_jsonl(tmp_path / "validation.jsonl", rows[48:56])),
-                "samples": 0,
-            },
-            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-            "training": {
-                "output_dir": str(tmp_path / "run"), "max_steps": 8, "max_length": 320, "packing": True,
-                "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 1e-3,
-                "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps",
-                "save_steps": 4, "load_best_model_at_end": True, "logging_steps": 1,
-            },
-        }  # fmt: skip
-        for section, values in sections.items():
-            config[section] = {**config.get(section, {}), **values}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
+def run_recipe(name: str, *argv) -> int:
+    """The exit status of `python recipes/NAME.py ARGV...`, called in this process."""
+    recipe = importlib.import_module(f"recipes.{name}")
+    return run_main(recipe.main, command_line(recipe, argv))
 
-    return write
+
+def _finished_run(folder: Path, method: str, **sections) -> Path:
+    assert run_recipe(f"sft_{method}", small_config(folder, **sections)) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory) -> Path:
+    """The folder of a finished LoRA run of `small_config`, to be read or copied (`copy_run`), never written to."""
+    return _finished_run(tmp_path_factory.mktemp("lora"), "lora")
+
+
+@pytest.fixture(scope="session")
+def qlora_run(tmp_path_factory) -> Path:
+    """The same of a Q-LoRA run: an NF4 base, quantised twice."""
+    return _finished_run(tmp_path_factory.mktemp("qlora"), "qlora")
+
+
+def copy_run(run: Path, tmp_path: Path) -> Path:
+    """A copy of the folder `run`, with its config and rows beside it, whose `output_dir` is the copy: TMP_PATH/run."""
+    shutil.copytree(run, tmp_path / "run")
+    for beside in run.parent.iterdir():
+        if beside.is_file():
+            shutil.copy(beside, tmp_path)
+    for path in tmp_path.glob("*.yaml"):
+        path.write_text(path.read_text().replace(f"output_dir: {run}\n", f"output_dir: {tmp_path / 'run'}\n"))
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")
