@@ -9,7 +9,6 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="recipes-tests-")  # prepared rows are cached there
 
 import atexit
-import importlib
 import json
 import shutil
 import subprocess
@@ -19,9 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forks import command_line
-
-from recipes.utils.console import run_main
+from forks import command_line, run_recipe  # noqa: F401, for the tests
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -79,12 +76,6 @@ def small_config(folder: Path, name: str = "small", **sections) -> Path:
 def config_file(tmp_path):
     """`small_config` in the test's own folder."""
     return lambda name="small", **sections: small_config(tmp_path, name, **sections)
-
-
-def run_recipe(name: str, *argv) -> int:
-    """The exit status of `python recipes/NAME.py ARGV...`, called in this process."""
-    recipe = importlib.import_module(f"recipes.{name}")
-    return run_main(recipe.main, command_line(recipe, argv))
 
 
 def _finished_run(folder: Path, method: str, **sections) -> Path:

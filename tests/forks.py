@@ -24,6 +24,13 @@ def command_line(recipe: ModuleType | str | None, argv) -> CommandLine:
     return parse(parser, [str(word) for word in argv], looks_for_data)
 
 
+def run_recipe(name: str, *argv) -> int:
+    """The exit status of `python recipes/NAME.py ARGV...`, called in this process."""
+    recipe = importlib.import_module(f"recipes.{name}")
+    parsed = CommandLine({"traceback": "--traceback" in argv}, {}, {})  # a slip in the words is told by `run_main`, too
+    return run_main(lambda _: recipe.main(command_line(recipe, argv)), parsed)
+
+
 def child(recipe: str, arguments: list[str], log: str, environment: dict):
     """The recipe's command line; ends with its exit status. What it prints goes to the file `log`."""
     import torch
@@ -31,8 +38,7 @@ def child(recipe: str, arguments: list[str], log: str, environment: dict):
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    module = importlib.import_module(f"recipes.{recipe}")
-    sys.exit(run_main(module.main, command_line(module, arguments)))
+    sys.exit(run_recipe(recipe, *arguments))
 
 
 def start(method, path, folder, *flags, **environment):
