@@ -40,8 +40,8 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     longest = int(borders.diff().max()) if longest is None else longest
     window = kwargs.get("sliding_window")
     window = window if window and window < longest else None
-    # A trained embedding makes float32 of what the values' projection, under autocast, has in 16 bit; autocast casts for
-    # sdpa and does not know this kernel, which takes one dtype of 16 bit.
+    # A trained embedding makes float32 of what the values' projection, under autocast, has in 16 bit; autocast casts
+    # for sdpa and does not know this kernel, which takes one dtype of 16 bit.
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (states.to(dtype) for states in (query, key, value))
@@ -55,10 +55,8 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
 
 def varlen_kernel(query, key, value, borders, longest: int, scale, window: int | None):
     """torch's kernel. `window`: how many tokens a token sees, itself included; None for all before it."""
-    return varlen_attn(
-        query, key, value, borders, borders, longest, longest,
-        scale=scale, window_size=(window - 1 if window else -1, 0), **GROUPED,
-    )  # fmt: skip
+    how = {"scale": scale, "window_size": (window - 1 if window else -1, 0), **GROUPED}
+    return varlen_attn(query, key, value, borders, borders, longest, longest, **how)
 
 
 def attend_by_document(query, key, value, borders, longest, scale, window):
@@ -87,10 +85,8 @@ def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_
     all others sdpa's mask."""
     if attention_mask is None and not allow_is_causal_skip and 1 < q_length == kv_length:
         return None
-    return sdpa_mask(
-        batch_size, q_length, kv_length, *args,
-        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs,
-    )  # fmt: skip
+    kwargs |= {"attention_mask": attention_mask, "allow_is_causal_skip": allow_is_causal_skip}
+    return sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
 
 
 AttentionInterface.register(VARLEN, document_attention)

@@ -1,0 +1,274 @@
+"""The base model: a folder, or a snapshot of the hub at one commit; how it is computed here; loaded as asked for."""
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
+
+from recipes.utils.console import UserError, is_main_process, out, say
+from recipes.utils.data import Finding
+from recipes.utils.files import read_json
+from recipes.utils.model.attention import VARLEN
+
+ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
+INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
+SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.txt", "*.py"]  # all of a model but its weights
+ROWS_LOOKED_AT = 200  # for the control tokens that they use
+PICKLED = (
+    "has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: transformers' "
+    "from_pretrained and save_pretrained, on a machine that you can spare"
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to load."""
+
+    name_or_path: str = ""  # required: a folder, or a name on the Hugging Face hub
+    revision: str | None = None  # of a name on the hub: a branch, tag or commit
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the base's weights and of the arithmetic
+    attn_implementation: str = "auto"  # auto is the fastest here that keeps packed chats apart
+    chat_template: str = "auto"  # auto is the model's own, with loss marks; or mistral, qwen2, a .jinja file
+    adapter: str | None = None  # a LoRA folder to go on from
+    adapter_input_cast: bool = False  # PEFT's cast of each adapter's input to float32: same losses, more memory
+    compile_layers: bool = False  # torch.compile of each decoder layer
+    trust_remote_code: bool = False  # run code that comes with the model
+
+
+def find_base(options: ModelOptions, commit: str | None = None) -> Path:
+    """The folder of the base: `name_or_path` itself, or a snapshot of the hub at one commit, with configuration,
+    tokenizer, template and the safetensors that its index names. The network is used here and nowhere else.
+
+    The commit is `commit`; without it that of `options.adapter`, unless there is an `options.revision`; else what the
+    revision stands for today. The cache serves what it has whole.
+
+    Raises:
+        UserError: if there is no such folder or model, or the hub cannot be reached and the cache does not have it
+        whole.
+    """
+    name = options.name_or_path
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{name}: is no model folder (it has no config.json)")
+        return Path(name)
+    if commit is None and options.adapter and options.revision is None:
+        adapter = read_json(Path(options.adapter) / "adapter_config.json")
+        commit = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
+    with _told_in_a_line(name):
+        # Asked also where the cache has the branch, which may have moved since.
+        commit = commit or HfApi().resolve_revision(name, revision=options.revision).resolved
+        base = _cached(name, commit) or _download(name, commit)
+    if base is None and constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{name}: is not whole in the cache, and HF_HUB_OFFLINE keeps the Hugging Face hub out of reach"
+        )
+    if base is None:
+        raise UserError(f"{name}: {PICKLED}")
+    return base
+
+
+def commit_of(base: Path) -> str | None:
+    """The commit (40 hexadecimal digits) of a snapshot of the hub; None for any other folder."""
+    return base.name if base.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", base.name) else None
+
+
+def name_of(base: Path) -> str:
+    """The hub's name of a snapshot, whose folder is models--someone--name/snapshots/commit; any other folder's path."""
+    return base.parents[1].name.removeprefix("models--").replace("--", "/") if commit_of(base) else str(base)
+
+
+def _cached(name: str, commit: str) -> Path | None:
+    """The snapshot in the cache, if its configuration, tokenizer and weights are all there."""
+    try:
+        base = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    tokenizer = any((base / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    return base if tokenizer and all((base / file).is_file() for file in ("config.json", *_weights(base))) else None
+
+
+def _weights(base: Path) -> list[str]:
+    """The files that the index names: what else lies there (Mistral's consolidated.safetensors) is the same twice."""
+    index = base / "model.safetensors.index.json"
+    return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+
+
+def _download(name: str, commit: str) -> Path | None:
+    small = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
+    weights = _weights(small)
+    if not constants.HF_HUB_OFFLINE:
+        files = snapshot_download(name, revision=commit, allow_patterns=weights, dry_run=True)
+        size = sum(file.file_size for file in files if file.will_download)
+        say(f"base: fetching {size / 1e9:,.2f} GB of {name} from the Hugging Face hub, once")
+    bar = tqdm if is_main_process() else None  # one that shows where the libraries' bars are off
+    snapshot_download(name, revision=commit, allow_patterns=weights, tqdm_class=bar)
+    return _cached(name, commit)
+
+
+@contextlib.contextmanager
+def _told_in_a_line(name: str):
+    """Turn what loading `name` raises into a line that says what to do."""
+    try:
+        yield
+    except (OSError, RevisionResolutionError, HFValidationError) as error:
+        raise UserError(f"{name}{_what_to_do(error, name)}") from error
+
+
+def _what_to_do(error: Exception, name: str) -> str:
+    chain = (error, error.__cause__, error.__context__)
+    text = " ".join(map(str, chain)).lower()
+
+    def found(*kinds) -> bool:
+        return any(isinstance(one, kinds) for one in chain)
+
+    if found(GatedRepoError):
+        return f" is gated: accept its licence at https://huggingface.co/{name}, then: hf auth login"
+    if found(RepositoryNotFoundError):
+        return ": no such folder here, and no such model on the Hugging Face hub; if it is a private one: hf auth login"
+    if found(RevisionNotFoundError):
+        return ": the Hugging Face hub has no such model.revision; it is a branch, a tag or a commit"
+    if found(HFValidationError):
+        return ": there is no such folder; paths are relative to where the command runs"
+    if found(RevisionResolutionError, LocalEntryNotFoundError, ConnectionError) or "connect" in text:
+        unreached = "the Hugging Face hub cannot be reached; give a folder as model.name_or_path"
+        return f": there is no such folder here, and {unreached}"
+    return f": {PICKLED}" if "safetensors" in text else f": {str(error).splitlines()[0]}"
+
+
+def model_config(base: Path, options: ModelOptions):
+    """The base's own configuration, without its weights."""
+    with _told_in_a_line(options.name_or_path):
+        return AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code, local_files_only=True)
+
+
+def check_base(base: Path, options: ModelOptions, use_cpu: bool, use_cpu_asked: bool) -> None:
+    """Raise `UserError` for a base that cannot be trained here: Qwen2 in float16; billions of parameters without a GPU,
+    unless `use_cpu_asked` for. Says that code of the model's own is run, where it is."""
+    if options.trust_remote_code and is_main_process():
+        out.print(f"[bold red]model.trust_remote_code: code that comes with {options.name_or_path} is run here[/]")
+    config = model_config(base, options)
+    if options.dtype == "float16" and config.model_type.startswith("qwen2"):
+        raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
+    if use_cpu_asked or torch.cuda.is_available():
+        return
+    with torch.device("meta"):  # no memory is taken
+        billions = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) / 1e9
+    if billions > 1:
+        raise UserError(
+            f"{options.name_or_path} has {billions:.1f} billion parameters and this machine has no GPU that torch sees "
+            "(nvidia-smi shows whether there is one); --training.use_cpu true trains on the CPU all the same"
+        )
+
+
+def choose_attention(options: ModelOptions, use_cpu: bool) -> str:
+    """The attention implementation, told with its reason; `auto` is the fastest here that keeps packed chats apart.
+    Raises `UserError` if the one asked for cannot be had here; another is never taken in its place."""
+    attention, reason = attention_and_reason(options, use_cpu)
+    say(f"attention: {attention} ({reason})")
+    return attention
+
+
+def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
+    """What `choose_attention` takes and says."""
+    setting, on_cpu = options.attn_implementation, use_cpu or not torch.cuda.is_available()
+    if on_cpu:
+        missing = "the run is on the CPU" if torch.cuda.is_available() else "there is no GPU"
+    elif torch.cuda.get_device_capability()[0] < 8:
+        missing = f"{torch.cuda.get_device_name()} is older than Ampere"
+    else:
+        missing = "it has no float32" if options.dtype == "float32" else None
+    no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
+    if setting == "auto":
+        if not no_flash:
+            return "flash_attention_2", "fastest"
+        if not missing:
+            return VARLEN, f"torch's own, chat by chat; {no_flash}"
+        return "sdpa", f"no faster one here: {missing}"
+    if setting not in ATTENTIONS:
+        known = "use auto, varlen, sdpa, eager or flash_attention_2"
+        raise UserError(f"model.attn_implementation: unknown {setting!r}; {known}")
+    if setting == "flash_attention_2" and no_flash:
+        raise UserError(
+            f"model.attn_implementation: flash_attention_2 cannot be had here: {no_flash}. It wants an Ampere or newer "
+            f"GPU and: {INSTALL_FLASH}; auto takes what is there"
+        )
+    if setting == VARLEN and missing and not on_cpu:
+        raise UserError(f"model.attn_implementation: varlen cannot be had here: {missing}; auto takes what is there")
+    if setting == "flex_attention" and use_cpu:
+        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use auto")
+    return setting, "as asked for"
+
+
+def load_base(base: Path, options: ModelOptions, attention: str, quantization_config=None, use_cpu: bool | None = None):
+    """The model in the folder `base`, in `options.dtype`, or in 4 bit by `quantization_config`, on this process's GPU,
+    unless there is none or it is to `use_cpu`."""
+    use_cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
+    device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        with _told_in_a_line(options.name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(
+                base,
+                trust_remote_code=options.trust_remote_code,
+                dtype=getattr(torch, options.dtype),
+                attn_implementation=attention,
+                device_map={"": device},
+                quantization_config=quantization_config,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{options.name_or_path}: its weights do not fit what is free on {device}; nvidia-smi shows what else runs "
+            "there, recipes/plan_run.py what would fit"
+        ) from error
+    model.config._name_or_path = options.name_or_path  # what model cards say; PEFT reads the folder's own config.json
+    # On CPUs with AVX512-BF16 the first evaluation would repack 4-bit weights for good, which moves the logits and
+    # makes a resumed run another run.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    # Sampling settings without do_sample make the very last save raise.
+    if not model.generation_config.do_sample:
+        model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
+    return model
+
+
+def check_tokens(model, rows, tokenizer) -> list[Finding]:
+    """Control tokens of `rows` (a Dataset with `input_ids` and `labels`) whose embedding or head row looks untrained in
+    this base, by its norm against the vocabulary's: the head row decides when the model stops."""
+    sample = rows.select(range(min(len(rows), ROWS_LOOKED_AT)))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    read = special & {token for ids in sample["input_ids"] for token in ids}
+    learnt = special & {label for labels in sample["labels"] for label in labels}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    findings = []
+    for name, weight, used in (("embedding", embedding, read), ("head", head, learnt)):
+        if name == "head" and head is embedding:  # tied, and told already
+            continue
+        norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
+        middle = norms.median().item()
+        odd = [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]
+        if odd:
+            named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} (norm {norms[i]:.2g})" for i in odd)
+            cost = head.numel() * 16 / 1e9  # a trained copy in float32, its gradient, and Adam's two moments
+            looks = f"looks untrained in this base (the vocabulary's median norm is {middle:.2g})"
+            mend = f"train the head: --lora.modules_to_save '[lm_head]' ({cost:.1f} GB more)"
+            so = f"so the model may not learn to stop. Start from the Instruct model, or {mend}"
+            findings.append(Finding("warn", f"{named}: the {name} row {looks}, {so}"))
+    return findings

@@ -1,0 +1,61 @@
+"""Greedy answers, in batches that fit."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from recipes.utils.data import Encoder
+
+# Tokens held at once: 16k tokens of keys and values are about 2 GB for Mistral-7B (0.13 MB a token).
+TOKENS_A_BATCH = 16384
+ROWS_A_BATCH = 64
+
+
+class Answer(NamedTuple):
+    """A generated answer; `stopped` is True when the model ended it by itself."""
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+@torch.no_grad()
+def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to `prompts` (token ids), ended by the template's stop ids."""
+    model.eval()
+    tokenizer, stop_ids = encoder.tokenizer, encoder.stop_ids
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id
+    )
+    answers: dict[int, Answer] = {}
+    for batch in batches([len(prompt) + max_new_tokens for prompt in prompts]):
+        width = max(len(prompts[index]) for index in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, index in enumerate(batch):  # padded on the left, so that every answer begins at the same place
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        # Layers that are compiled for training run as they are: each length of the cache would be compiled for.
+        with torch.compiler.set_stance("force_eager"):
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
+        for row, index in enumerate(batch):
+            generated = output[row, width:].tolist()
+            end = next((place for place, token in enumerate(generated) if token in stop_ids), None)
+            text = tokenizer.decode(generated[:end], skip_special_tokens=True)
+            answers[index] = Answer(text, end is not None, len(generated) if end is None else end + 1)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def batches(lengths: list[int]) -> list[list[int]]:
+    """Indices in batches of similar length, each within the token and row limits, longest first: what does not fit the
+    memory fails at once and not at the end."""
+    order, found = sorted(range(len(lengths)), key=lambda index: -lengths[index]), []
+    while order:
+        rows = max(1, min(ROWS_A_BATCH, TOKENS_A_BATCH // lengths[order[0]]))
+        found.append(order[:rows])
+        order = order[rows:]
+    return found
