@@ -1,8 +1,11 @@
-"""What would be trained on, shown at a terminal: token ids as text, each token with what is done with it."""
+"""What would be trained on, shown at a terminal and on a page: token ids as text, each with what is done with it."""
 
-from recipes.utils.console import out, print_table, say
+from pathlib import Path
 
 from rich.text import Text
+
+from recipes.utils.console import out, print_table, say
+from recipes.utils.page import write_page
 
 STYLES = {"trained": "black on green", "special": "bold magenta", "context": "dim"}
 
@@ -31,26 +34,28 @@ def token_pieces(tokenizer, input_ids: list[int], labels: list[int]) -> list[tup
 
 def _text(tokenizer, ids: list[int]) -> str:
     """The text of tokens within a row: sentencepiece drops the blank of a row's first token, so another goes before."""
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    blank = " " if tokens[0].startswith("▁") else ""
+    blank = " " if tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁") else ""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text if text.startswith(blank) else blank + text
 
 
 def print_data(name: str, report: dict) -> None:
-    """Show what `inspect_data` found for the config called `name` at the terminal: counts, lengths, findings, and rows token by
-    token, in colours or, in a file, between marks."""
-    train, packing = report["train"], report["packing"]
+    """Show what `inspect_data` found for the config called `name` at the terminal: counts, lengths, findings, and rows
+    token by token, in colours or, in a file, between marks."""
+    train, validation, packing = report["train"], report["validation"] or {"rows": 0}, report["packing"]
+    left_out = f"{len(train['bad']):,} bad, {train['dropped']:,} over max_length or without an answer"
+    filled = f"{packing['rows']:,} rows of {report['max_length']}, {packing['fill']:.1%} filled" if packing else "off"
     print_table(f"{name}: what would be trained on", {
         "chat template": report["chat_template"],
         "files": ", ".join(f"{n:,} {shape} rows" for shape, n in train["shapes"].items()),
         "ignored keys": ", ".join(train["ignored_keys"]) or None,
-        "rows": f"{train['rows']:,} train, {(report['validation'] or {'rows': 0})['rows']:,} validation; left out: "
-                f"{len(train['bad']):,} bad, {train['dropped']:,} over max_length or without an answer; {train['blank']:,} blank lines",
+        "rows": f"{train['rows']:,} train, {validation['rows']:,} validation; "
+                f"left out: {left_out}; {train['blank']:,} blank lines",
         "answers a row": ", ".join(f"{n:,} rows of {k}" for k, n in sorted(report["answers_a_row"].items())),
-        "tokens": f"{train['tokens']:,}, trained on {train['trained_tokens']:,} ({train['trained_tokens'] / train['tokens']:.0%})",
+        "tokens": f"{train['tokens']:,}, trained on {train['trained_tokens']:,} "
+                  f"({train['trained_tokens'] / train['tokens']:.0%})",
         "tokens a row": ", ".join(f"{name} {value:,}" for name, value in report["lengths"].items()),
-        "packing": f"{packing['rows']:,} rows of {report['max_length']}, {packing['fill']:.1%} filled" if packing else "off",
+        "packing": filled,
         "steps": f"{report['steps']:,} ({report['steps_an_epoch']:,} an epoch)",
     })  # fmt: skip
     most = max(bar["rows"] for bar in report["histogram"])
@@ -63,12 +68,17 @@ def print_data(name: str, report: dict) -> None:
     for entry in report["ledger"]:
         losses = " → ".join(f"{loss:.2f}" for loss in entry["losses"].values())
         say(f"  {entry['where']}  {losses}  {entry['excess']:+.2f}  {entry['tokens']} tokens")
+    legend = "green is trained on, control tokens are magenta" if out.is_terminal else "«» is trained on"
     for row in report["rows"]:
-        text = Text()
-        kinds = ["context", *(kind for _, kind in row["tokens"]), "context"]
+        text, kinds = Text(), ["context", *(kind for _, kind in row["tokens"]), "context"]
         for place, (token, kind) in enumerate(row["tokens"], start=1):
             opens, closes = (kind == "trained" != kinds[place + step] and not out.is_terminal for step in (-1, 1))
             text.append("«" * opens + token.replace("\n", "⏎\n") + "»" * closes, STYLES[kind])
-        legend = "green is trained on, control tokens are magenta" if out.is_terminal else "«» is trained on"
         say(f"\n{row['where']}   ({legend}; the rest is read, not learnt)")
         out.print(text, soft_wrap=True)
+
+
+def write_data_page(path: Path, config, report: dict) -> None:
+    """Write what `inspect_data` found to an HTML file."""
+    most = max(bar["rows"] for bar in report["histogram"])
+    write_page(path, "inspect_data.html", config=config, report=report, most=most)

@@ -1,14 +1,17 @@
-"""Which chat template a model is trained with, and why; and what it renders."""
+"""The tokenizer, and which chat template a model is trained with, and why; and what a template renders."""
 
+import re
 from pathlib import Path
 
-from recipes.utils.console import UserError
-
 from jinja2 import TemplateError, TemplateSyntaxError
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "configs" / "chat_templates"
+from recipes.utils.console import UserError, say
+from recipes.utils.files import read_json
+
+TEMPLATES = Path(__file__).resolve().parents[3] / "configs" / "chat_templates"
 HOW_TO = (
     "copy a file of configs/chat_templates, change it to the model's own text, wrap the answer and its end-of-turn "
     "token in {% generation %} ... {% endgeneration %}, and set model.chat_template to its path"
@@ -17,7 +20,43 @@ USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "conte
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def choose_chat_template(tokenizer, setting: str, model_type: str) -> tuple[str, str]:
+def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False):
+    """The tokenizer in the folder `base`, with the chat template that will be trained and saved; says which and why."""
+    tokenizer, reason = read_tokenizer(base, chat_template, trust_remote_code)
+    say(f"chat template: {reason}")
+    return tokenizer
+
+
+def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False) -> tuple:
+    """(the tokenizer in the folder `base` with its chat template, why it is that one).
+
+    Raises:
+        UserError: if it cannot be loaded or is no fast one, or as `choose_chat_template`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{base}: has no fast tokenizer (tokenizer.json)")
+    if prepends_blanks(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = None
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+        mended = "the base's legacy form puts a blank after every control token; mended, as mistral-common has it"
+        say(f"tokenizer: {mended}")
+    model_type = read_json(Path(base) / "config.json").get("model_type")
+    tokenizer.chat_template, reason = choose_chat_template(tokenizer, chat_template, model_type)
+    return tokenizer, reason
+
+
+def prepends_blanks(tokenizer) -> bool:
+    """True for the legacy form of sentencepiece tokenizers, which puts a blank before every stretch of text between
+    control tokens, and not before the first one alone."""
+    tokens = tokenizer.backend_tokenizer.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).tokens
+    return tokens[-1].startswith("▁")
+
+
+def choose_chat_template(tokenizer, setting: str, model_type: str | None) -> tuple[str, str]:
     """(a template with loss marks, one line that says which one and why).
 
     Raises:
@@ -28,25 +67,28 @@ def choose_chat_template(tokenizer, setting: str, model_type: str) -> tuple[str,
     if setting != "auto":
         return _named_template(setting, tokenizer), f"{setting}, as asked for"
     if own is None:
-        family = "mistral" if model_type == "mistral" else "qwen2"
         if model_type not in ("mistral", "qwen2"):
             raise UserError(f"model.chat_template: the model has none, and none is known for {model_type}: {HOW_TO}")
-        return _named_template(family, tokenizer), f"{family}, since this base model has none of its own"
-    if has_generation_markers(own):
+        return _named_template(model_type, tokenizer), f"{model_type}, since this base model has none of its own"
+    if marks_answers(own):
         return own, "the model's own, which marks the answers"
+    from trl.chat_template_utils import get_training_chat_template  # here: it imports datasets, which a merge can spare
+
     try:
-        twin = get_training_chat_template(tokenizer)
-        return twin, "TRL's training twin of the model's own"
+        return get_training_chat_template(tokenizer), "TRL's training twin of the model's own"
     except (ValueError, TemplateError):
         pass
     for name in ("qwen2", "mistral"):
         template = _named_template(name, tokenizer)
         if _same_text(tokenizer, own, template, spaces_matter=name == "qwen2"):
             return template, f"{name}: the text of the model's own, with answers marked"
-    raise UserError(
-        f"model.chat_template: the model's own template does not mark the answers, and no known one "
-        f"renders the same text: {HOW_TO}"
-    )
+    no_twin = "the model's own template does not mark the answers, and no known one renders the same text"
+    raise UserError(f"model.chat_template: {no_twin}: {HOW_TO}")
+
+
+def marks_answers(template: str) -> bool:
+    """True if the template holds loss marks."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, template: str | None = None):
@@ -60,7 +102,7 @@ def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=Fa
         conversations=[messages],
         tools=tools,
         chat_template=template,
-        return_assistant_tokens_mask=has_generation_markers(template),
+        return_assistant_tokens_mask=marks_answers(template),
         add_generation_prompt=add_generation_prompt,
         **tokenizer.special_tokens_map,
     )
@@ -69,8 +111,7 @@ def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=Fa
 
 def _named_template(name: str, tokenizer) -> str:
     """The text of a .jinja file, or of this project's template `name`; `mistral` is v1 or v3 by the tokenizer."""
-    if name == "mistral":
-        # 7B v0.3 has [INST] as one control token, v0.1 and v0.2 spell it out; model_type is the same
+    if name == "mistral":  # 7B v0.3 has [INST] as one control token, v0.1 and v0.2 spell it out; model_type is the same
         name = "mistral_v3" if "[INST]" in tokenizer.get_vocab() else "mistral_v1"
     path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
     if not path.is_file():
@@ -81,7 +122,7 @@ def _named_template(name: str, tokenizer) -> str:
         _compile_jinja_template(template)
     except TemplateSyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
-    if not has_generation_markers(template):
+    if not marks_answers(template):
         raise UserError(f"{path}: marks no answers, so nothing would be learnt: {HOW_TO}")
     return template
 
@@ -92,20 +133,15 @@ def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
     Mistral's published templates differ among themselves in spaces; mistral-common's spaces are the reference there.
     A system message is compared in the prompt only: Hugging Face's v0.3 template loses it from a finished conversation.
     """
-    probes = [
-        ([USER], True),
-        ([USER, ANSWER], False),
-        ([USER, ANSWER, USER], True),
-        ([USER, ANSWER, USER, ANSWER], False),
-        ([SYSTEM, USER], True),
-    ]
-    for messages, prompt in probes:
+    prompts = [USER], [USER, ANSWER, USER], [SYSTEM, USER]
+    finished = [USER, ANSWER], [USER, ANSWER, USER, ANSWER]
+    for messages in (*prompts, *finished):
         try:
-            expected = render(tokenizer, messages, add_generation_prompt=prompt, template=own)[0]
+            expected = render(tokenizer, messages, None, messages in prompts, own)[0]
         except TemplateError:
             continue
         try:
-            found = render(tokenizer, messages, add_generation_prompt=prompt, template=ours)[0]
+            found = render(tokenizer, messages, None, messages in prompts, ours)[0]
         except TemplateError:
             return False
         if not spaces_matter:

@@ -1,0 +1,255 @@
+"""Chats to token ids and labels. A label is the token's own id where the model shall learn it, and -100 elsewhere.
+
+Exactly each answer and its end-of-turn token carry loss, and each such answer follows the very prompt that inference
+would send for it.
+"""
+
+import re
+from functools import cached_property
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from recipes.utils.console import UserError
+from recipes.utils.data.chats import BadRow, Chat
+from recipes.utils.data.template import ANSWER, USER, render
+
+MARK = "\ufdd0"  # a code point that is no character, so it stands in no text
+
+
+class Document(NamedTuple):
+    """One training row as text, cut where answers begin and end: (text, carries loss). `escaped` if a typed control
+    token stands in it; `split` if it is one answer of a chat whose answers do not fit in one row."""
+
+    pieces: list[tuple[str, bool]]
+    where: str
+    escaped: bool
+    split: bool
+
+
+class Encoded(NamedTuple):
+    """One training row as the model sees it: `trained` tokens carry loss, and `stops` says whether each run of them, so
+    each answer, ends with a control token."""
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+    trained: int
+    stops: bool
+
+
+class Encoder:
+    """Renders, tokenises and labels chats with the chat template of `tokenizer`. It holds a copy of the tokenizer, so
+    make one and keep it.
+
+    Control tokens steer the model, and no text of a user may become one: a typed one is refused, or with `escape`
+    encoded as the plain text that it is.
+    """
+
+    def __init__(self, tokenizer, escape: bool = False):
+        self.tokenizer, self.escape = tokenizer, escape
+        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.control_ids = frozenset(special)
+        self.control_tokens = frozenset({*special.values(), *tokenizer.all_special_tokens})
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        self._typed = re.compile("|".join(map(re.escape, longest_first)))
+        # Sentencepiece tokenizers put a blank before the first text; a piece that goes on after another must get none.
+        backend = tokenizer.backend_tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        self._going_on = Tokenizer.from_str(backend)
+        self._forms: dict[tuple, tuple] = {}  # what _starts found out about forms of conversation
+
+    def encode(self, chats: list[Chat], train_on: str = "all") -> list[Encoded]:
+        """One row a chat, or one an answer where the template lets only the last answer of a row follow what inference
+        sends. Raises a `UserError`, naming file and line, if the template cannot carry a conversation."""
+        documents = []
+        for chat in chats:
+            try:
+                documents += self.documents(chat, train_on)
+            except BadRow as error:
+                raise UserError(f"{chat.where}: {error}") from error
+        return self.encode_documents(documents)
+
+    def documents(self, chat: Chat, train_on: str = "all") -> list[Document]:
+        """The training rows of one chat, as text. Raises a `BadRow` if the template cannot carry the chat, or a control
+        token stands in its text and `escape` is off."""
+        messages, tools, escaped = self._guarded(chat.messages, chat.tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [index for index in answers if messages[index].get("weight") != 0]
+        if train_on == "last":
+            wanted = wanted[-1:]
+        try:
+            text, spans = self._spans(messages, tools, answers)
+            _check_carried(text, messages, tools)
+            here, straddled = [], False
+            for index in wanted:
+                if spans[index] and not straddled:
+                    here.append(index)
+                    straddled = _straddles(text, spans[index][0])
+            rows = [Document(_cut(text, [spans[index] for index in here]), chat.where, escaped, False)] if here else []
+            for index in sorted(set(wanted) - set(here)):
+                text, spans = self._spans(messages[: index + 1], tools, [place for place in answers if place <= index])
+                if not spans[index]:
+                    number = answers.index(index) + 1
+                    raise TemplateError(f"answer {number} does not follow the prompt that inference sends")
+                rows.append(Document(_cut(text, [spans[index]]), chat.where, escaped, True))
+        except TemplateError as error:
+            raise BadRow("template", f"the chat template cannot carry this conversation: {error.message}") from error
+        return rows
+
+    def encode_documents(self, documents: list[Document]) -> list[Encoded]:
+        """Tokenise and label documents in one batch.
+
+        The pieces are tokenised on their own: that is what inference does (the prompt is tokenised, the answer is
+        generated after it), so no token ever straddles the border between the two.
+        """
+        plain = [document for document in documents if not document.escaped]
+        first = [document.pieces[0][0] for document in plain]
+        later = [text for document in plain for text, _ in document.pieces[1:]]
+        first_ids = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(first, add_special_tokens=False))
+        later_ids = iter(self._going_on.encode_batch_fast(later, add_special_tokens=False))
+        encoded = []
+        for document in documents:
+            input_ids, labels, trained, stops = [], [], 0, True
+            for place, (text, learnt) in enumerate(document.pieces):
+                if document.escaped:
+                    piece = self._escaped_ids(text, first=place == 0)
+                else:
+                    piece = next(later_ids if place else first_ids).ids
+                input_ids += piece
+                labels += piece if learnt else [-100] * len(piece)
+                if learnt:
+                    trained += len(piece)
+                    stops = stops and piece[-1] in self.control_ids
+            encoded.append(Encoded(input_ids, labels, document.where, trained, stops))
+        return encoded
+
+    def prompt_ids(self, messages: list[dict], tools=None) -> list[int]:
+        """The token ids that inference sends for `messages`, which end where an answer is due; with `escape`, those
+        that training had for a chat with typed control tokens."""
+        escaped = False
+        if self.escape:
+            messages, tools, escaped = self._guarded(messages, tools)
+        text = render(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
+        if escaped:
+            return self._escaped_ids(text, first=True)
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The ids that end an answer: the template's end-of-turn token first, then the tokenizer's EOS."""
+        labels = self.encode([Chat([USER, ANSWER], "")])[0].labels
+        end_of_turn = [label for label in labels if label != -100][-1]
+        return list(dict.fromkeys([end_of_turn, self.tokenizer.eos_token_id]))
+
+    def _guarded(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict] | None, bool]:
+        """(messages, tools, whether one was escaped): control tokens typed in text are refused, or broken by `MARK`."""
+        found: list[str] = []
+
+        def broken(value):
+            if isinstance(value, str) and self._typed.search(value):
+                found.extend(self._typed.findall(value))
+                return self._typed.sub(lambda match: match[0][0] + MARK + match[0][1:], value)
+            if isinstance(value, dict):
+                return {broken(key): broken(part) for key, part in value.items()}
+            return [broken(part) for part in value] if isinstance(value, list) else value
+
+        def check(place: str):
+            if found and not self.escape:
+                what = f"{place}: holds the control token {found[0]}, which would become the real one"
+                raise BadRow("control token", f"{what}; --data.control_tokens escape encodes it as plain text")
+
+        guarded, guarded_tools = [], broken(tools)
+        check("tools")
+        for number, message in enumerate(messages, start=1):
+            text = broken({key: part for key, part in message.items() if key != "role"})
+            check(f"turn {number} ({message['role']})")
+            guarded.append({**text, "role": message["role"]})
+        return (guarded, guarded_tools, True) if found else (messages, tools, False)
+
+    def _escaped_ids(self, text: str, first: bool) -> list[int]:
+        """Token ids of a piece in which only the template's own control tokens count as such; `first` if it begins the
+        row."""
+        ids = []
+        for place, stretch in enumerate(re.split(f"({self._typed.pattern})", text)):
+            if stretch in self.control_tokens:
+                ids.append(self.tokenizer.convert_tokens_to_ids(stretch))
+            elif stretch:
+                backend = self.tokenizer.backend_tokenizer if first and place == 0 else self._going_on
+                backend.encode_special_tokens = True
+                ids += backend.encode(stretch.replace(MARK, ""), add_special_tokens=False).ids
+                backend.encode_special_tokens = False
+        return ids
+
+    def _spans(self, messages, tools, answers: list[int]) -> tuple[str, dict]:
+        """(text, {index of an answer: its (start, end), or None where it does not follow what inference sends})."""
+        text, marked = render(self.tokenizer, messages, tools)
+        if len(marked) != len(answers):
+            raise TemplateError(f"the template marks {len(marked)} answers of {len(answers)}")
+        endings, spans = tuple(self.control_tokens), {}
+        starts = self._starts(text, marked, messages, tools, answers)
+        for index, (start, end), prompt_end in zip(answers, marked, starts, strict=True):
+            # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
+            # What inference sends is not learnt; nor is white space after the special token that ends the turn.
+            learnt = text[start:end].rstrip()
+            end = start + len(learnt) if learnt.endswith(endings) else end
+            spans[index] = None if prompt_end is None or prompt_end >= end else (max(start, prompt_end), end)
+        return text, spans
+
+    def _starts(self, text, marked, messages, tools, answers: list[int]) -> list[int | None]:
+        """Where the prompt that inference sends for each answer ends in `text`, or None where the text does not begin
+        with it.
+
+        Rendering each prompt is what decides it, and costs as many renderings as there are answers. For a form of
+        conversation (its roles) it is done once: where a row is the form's fixed text around its own messages, letter
+        by letter, the prompts are too, so its answers end and follow as those of the form did.
+        """
+        if tools or any("tool_calls" in message for message in messages):
+            return self._rendered_starts(text, messages, tools, answers)
+        form = tuple(message["role"] for message in messages)
+        if form not in self._forms:
+            probes = [{"role": role, "content": f"{MARK}{number}{MARK}"} for number, role in enumerate(form)]
+            probe, probe_marked = render(self.tokenizer, probes)
+            ends = self._rendered_starts(probe, probes, None, answers)
+            offsets = [None if end is None else end - start for end, (start, _) in zip(ends, probe_marked, strict=True)]
+            fixed = re.split(f"{MARK}\\d+{MARK}", probe)
+            self._forms[form] = (fixed, re.findall(f"{MARK}(\\d+){MARK}", probe), offsets)
+        fixed, order, offsets = self._forms[form]
+        words = [messages[int(number)]["content"] for number in order]
+        if text != "".join(part for pair in zip(fixed, [*words, ""], strict=True) for part in pair):
+            return self._rendered_starts(text, messages, tools, answers)
+        return [None if step is None else start + step for step, (start, _) in zip(offsets, marked, strict=True)]
+
+    def _rendered_starts(self, text, messages, tools, answers) -> list[int | None]:
+        prompts = [render(self.tokenizer, messages[:index], tools, add_generation_prompt=True)[0] for index in answers]
+        return [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
+
+
+def _straddles(text: str, start: int) -> bool:
+    """True if white space stands on both sides of an answer's beginning: cut apart here it is two tokens, and in the
+    prompt of a later answer, where this one is history, it may be one."""
+    return text[start - 1].isspace() and text[start].isspace()
+
+
+def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
+    pieces, position = [], 0
+    for start, end in spans:
+        pieces += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    return [*pieces, (text[position:], False)]
+
+
+def _check_carried(text: str, messages, tools) -> None:
+    """Raise where the template lost something without a word: a system message, a tool, what a tool said."""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        # What a tool said may be written anew as JSON, so its first words are looked for.
+        said = re.findall(r"\w{3,}", content)[:1] if role == "tool" else [content.strip()]
+        if role in ("system", "tool") and any(part not in text for part in said):
+            mend = "; --data.system merge puts it into the user turn" if role == "system" else ""
+            raise TemplateError(f"it leaves out the {role} message{mend}")
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                raise TemplateError("it has no form for tool calls")
+    if tools and tools[0]["function"].get("name", "") not in text:
+        raise TemplateError("it has no form for tools")

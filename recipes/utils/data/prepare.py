@@ -1,0 +1,463 @@
+"""Files to training rows: hashed, then read, checked, rendered, tokenised and labelled once, and kept for the next run.
+
+datasets is imported where rows are made or read: a merge and a chat, which import this package, can spare it.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from rensa import RMinHash, RMinHashLSH
+from transformers import AutoTokenizer
+
+from recipes.utils.console import UserError, say
+from recipes.utils.data.chats import BadRow, Chat, DataOptions, Reading, data_files, held_out, stream_chats
+from recipes.utils.data.encode import Document, Encoded, Encoder
+from recipes.utils.files import file_hash
+
+if TYPE_CHECKING:
+    import datasets
+
+BATCH = 1000  # rows
+ROWS_COMPARED = 200  # of the user's own, against what inference sends
+ROWS_SIGNED = 20_000  # of either part, to look for near copies; about two seconds
+CANDIDATES = 20  # looked at for each validation row
+NEAR = 0.8  # share of three-word runs that two chats have in common
+PERMUTATIONS = 128
+UNUSED = 30 * 24 * 3600  # seconds until an entry of the cache goes
+NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
+
+
+class Finding(NamedTuple):
+    """What was found: `level` is "stop" (cannot be right), "drop" (rows left out) or "warn" (unwise)."""
+
+    level: str
+    message: str
+
+
+def report_findings(findings: Iterable[Finding]) -> None:
+    """Print the warnings and what was left out; raise a `UserError` with what cannot be right."""
+    for finding in findings:
+        if finding.level != "stop":
+            say(f"{'left out' if finding.level == 'drop' else 'warning'}: {finding.message}")
+    stops = [finding.message for finding in findings if finding.level == "stop"]
+    if stops:
+        raise UserError("\n".join(stops))
+
+
+@dataclass
+class Counts:
+    """What preparing one part of the data counted; tokens are label tokens and prompts together."""
+
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    over_length: int = 0  # rows over max_length
+    lost_tokens: int = 0  # their tokens beyond it, or all of them where they are dropped
+    dropped: int = 0  # rows, for their length or because no answer is left in them
+    split: int = 0  # rows that are one answer of a chat
+    no_stop: int = 0  # rows with an answer whose last token is no control token
+    all_tokens: int = 0  # of all rows, the dropped ones too
+    length_99: int = 0  # tokens that 99 % of the rows fit in
+    length_histogram: dict = field(default_factory=dict)  # {"rows": [16], "edges": [17]}
+    shapes: dict = field(default_factory=dict)  # from here on: what reading the files found, with bad as in Reading
+    ignored_keys: list = field(default_factory=list)
+    trimmed: int = 0
+    blank: int = 0
+    bad: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that SFTTrainer takes as they are: `input_ids`, `labels`, `where` (file:line) and `fingerprint` (of the
+    normalised text); what was counted, the SHA-256 of each file that they came from, and what was found."""
+
+    rows: "datasets.Dataset"
+    counts: Counts = field(default_factory=Counts)
+    files: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple[Prepared, Prepared | None]:
+    """The train and the validation rows, memory-mapped; no validation rows if the data has none.
+
+    `args` is the SFTConfig, of which `max_length` and `seed` count here. With `report`, the findings are printed, and
+    those that stop a run are raised.
+
+    Raises:
+        UserError: listing bad rows as file:line, unless data.on_bad_row is skip; if no row is left; and see `report`.
+    """
+    share = isinstance(options.validation, float)
+    if share and not 0 < options.validation < 1:
+        raise UserError(f"data.validation: {options.validation} is not a share between 0 and 1, nor a file")
+    paths = {"train": options.train}
+    if options.validation is not None:
+        paths["validation"] = options.train if share else options.validation
+    named = {part: data_files(names) for part, names in paths.items()}
+    hashes = {path: file_hash(path) for path in {*named["train"], *named.get("validation", [])}}
+    files = {part: {str(path): hashes[path] for path in found} for part, found in named.items()}
+    key = _key(options, tokenizer, args, files)
+    entry = _cached(key, lambda folder: _write(folder, paths, options, tokenizer, args))
+    parts = {}
+    for part, (rows, counts, found) in entry.items():
+        if not counts.rows:
+            raise UserError(_nothing_left(counts, options, part, args.max_length))
+        findings = _lost_to_length(counts, part, options, args) + _marks(rows, counts, part, tokenizer) + found
+        parts[part] = Prepared(rows, counts, files[part], findings)
+    train, validation = parts["train"], parts.get("validation")
+    if validation:
+        validation = _leave_out_copies(train, validation)
+    if report:
+        report_findings([*train.findings, *(validation.findings if validation else [])])
+    return train, validation
+
+
+# One pass over the files.
+
+
+class _Part:
+    """The train or the validation rows while they are prepared: their Arrow file, their counts, and what of them is
+    compared at the end."""
+
+    def __init__(self, path: Path, options: DataOptions, max_length: int, signs: bool):
+        from datasets import Features, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        ids = List(Value("int32"))
+        features = {"input_ids": ids, "labels": ids, "where": Value("string"), "fingerprint": Value("int64")}
+        self.writer = ArrowWriter(features=Features(features), path=str(path))
+        self.options, self.max_length, self.signs = options, max_length, signs
+        self.counts, self.lengths, self.signed = Counts(), [], {}
+        self.batch = {name: [] for name in features}
+
+    def add(self, chat: Chat, document: Document, row: Encoded) -> Encoded | None:
+        """Keep the row, and return it as it is kept; None if it is dropped."""
+        counts, limit, length = self.counts, self.max_length, len(row.input_ids)
+        self.lengths.append(length)
+        counts.split += document.split
+        counts.no_stop += not row.stops
+        if length > limit:
+            counts.over_length += 1
+            counts.lost_tokens += length - (limit if self.options.over_length == "truncate" else 0)
+            if self.options.over_length == "error":
+                mend = "raise it, or --data.over_length drop"
+                raise UserError(f"{row.where}: {length} tokens, over training.max_length {limit}; {mend}")
+            labels = row.labels[:limit]
+            trained = len(labels) - labels.count(-100) if self.options.over_length == "truncate" else 0
+            row = row._replace(input_ids=row.input_ids[:limit], labels=labels, trained=trained)
+        if not row.trained:
+            counts.dropped += 1
+            return None
+        counts.rows += 1
+        counts.tokens += len(row.input_ids)
+        counts.trained_tokens += row.trained
+        copy = fingerprint(chat)
+        if self.signs and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
+            self.signed[row.where] = _signature(chat), copy
+        for column, value in zip(self.batch.values(), (row.input_ids, row.labels, row.where, copy), strict=True):
+            column.append(value)
+        return row
+
+    def flush(self) -> None:
+        self.writer.write_batch(self.batch)
+        self.batch = {name: [] for name in self.batch}
+
+    def finish(self, reading: Reading) -> None:
+        self.writer.finalize()
+        self.writer.close()
+        counts, lengths = self.counts, self.lengths
+        counts.all_tokens = sum(lengths)
+        counts.length_99 = int(np.percentile(lengths, 99, method="higher")) if lengths else 0
+        rows, edges = np.histogram(lengths, 16)
+        counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
+        counts.shapes, counts.ignored_keys = dict(reading.shapes), sorted(reading.ignored_keys)
+        counts.trimmed, counts.blank, counts.bad = reading.trimmed, reading.blank, reading.bad
+
+
+def _write(folder: Path, paths: dict, options: DataOptions, tokenizer, args) -> dict:
+    """Write the rows of each part to an Arrow file in `folder`, and return {part: [counts, findings]}."""
+    encoder, parity = Encoder(tokenizer, options.control_tokens == "escape"), _PromptParity(tokenizer)
+    parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length, len(paths) > 1) for part in paths}
+    share = options.validation if isinstance(options.validation, float) else None
+    started = told = time.monotonic()
+    rows = 0
+    for name in ["train"] if share else parts:
+        reading = Reading()
+        chats = stream_chats(paths[name], reading, options.system == "merge")
+        for batch, encoded in _encoded(_documents(chats, reading, encoder, options.train_on), encoder):
+            for (chat, document), row in zip(batch, encoded, strict=True):
+                part = name if not share or not held_out(chat, share, args.seed) else "validation"
+                kept = parts[part].add(chat, document, row)
+                if kept and part == "train":
+                    parity.compare(chat, document, kept)
+            for each in parts.values():
+                each.flush()
+            rows += len(batch)
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                say(f"prepared {rows:,} rows, {rows / (told - started):,.0f} a second")
+        for part in parts if share else [name]:
+            parts[part].finish(reading)
+        if options.on_bad_row == "error":
+            reading.raise_if_bad()
+    found = {"train": parity.findings}
+    if "validation" in parts:
+        found["validation"] = _near_copies(parts["train"].signed, parts["validation"].signed)
+    return {part: [dataclasses.asdict(parts[part].counts), found[part]] for part in parts}
+
+
+def _documents(chats, reading: Reading, encoder: Encoder, train_on: str) -> Iterator[tuple[Chat, Document]]:
+    """Each chat with each of its training rows; chats that the template cannot carry go to `reading`."""
+    for chat in chats:
+        try:
+            for document in encoder.documents(chat, train_on):
+                yield chat, document
+        except BadRow as error:
+            reading.add_bad(chat.where, error, chat.line)
+
+
+def _encoded(documents, encoder: Encoder) -> Iterator[tuple[list, list[Encoded]]]:
+    """Yield (batch, its rows as token ids): one batch is tokenised in a thread, outside Python's lock, while the next
+    one is read and rendered."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        while batch := list(islice(documents, BATCH)):
+            job = batch, pool.submit(encoder.encode_documents, [document for _, document in batch])
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = job
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+# What is looked for in rows while they are in hand.
+
+
+class _PromptParity:
+    """Holds each trained answer of the first rows against the prompts that inference sends, through the tokenizer as it
+    will be saved; `findings` has the first answer that follows none of them."""
+
+    def __init__(self, tokenizer):
+        self.left, self.findings = ROWS_COMPARED, []
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            self.served = AutoTokenizer.from_pretrained(folder)
+
+    def compare(self, chat: Chat, document: Document, row: Encoded) -> None:
+        self.left -= 1
+        # a typed control token that was escaped is a real one to a server that reads text
+        if self.left < 0 or self.findings or document.escaped:
+            return
+        prompts = [
+            self.served.apply_chat_template(
+                chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
+            )
+            for index, message in enumerate(chat.messages)
+            if message["role"] == "assistant"
+        ]
+        labels = row.labels
+        starts = [place for place, label in enumerate(labels) if label != -100 and labels[place - 1] == -100]
+        if any(row.input_ids[:start] not in prompts for start in starts):
+            odd = f"{chat.where}: the training row does not begin with the tokens that inference sends for its prompt"
+            self.findings.append(Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree"))
+
+
+def _near_copies(train: dict, validation: dict) -> list[Finding]:
+    """Validation rows that are nearly a train row, by MinHash over runs of three words; both are {where: (signature,
+    fingerprint)}. Copies, whose fingerprints are equal, are not among them."""
+    index, places = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=16), list(train)
+    for number, where in enumerate(places):
+        index.insert(number, train[where][0])
+    pairs = []
+    for where, (signature, copy) in validation.items():
+        candidates = [places[number] for number in index.query(signature)[:CANDIDATES]]
+        near = [(signature.jaccard(train[other][0]), other) for other in candidates if train[other][1] != copy]
+        if near and max(near)[0] >= NEAR:
+            pairs.append((max(near)[0], where, max(near)[1]))
+    if not pairs:
+        return []
+    shown = "; ".join(f"{a} is nearly {b} ({share:.0%})" for share, a, b in sorted(pairs, reverse=True)[:3])
+    part = f" (of the first {ROWS_SIGNED:,} rows)" if len(train) == ROWS_SIGNED else ""
+    flatter = "validation rows" + part + " are nearly train rows, so their scores flatter"
+    return [Finding("warn", f"{len(pairs):,} {flatter}: {shown}")]
+
+
+def _signature(chat: Chat) -> RMinHash:
+    words = re.findall(r"\w+", " ".join(m["content"] for m in chat.messages if m["role"] != "system").casefold())
+    signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
+    signature.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
+    return signature
+
+
+# What is found in rows that are ready.
+
+
+def _lost_to_length(counts: Counts, part: str, options: DataOptions, args) -> list[Finding]:
+    all_rows = counts.rows + counts.dropped
+    rows, tokens = counts.over_length / all_rows, counts.lost_tokens / counts.all_tokens
+    if max(rows, tokens) <= options.max_over_length:
+        return []
+    over = f"{counts.over_length:,} of {all_rows:,} {part} rows are over training.max_length {args.max_length}"
+    fit = f"99 % of the rows fit in --training.max_length {counts.length_99}"
+    lost = f"{over}, and {tokens:.0%} of the tokens would be lost; {fit}, or take the loss: --data.max_over_length 1.0"
+    return [Finding("stop", lost)]
+
+
+def _marks(rows, counts: Counts, part: str, tokenizer) -> list[Finding]:
+    findings = []
+    if counts.no_stop:
+        endless = f"{counts.no_stop:,} {part} rows have an answer whose last trained token ends no turn"
+        mend = "put the end-of-turn token inside the template's {% generation %} marks"
+        findings.append(Finding("stop", f"{endless}, so the model would never learn to stop: {mend}"))
+    if counts.trained_tokens == counts.tokens:
+        all_trained = f"every token of the {part} rows carries loss, prompts too; mark the answers alone"
+        findings.append(Finding("warn", all_trained))
+    first, bos = rows[0], tokenizer.bos_token_id
+    if bos is not None and first["input_ids"][:2] == [bos] * 2:
+        twice = f"{first['where']}: begins with {tokenizer.bos_token} twice"
+        findings.append(Finding("stop", f"{twice}; remove it from the text or from the chat template"))
+    return findings
+
+
+def _leave_out_copies(train: Prepared, validation: Prepared) -> Prepared:
+    """The validation rows without those whose text is in training but for case, space and punctuation."""
+    known = np.isin(validation.rows["fingerprint"], train.rows["fingerprint"])
+    if not known.any():
+        return validation
+    places = ", ".join(validation.rows[int(index)]["where"] for index in np.flatnonzero(known)[:3])
+    copies = f"{known.sum():,} of {len(known):,} validation rows are in training, exactly or but for case, space and"
+    findings = [Finding("drop", f"{copies} punctuation: {places}")]
+    if known.all():
+        nothing = "data.validation: every row is in training, so nothing would be measured"
+        findings.append(Finding("stop", f"{nothing}; use other rows, or a share: --data.validation 0.05"))
+    return dataclasses.replace(
+        validation,
+        rows=validation.rows.select(np.flatnonzero(~known)),
+        counts=dataclasses.replace(validation.counts, rows=int((~known).sum())),
+        findings=[*validation.findings, *findings],
+    )
+
+
+def _nothing_left(counts: Counts, options: DataOptions, part: str, max_length: int) -> str:
+    if counts.over_length:
+        over = f"{counts.over_length} are over training.max_length {max_length}; 99 % would fit in {counts.length_99}"
+        return f"no {part} row is left to use: {over}"
+    if counts.bad:
+        bad = counts.bad[0]
+        return f"no {part} row is left to use: all {len(counts.bad)} are bad, such as {bad['where']}: {bad['error']}"
+    if isinstance(options.validation, float):
+        share = f"with a share of {options.validation} no {part} row is left"
+        return f"data.validation: {share}; give another share, or a file"
+    return f"data.{part}: names no rows"
+
+
+# Rows on the disk, found again by content: an edit is noticed, an unchanged file costs only its reading.
+
+
+def _cached(key: str, write) -> dict:
+    """{part: (rows, counts, findings)} of the cache's entry `key`. Where there is none, or a damaged one,
+    `write(folder)` makes the files; one process of a machine does, and the others wait for it."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        # A barrier would give up after its timeout; where the one process fails, the launcher ends this one.
+        while not (kept := _kept(folder)):
+            time.sleep(0.2)
+        return kept
+    if kept := _kept(folder):
+        return kept
+    if folder.exists() and not _kept(folder):
+        say(f"rows are prepared again: those in {folder} are damaged")
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary = folder.with_name(f"{key}.{platform.node()}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        parts = write(temporary)
+        (temporary / "counts.json").write_text(json.dumps(parts), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another process was faster; its rows are the same
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for entry in folder.parent.iterdir():  # each edit of a file or a setting leaves one; runs keep what they have open
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if time.time() - entry.stat().st_mtime > UNUSED:
+                shutil.rmtree(entry)
+    if not (kept := _kept(folder)):
+        raise UserError(f"{folder}: these prepared rows are damaged and cannot be replaced; remove the folder")
+    return kept
+
+
+def _kept(folder: Path) -> dict | None:
+    """The parts of a cache entry; None if there is none, or a damaged one."""
+    from datasets import Dataset
+
+    parts = {}
+    try:
+        for part, (counts, found) in json.loads((folder / "counts.json").read_text(encoding="utf-8")).items():
+            rows = Dataset.from_file(str(folder / f"{part}.arrow"))
+            parts[part] = rows, Counts(**counts), [Finding(*each) for each in found]
+    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
+        return None
+    with contextlib.suppress(OSError):  # in a cache that one may only read
+        os.utime(folder)  # used today
+    return parts
+
+
+def _key(options: DataOptions, tokenizer, args, files: dict) -> str:
+    """A digest of all that prepared rows depend on: files, template, tokenizer, settings, libraries, this package."""
+    no_rows = {"ledger": True, "samples": 0, "test": None, "max_over_length": 0.0}  # settings that change none
+    settings = [dataclasses.replace(options, **no_rows), args.max_length, args.seed]
+    versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
+    digest = hashlib.sha256(repr([settings, versions, files]).encode())
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    if "strftime_now" in tokenizer.chat_template:
+        digest.update(str(datetime.date.today()).encode())  # such a template writes the date
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr([tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]).encode())
+    return digest.hexdigest()[:32]
+
+
+# By what a row is found again: its tokens once it is packed, its text where copies of it are looked for.
+
+
+def document_hash(input_ids) -> bytes:
+    """A key for a row by its token ids, which is all that is left of it once it is packed."""
+    return hashlib.blake2b(np.asarray(input_ids, dtype=np.int32).tobytes(), digest_size=8).digest()
+
+
+def locate(rows: "datasets.Dataset") -> dict[bytes, str]:
+    """{`document_hash`: file:line} for each of the rows, to find packed documents again; the first of equal ones."""
+    places: dict[bytes, str] = {}
+    for batch in rows.select_columns(["input_ids", "where"]).with_format("numpy").iter(BATCH):
+        for ids, where in zip(batch["input_ids"], batch["where"], strict=True):
+            places.setdefault(document_hash(ids), str(where))
+    return places
+
+
+def fingerprint(chat: Chat) -> int:
+    """The same number for chats that differ in case, space and (ASCII) punctuation alone."""
+    digest = hashlib.blake2b(digest_size=8)
+    for message in chat.messages:
+        calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+        text = message["content"] + calls
+        digest.update(message["role"].encode() + text.casefold().encode().translate(None, NO_LETTERS) + b"\n")
+    return int.from_bytes(digest.digest(), "big", signed=True)
