@@ -80,8 +80,8 @@ def near(name: object, names: Iterable[str]) -> str | None:
 
 def run_main(main: Callable[[CommandLine], int | None], given: CommandLine) -> int:
     """Call `main(given)` and return the exit status: what it returns, 0 for None; where it raises, 2 for a `UserError`,
-    3 diverged, 75 stopped after a checkpoint, 1 failed. Any other exception is a defect of ours, and goes on. (Launchers
-    turn all of them into 1: see run.json.) With --traceback, a `UserError` or `RunEnded` shows where it arose."""
+    3 diverged, 75 stopped after a checkpoint, 1 failed (launchers make 1 of all of them: see run.json). Any other
+    exception is a defect of ours, and goes on. With --traceback, the first two show where they arose."""
     try:
         with quiet():
             return main(given) or OK
@@ -198,7 +198,7 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
     """What the words of `argv` and the YAML file that they name say; keys and values are for the libraries to judge.
 
     Raises:
-        UserError: for a flag that is no key, a YAML or a section that is none; with `data_files`, for absent data files.
+        UserError: for a flag that is no key, a YAML or a section that is none, with `data_files` for absent data files.
         SystemExit: 2 for what `parser` does not take, 0 for --help.
     """
     words, keys = _split(argv)
@@ -285,7 +285,8 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from error
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(root, yaml.MappingNode):
@@ -304,7 +305,7 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
             seen[name] = line
             try:
                 yield name, loader.construct_object(value, deep=True), line
-            except yaml.YAMLError as error:
+            except yaml.MarkedYAMLError as error:
                 raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
         seen[section.value] = section.start_mark.line + 1
 

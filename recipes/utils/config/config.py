@@ -1,0 +1,216 @@
+"""One YAML file and `--section.key value` flags to the arguments of SFTConfig, LoraConfig and BitsAndBytesConfig.
+
+Every key is honoured or refused: an unknown, misspelt, renamed, wrongly typed or twice-given key is a `UserError` that
+names the line, before any data or model is read.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
+
+from recipes.utils.config.keys import SECTIONS, check_classes, check_value, known_key, type_checker
+from recipes.utils.console import CommandLine, UserError, near, read_yaml
+from recipes.utils.data import DataOptions
+from recipes.utils.files import file_hash, read_json
+from recipes.utils.model import ModelOptions, check_adapter, check_initialisation
+
+FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
+# In run.json and not in a config: what follows from model.dtype, and where the run went.
+RESOLVED = ("training.output_dir", "training.bf16", "training.fp16", "lora.task_type")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is to be; `lora`, `training` and `quantization` are the keyword arguments of the libraries' classes.
+    What is decided later (folder, checkpoint, commit of the base) is in the `Run`."""
+
+    name: str
+    method: str  # lora or qlora
+    model: ModelOptions
+    data: DataOptions
+    lora: Mapping
+    training: Mapping  # all of SFTConfig's but output_dir
+    quantization: Mapping
+    output_dir: str | None = None  # training.output_dir as it was given
+    trackers: tuple[str, ...] = ()  # training.report_to, which is none for the trainer itself
+    dry_run: bool = False
+    resume: str | None = None  # a checkpoint, or latest
+    accept_changes: bool = False
+    max_hours: float | None = None
+    use_cpu_asked: bool = False
+
+    def sections(self) -> dict[str, dict]:
+        """The sections in full, as plain dicts: what run.json keeps, and what `load_config` reads there."""
+        training = {**self.training, "report_to": list(self.trackers) or "none"}
+        return {
+            "model": asdict(self.model), "data": asdict(self.data), "lora": dict(self.lora), "training": training,
+            "quantization": dict(self.quantization),
+        }  # fmt: skip
+
+
+def read_config(given: CommandLine, method: str) -> Config:
+    """The config of a recipe's command line: its YAML with its flags laid over it, or a run's record (--from-run)."""
+    flags = {name: given.options[name] for name in FLAGS if name in given.options}
+    if given.options.get("from_run"):
+        return load_config(given.options["from_run"], given.flags, method, **flags)
+    path = Path(given.options["config"])
+    return _resolve(path, path.stem, given.yaml | _from_flags(given.flags), method, flags)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, object], method: str, **flags) -> Config:
+    """`path` (a YAML file, a run's folder or its run.json) with `overrides` laid over it, {"training.max_steps": 10};
+    `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`.
+
+    Raises:
+        UserError: for anything that is not a key of the library class behind its section, or not a value of its type.
+    """
+    path = Path(path)
+    path = path / "run.json" if path.is_dir() else path
+    if path.suffix == ".json":
+        name, given = _read_record(path, method)
+    else:
+        name, given = path.stem, {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
+    return _resolve(path, name, given | _from_flags(overrides), method, flags)
+
+
+def _from_flags(flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
+    return {key: (value, f"--{key}") for key, value in flags.items()}
+
+
+def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, str]]]:
+    """(the config's name, {section.key: (value, path)}) of a run.json. Raises `UserError` for one that cannot be read,
+    one of the other `method`, and data files that are not there as the run had them."""
+    try:
+        record = read_json(path)
+        name, recorded, hashes = record["name"], record["method"], record["data_sha256"]
+        sections = {section: record[section] for section in SECTIONS}
+    except (UserError, KeyError) as error:
+        raise UserError(f"{path}: is no record of a run (run.json): {error}") from error
+    if recorded != method:
+        raise UserError(f"{path}: is of a {recorded} run: recipes/sft_{recorded}.py")
+    for file, digest in hashes.items():
+        if not Path(file).is_file() or file_hash(Path(file)) != digest:
+            raise UserError(
+                f"{path}: {file} is not there as the run had it; paths are relative to where the command runs"
+            )
+    if record.get("commit"):
+        sections["model"] = {**sections["model"], "revision": record["commit"]}
+    settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    given = [key for key, value in settings.items() if value is not None and key not in RESOLVED]
+    return name, {key: (settings[key], str(path)) for key in given}
+
+
+def _resolve(path: Path, name: str, given: dict[str, tuple[object, str]], method: str, flags: dict) -> Config:
+    """Check every key of `given` and fill in what follows from others, and from this machine."""
+    sections: dict[str, dict] = {section: {} for section in SECTIONS}
+    checker, problems = type_checker(), []
+    for full, (value, where) in given.items():
+        try:
+            section, key = known_key(full, method)
+            sections[section][key] = check_value(checker, section, key, value)
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]
+    if problems:
+        raise UserError("\n".join(problems))
+    for section in ("model", "data", "training"):
+        sections[section] = {key: _relative(value) for key, value in sections[section].items()}
+
+    model, data, training = ModelOptions(**sections["model"]), DataOptions(**sections["data"]), sections["training"]
+    lora, quantization = {"task_type": "CAUSAL_LM", **sections["lora"]}, sections["quantization"]
+    output_dir, use_cpu_asked = training.pop("output_dir", None), bool(training.get("use_cpu"))
+    trackers = _trackers(training.get("report_to"), path)
+    training = {
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # a look at the whole graph a step, for nothing
+        "logging_nan_inf_filter": False,  # the filter would log a NaN loss as 0.0 and train on
+        **training,
+        # mixed precision follows the base's dtype: the adapter stays in float32 and is stepped there
+        "bf16": model.dtype == "bfloat16",
+        "fp16": model.dtype == "float16",
+        "report_to": "none",
+    }
+    if training["bf16"] and not training["use_cpu"] and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype float16, or "
+            "float32 for Qwen2, which gives NaN in float16"
+        )
+    check_initialisation(lora)
+    check_adapter(model.adapter)
+    check_classes({"training": training, "lora": lora, "quantization": quantization}, given, path)
+    _check_together(data, training, quantization, path)
+    return Config(
+        name=name, method=method, model=model, data=data, lora=MappingProxyType(lora),
+        training=MappingProxyType(training), quantization=MappingProxyType(quantization), output_dir=output_dir,
+        trackers=trackers, use_cpu_asked=use_cpu_asked, **flags,
+    )  # fmt: skip
+
+
+def _relative(value):
+    """An absolute path as one relative to where the command runs: paths end up in the run folder and in trackers, and
+    where a home folder or a customer's data lies is nobody's business to whom the adapter is given."""
+    if isinstance(value, list):
+        return [_relative(each) for each in value]
+    return os.path.relpath(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _trackers(names: str | list[str] | None, path: Path) -> tuple[str, ...]:
+    """The trackers that `training.report_to` names. Raises `UserError` for one that transformers has none of."""
+    names = [names] if isinstance(names, str) else names or []
+    if "all" in names:
+        names = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK and name != "none":
+            meant = near(name, INTEGRATION_TO_CALLBACK)
+            mend = f"did you mean {meant!r}?" if meant else f"there are {', '.join(INTEGRATION_TO_CALLBACK)}"
+            raise UserError(f"{path}: training.report_to: {name!r} is unknown; {mend}")
+    return tuple(name for name in names if name != "none")
+
+
+def _check_together(data: DataOptions, training: dict, quantization: dict, path: Path) -> None:
+    """Refuse settings that are fine each and wrong together."""
+    if quantization.get("load_in_4bit") is False or quantization.get("load_in_8bit"):
+        raise UserError(f"{path}: quantization: Q-LoRA trains on a base in 4 bit; without one, run recipes/sft_lora.py")
+    if training.get("packing_strategy") == "wrapped":
+        raise UserError(f"{path}: training.packing_strategy: 'wrapped' lets chats see each other; use bfd")
+    if training.get("max_length", 1024) is None:
+        raise UserError(f"{path}: training.max_length: a length in tokens is needed, such as 2048")
+    for key in ("eval_strategy", "load_best_model_at_end") if data.validation is None else ():
+        if training.get(key) not in (None, False, "no"):
+            raise UserError(
+                f"{path}: training.{key} needs validation rows: --data.validation 0.05, or without them "
+                "--training.eval_strategy no --training.load_best_model_at_end false"
+            )
+
+
+def check_machine(config: Config) -> None:
+    """Refuse a run that this machine cannot do, before data or a base is looked for.
+
+    Raises:
+        UserError: several GPUs without a launcher, FSDP that would not take place, Liger's kernels on a CPU.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if config.training["use_cpu"]:
+            raise UserError("FSDP was asked for, and without GPUs it would be plain data parallelism: use ddp.yaml")
+        storage = config.quantization.get("bnb_4bit_quant_storage")
+        if config.method == "qlora" and storage != config.model.dtype:
+            raise UserError(
+                "FSDP leaves 4-bit weights that are kept as bytes whole on each GPU: "
+                f"--quantization.bnb_4bit_quant_storage {config.model.dtype}"
+            )
+    gpus = 0 if config.training["use_cpu"] else torch.cuda.device_count()
+    recipe = f"recipes/sft_{config.method}.py"
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{gpus} GPUs are visible and no launcher was used: accelerate launch --num_processes {gpus} {recipe} ..., "
+            f"or one GPU: CUDA_VISIBLE_DEVICES=0 python {recipe} ..."
+        )
+    if config.training.get("use_liger_kernel") and not (gpus and is_liger_kernel_available()):
+        why = "it is not installed: pip install liger-kernel" if gpus else "its kernels run on a GPU alone"
+        raise UserError(f"training.use_liger_kernel: {why}; or leave the key out")
