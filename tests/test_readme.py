@@ -1,88 +1,204 @@
-"""The README tells the truth: its commands parse, its diff is the recorded one, its tree names every file."""
+"""The pages tell the truth: their commands and flags parse, their files are there, their diff is the recorded one."""
 
+import ast
+import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
 
-from recipes.utils.config import parse_command_line
-
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
+from forks import command_line
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    command.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    for command in block.splitlines()
-    if command.strip()
-]
+import finetune
+from recipes.utils.config import load_config, read_config
+from recipes.utils.data import DataOptions
+from recipes.utils.model import ModelOptions
+
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/**/README.md")))
+    if ".venv" not in path.parts
+}
+README = PAGES["README.md"]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python recipes/")])
+def blocks(language: str, page: str) -> list[str]:
+    """The code blocks of a page in `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.S | re.M)
+
+
+def commands(page: str) -> list[str]:
+    """Every line of the page that is a command: in bash blocks, in indented ones, and between backticks."""
+    lines = [line for block in blocks("bash", page) for line in block.splitlines()]
+    lines += re.findall(r"^ {4}(\S.*)$", re.sub(r"^```.*?^```", "", page, flags=re.S | re.M), flags=re.M)
+    lines += re.findall(r"`((?:python|make|accelerate|torchrun) [^`\n]+)`", page)
+    return [line.split(" # ")[0].strip() for line in lines if line.strip()]
+
+
+COMMANDS = [(name, command) for name, page in PAGES.items() for command in commands(page)]
+OF_RECIPES = sorted({command[command.index("recipes/") :] for _, command in COMMANDS if " recipes/" in command})
+
+
+def test_the_pages_are_read():
+    """The lists that the tests below go by are not empty by a slip."""
+    assert {"docs/data.md", "docs/training.md", "docs/run_folder.md", "benchmarks/README.md"} <= PAGES.keys()
+    assert len(OF_RECIPES) > 40
+    assert {re.match(r"recipes/(\w+)", command)[1] for command in OF_RECIPES} == set(RECIPES)
+
+
+@pytest.mark.parametrize("command", [command for command in OF_RECIPES if not command.startswith("recipes/ ")])
 def test_each_recipe_command_parses(command, tmp_path, monkeypatch):
-    """The file is there, and its own parser takes the flags; nothing is loaded or trained."""
-    _, recipe, *words = shlex.split(command)
+    """The file is there, and its own parser takes the words; nothing is loaded or trained."""
+    recipe, *words = shlex.split(command)
+    words = words[: words.index(">")] if ">" in words else words
     assert (ROOT / recipe).is_file()
+    if not words and "sft_" in recipe:
+        return  # the name of the file in a sentence
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    checkpoint = tmp_path / "runs" / "mistral-lora" / "checkpoint-1"
-    if "--resume" in words:
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer_state.json").touch()
-    if "sft_" in recipe:
-        assert parse_command_line(words, "qlora" if "qlora" in recipe else "lora", "").training["output_dir"]
+    monkeypatch.setattr("recipes.utils.console.find_data_files", lambda paths: [])  # the reader's own
+    name = Path(recipe).stem
+    module = importlib.import_module(f"recipes.{name}")
+    if "--from-run" in words:
+        assert command_line(module, words).options["from_run"]
+    elif name.startswith("sft_"):
+        assert read_config(command_line(module, words), name.removeprefix("sft_")).training
     else:
-        function = Path(recipe).stem
-        module = importlib.import_module(f"recipes.{function}")
         called = []
-        monkeypatch.setattr(module, function, lambda *args, **options: called.append(options))
-        module.main(words)
+        monkeypatch.setattr(module, name, lambda *args, **options: called.append(options))
+        module.main(command_line(module, words))
         assert len(called) == 1
+
+
+OF_OURS = r"(?<![\w/.-])((?:configs|examples|benchmarks|tests|recipes)/[\w./-]+\.\w+|requirements[\w-]*\.txt)"
+
+
+def test_files_that_commands_name_are_there():
+    for page, command in COMMANDS:
+        for path in re.findall(OF_OURS, command):
+            assert (ROOT / path).is_file(), f"{page}: {command}"
 
 
 def test_make_commands_have_their_target():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
-    named = {
-        word
-        for command in [*COMMANDS, *re.findall(r"`(make \w+)`", README)]
-        for word in re.findall(r"^make (\w+)", command)
-    }
-    assert {"demo", "test"} <= named <= set(targets)
+    named = {word for _, command in COMMANDS for word in re.findall(r"^make (\w+)", command)}
+    assert {"demo", "test", "lint", "slow", "bench"} <= named <= set(targets)
 
 
-WITHOUT_SWEEPS = "\n".join(line for line in README.splitlines() if "sweep.py" not in line)  # which take several values
-FLAGS = sorted(set(re.findall(r"(--[a-z]+\.[a-z_0-9]+)[ =]('[^']*'|[\w./-]+)", WITHOUT_SWEEPS)))
+def flags(page: str) -> set[tuple[str, str]]:
+    """(--section.key, value) as a reader would paste them; a sweep takes several values, so its lines are left out."""
+    without_sweeps = "\n".join(line for line in page.splitlines() if "sweep.py" not in line)
+    return set(re.findall(r"(--[a-z]+\.[a-z_0-9]+)[ =]('[^']*'|[\w./-]+)", without_sweeps))
+
+
+FLAGS = sorted(set().union(*map(flags, PAGES.values())))
 
 
 @pytest.mark.parametrize(("flag", "value"), FLAGS)
 def test_each_flag_in_the_text_is_taken_as_it_would_be_pasted(flag, value, tmp_path, monkeypatch):
+    assert len(FLAGS) > 25
     monkeypatch.chdir(tmp_path)
-    assert len(FLAGS) > 12
-    parse_command_line([str(ROOT / "configs" / "mistral.yaml"), flag, shlex.split(value)[0]], "lora", "")
+    if flag == "--model.adapter":
+        adapter = tmp_path / shlex.split(value)[0]
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (adapter / "adapter_model.safetensors").touch()
+    method = "qlora" if flag.startswith("--quantization") else "lora"
+    monkeypatch.setattr("recipes.utils.console.find_data_files", lambda paths: [])
+    words = [str(ROOT / "configs" / "mistral.yaml"), flag, shlex.split(value)[0]]
+    assert read_config(command_line(importlib.import_module(f"recipes.sft_{method}"), words), method)
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks("python", text)])
+def test_python_on_a_page_is_python_and_its_call_binds(page):
+    for block in blocks("python", PAGES[page]):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith("train_"):
+                keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+                bound = inspect.signature(getattr(finetune, node.func.id)).bind(**keywords)
+                assert not bound.arguments.get("sections")
 
 
 def test_what_qlora_adds_is_the_recorded_diff():
-    shown = re.search(r"```diff\n(.*?)```", README, flags=re.S).group(1)
-    recorded = (ROOT / "tests" / "what_qlora_adds.diff").read_text()
-    assert shown == recorded
+    shown = blocks("diff", PAGES["docs/what_qlora_adds.md"])
+    assert shown == [(ROOT / "tests" / "what_qlora_adds.diff").read_text()]
+    assert "(docs/what_qlora_adds.md)" in README
 
 
-def test_the_tree_names_every_recipe_and_module():
-    tree = README[README.index("## What is in the box") :]
-    for path in [
-        *(ROOT / "recipes").glob("*.py"),
-        *(ROOT / "recipes" / "utils").glob("*.py"),
-        *(ROOT / "configs").glob("*.yaml"),
-    ]:
-        if path.name != "__init__.py":
-            assert path.name in tree, path
+def test_the_readme_is_short_and_its_tree_names_every_recipe_and_package():
+    assert len(README.splitlines()) <= 200
+    tree = re.search(r"^## Files\n(.*?)^## ", README, flags=re.S | re.M)[1]
+    assert len(tree.splitlines()) <= 30
+    utils = ROOT / "recipes" / "utils"
+    packages = [path.parent.name + "/" for path in utils.glob("*/__init__.py")]
+    modules = [path.name for path in utils.glob("*.py")]
+    configs = [path.name for path in (ROOT / "configs").glob("*.yaml")]
+    for name in [*(f"{recipe}.py" for recipe in RECIPES), *packages, *modules, *configs]:
+        assert name in tree or name == "__init__.py", name
 
 
-def test_links_within_the_page_have_their_heading():
-    headings = {
-        re.sub(r"[^\w -]", "", line[3:]).strip().lower().replace(" ", "-")
-        for line in README.splitlines()
-        if line.startswith("## ")
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+@pytest.mark.parametrize(("options", "page"), [(ModelOptions, "docs/training.md"), (DataOptions, "docs/data.md")])
+def test_each_key_of_our_own_stands_on_its_page(options, page):
+    table = "\n".join(line for line in PAGES[page].splitlines() if line.startswith("| `"))
+    for field in dataclasses.fields(options):
+        assert f"`{field.name}`" in table, field.name
+
+
+def headings(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        page = ROOT / Path(name).parent / path if path else ROOT / name
+        assert page.exists(), target
+        assert not anchor or anchor in headings(page.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_is_parsed(path, tmp_path, monkeypatch):
+    """Those of the recipes with both methods, those of accelerate by its own reader, which refuses unknown keys."""
+    monkeypatch.chdir(tmp_path)
+    if path.parent.name == "accelerate":
+        assert load_config_from_file(str(path)).num_processes
+        return
+    for method in ("lora", "qlora"):
+        assert load_config(path, {}, method).lora["r"] == 16
+
+
+def test_what_configs_and_recipes_say_to_run_is_taken(tmp_path, monkeypatch):
+    """The commands in comments of configs/ and in docstrings of recipes parse too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr("recipes.utils.console.find_data_files", lambda paths: [])
+    texts = [path.read_text() for path in (ROOT / "configs").rglob("*.[ys]*") if path.is_file()]
+    texts += [ast.get_docstring(ast.parse((ROOT / "recipes" / f"{name}.py").read_text())) for name in RECIPES]
+    found = [line for text in texts for line in re.findall(r"^#? *.*?\b(recipes/\w+\.py +\S.*)$", text, flags=re.M)]
+    assert len(found) > 40
+    for line in found:
+        recipe, *words = shlex.split(re.split(r" {4,}| \\$", line)[0])
+        if "$config" not in words and not any("*" in word for word in words):
+            assert command_line(importlib.import_module(f"recipes.{Path(recipe).stem}"), words)
+
+
+def test_what_the_changelog_says_is_there_is_there():
+    """Its table of files names each module of the first build once, and new places that exist."""
+    table = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Files")[2].partition("Of `docs/`")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    old = [name for row in rows for name in re.findall(r"`(\w+\.py)`", row[0])]
+    assert len(old) == len(set(old)) > 60
+    for _, now in rows:
+        for name in re.findall(r"`([\w/*.]+\.\w+)`", now):
+            base = ROOT if name.startswith(("recipes/", "configs/")) else ROOT / "recipes" / "utils"
+            assert list(base.glob(name)), name
