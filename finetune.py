@@ -4,46 +4,37 @@ from finetune import train_lora
 train_lora(model_name="Qwen/Qwen2-7B", dataset_path="./datasets/train.jsonl", output_dir="./checkpoints/")
 """
 
+import functools
+import inspect
 from pathlib import Path
 
 from recipes import evaluate_adapter as _evaluate
 from recipes import merge_adapter as _merge
-from recipes.sft_lora import train_lora as _train_lora
-from recipes.sft_qlora import train_qlora as _train_qlora
-from recipes.utils import OFFLINE_ASKED_FOR
-from recipes.utils.config import load_config
-from recipes.utils.config_keys import ModelOptions
-from recipes.utils.console import UserError, say
-from recipes.utils.hub import offline
-from recipes.utils.model import load_model_config
-
-import datasets
-from huggingface_hub import constants
-
-# The recipes close the network when they are imported; here it is the caller's, and closed while a recipe runs.
-constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = OFFLINE_ASKED_FOR
-evaluate_adapter, merge_adapter = offline()(_evaluate.evaluate_adapter), offline()(_merge.merge_adapter)
+from recipes import sft_lora as _sft_lora
+from recipes import sft_qlora as _sft_qlora
+from recipes.utils.config import FLAGS, SECTIONS, Config, key_names, load_config
+from recipes.utils.console import UserError, near, quiet, say
+from recipes.utils.model import ModelOptions, find_base, model_config
 
 __all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
 
-FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
 CONFIGS = Path(__file__).resolve().parent / "configs"
+KEYS = {
+    "model_name": "model.name_or_path", "dataset_path": "data.train", "val_dataset_path": "data.validation",
+    "output_dir": "training.output_dir", "lora_rank": "lora.r", "batch_size": "training.per_device_train_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps", "learning_rate": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+}  # fmt: skip
+
+# The caller's process is as before after each call: the libraries are quiet within one alone.
+evaluate_adapter, merge_adapter = quiet()(_evaluate.evaluate_adapter), quiet()(_merge.merge_adapter)
 
 
-@offline()
+@quiet()
 def train_lora(
-    model_name: str,
-    dataset_path,
-    val_dataset_path=None,
-    output_dir=None,
-    lora_rank=None,
-    batch_size=None,
-    gradient_accumulation_steps=None,
-    learning_rate=None,
-    epochs=None,
-    config=None,
-    **sections,
-) -> Path:
+    model_name, dataset_path, val_dataset_path=None, output_dir=None, lora_rank=None, batch_size=None,
+    gradient_accumulation_steps=None, learning_rate=None, epochs=None, config=None, **sections,
+) -> Path:  # fmt: skip
     """Train a LoRA adapter and return its folder.
 
     Args:
@@ -58,76 +49,58 @@ def train_lora(
     Raises:
         UserError: for anything in the settings or the data that the user can mend.
     """
-    return _train_lora(_config("lora", **locals()))
+    return _sft_lora.train_lora(_config("lora", locals()))
 
 
-@offline()
-def train_qlora(
-    model_name: str,
-    dataset_path,
-    val_dataset_path=None,
-    output_dir=None,
-    lora_rank=None,
-    batch_size=None,
-    gradient_accumulation_steps=None,
-    learning_rate=None,
-    epochs=None,
-    config=None,
-    **sections,
-) -> Path:
+@quiet()
+@functools.wraps(train_lora, assigned=("__annotations__",), updated=())
+def train_qlora(*args, **kwargs) -> Path:
     """`train_lora` on a base in 4 bit; takes a section quantization={...} as well."""
-    return _train_qlora(_config("qlora", **locals()))
+    given = inspect.signature(train_lora).bind(*args, **kwargs)
+    return _sft_qlora.train_qlora(_config("qlora", given.arguments))
 
 
-def _config(
-    method,
-    model_name,
-    dataset_path,
-    val_dataset_path,
-    output_dir,
-    lora_rank,
-    batch_size,
-    gradient_accumulation_steps,
-    learning_rate,
-    epochs,
-    config,
-    sections,
-):
-    """The family's YAML with the arguments laid over it."""
-    keys = {
-        "model.name_or_path": model_name,
-        "data.train": dataset_path,
-        "data.validation": val_dataset_path,
-        "training.output_dir": output_dir,
-        "lora.r": lora_rank,
-        "training.per_device_train_batch_size": batch_size,
-        "training.gradient_accumulation_steps": gradient_accumulation_steps,
-        "training.learning_rate": learning_rate,
-        "training.num_train_epochs": epochs,
-    }
-    keys = {key: _plain(value) for key, value in keys.items() if value is not None}
-    if val_dataset_path is None and config is None:
-        keys |= {"data.validation": None, "training.eval_strategy": "no", "training.load_best_model_at_end": False}
-    flags = {name: sections.pop(name) for name in FLAGS if name in sections}
-    for section, values in sections.items():
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{section}: further settings are given by section, such as training={{{section!r}: {values!r}}}"
-            )
-        keys |= {f"{section}.{key}": value for key, value in values.items()}
-    return load_config(config or _family(str(model_name)), keys, method, **flags)
+def _config(method: str, given: dict) -> Config:
+    """The YAML of the model's family, or the one `given`, with the arguments laid over it."""
+    settings = {key: given[name] for name, key in KEYS.items() if given.get(name) is not None}
+    path, sections = given.get("config"), given.get("sections", {})
+    if path is None and "data.validation" not in settings:
+        settings |= {"data.validation": None, "training.eval_strategy": "no", "training.load_best_model_at_end": False}
+    for name, values in sections.items():
+        if isinstance(values, dict):
+            settings |= {f"{name}.{key}": value for key, value in values.items()}
+        elif name not in FLAGS:
+            raise UserError(_where_it_belongs(name, values))
+    flags = {name: value for name, value in sections.items() if name in FLAGS}
+    plain = {key: _plain(value) for key, value in settings.items()}
+    return load_config(path or _family(str(given["model_name"])), plain, method, **flags)
+
+
+def _where_it_belongs(name: str, value: object) -> str:
+    """What to write in the place of an argument that is none."""
+    keys = {key: section for section in reversed(SECTIONS) for key in key_names(section)}
+    meant = near(name, [*KEYS, *FLAGS, "config", *keys])
+    if name in keys:
+        return f"{name}: further settings are given by section: {keys[name]}={{{name!r}: {value!r}}}"
+    if meant is None:
+        return (
+            f"{name}: no such argument; further settings are given by section, such as training={{'max_length': 1024}}"
+        )
+    wanted = f"{keys[meant]}={{{meant!r}: {value!r}}}" if meant in keys else f"{meant}={value!r}"
+    return f"{name}: no such argument; did you mean {wanted}?"
 
 
 def _plain(value):
     """Paths as the strings that a YAML would hold."""
-    return (
-        [str(part) for part in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-    )
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _family(model_name: str) -> Path:
     """The YAML in configs/ for the model's own type."""
-    model_type = load_model_config(ModelOptions(model_name)).model_type
+    options = ModelOptions(model_name)
+    model_type = model_config(find_base(options, weights=False), options).model_type
     family = "qwen2" if model_type.startswith("qwen") else "mistral"
     if model_type not in ("qwen2", "mistral"):
         say(f"{model_name} is of type {model_type}, which has no config of its own; taking configs/{family}.yaml")

@@ -1,14 +1,15 @@
 """Every key of a config is honoured or refused, with the place and the mend."""
 
-import os
+import dataclasses
+import json
 import shlex
-from pathlib import Path
-
-from recipes.utils.config import load_config, parse_command_line
-from recipes.utils.console import UserError
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, copy_run
+
+from recipes.utils.config import Config, check_machine, load_config, read_config
+from recipes.utils.console import UserError, parse, training_parser
 
 BASE = """\
 model:
@@ -26,13 +27,16 @@ def load(tmp_path, text, overrides=None, method="lora"):
     return load_config(path, overrides or {}, method)
 
 
+def read(*words, method="lora") -> Config:
+    """The config of a command line, wherever its data files are."""
+    return read_config(parse(training_parser(""), [str(word) for word in words], data_files=False), method)
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_each_shipped_config_is_parsed(path, method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_each_shipped_config_is_parsed(path, method):
     config = load_config(path, {}, method)
-    assert config.name == path.stem
-    assert config.training["output_dir"] == f"runs/{path.stem}-{method}"
+    assert (config.name, config.output_dir) == (path.stem, None)
     assert config.lora["r"] == 16
 
 
@@ -114,13 +118,13 @@ def test_quantization_values_that_the_class_would_take_in_silence_are_refused(tm
         ("--training.hub_token secret", "hf auth login"),
         ("--lora.inference_mode true", "not in inference mode"),
         ("--lora.trainable_token_indices '[1]'", "modules_to_save"),
-        ("--training.output_dir /etc/hostname", "is a file, not a folder"),
+        ("--training.report_to wandbb", "did you mean 'wandb'?"),
     ],
 )
 def test_values_that_the_libraries_would_fall_over_are_refused(tmp_path, flags, message):
     (tmp_path / "my.yaml").write_text(BASE)
     with pytest.raises(UserError, match=message):
-        parse_command_line([str(tmp_path / "my.yaml"), *shlex.split(flags)], "lora", "")
+        read(str(tmp_path / "my.yaml"), *shlex.split(flags))
 
 
 @pytest.mark.parametrize("value", [False, None])
@@ -134,10 +138,9 @@ def test_qlora_without_a_4_bit_base_is_refused(tmp_path, value):
 def test_words_that_yaml_would_read_as_something_else_stay_words(tmp_path, flag):
     (tmp_path / "my.yaml").write_text(BASE)
     name, value = flag.split()
-    config = parse_command_line([str(tmp_path / "my.yaml"), name, value], "lora", "")
+    config = read(str(tmp_path / "my.yaml"), name, value)
     section, key = name.removeprefix("--").split(".")
-    found = getattr(config, section)
-    assert (found[key] if isinstance(found, dict) else getattr(found, key)) == value
+    assert config.sections()[section][key] == value
 
 
 def test_no_in_a_file_is_a_word_too(tmp_path):
@@ -150,16 +153,6 @@ def test_no_in_a_file_is_a_word_too(tmp_path):
 def test_yaml_that_is_no_config_is_a_user_error(tmp_path, text):
     with pytest.raises(UserError, match="my.yaml"):
         load(tmp_path, text)
-
-
-def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
-    (tmp_path / "a" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "a" / "checkpoint-1" / "trainer_state.json").touch()
-    (tmp_path / "my.yaml").write_text(BASE)
-    with pytest.raises(UserError, match="leave one of the two out"):
-        load_config(
-            tmp_path / "my.yaml", {"training.output_dir": "b"}, "lora", resume=str(tmp_path / "a" / "checkpoint-1")
-        )
 
 
 def test_all_problems_are_told_at_once(tmp_path):
@@ -201,9 +194,16 @@ def test_a_value_that_cannot_be_right_here_is_refused(tmp_path, key, value):
 
 
 def test_everything_loraconfig_has_reaches_it(tmp_path):
-    lora = {"use_rslora": True, "init_lora_weights": "pissa_niter_16", "bias": "none", "lora_dropout": 0.1}
+    lora = {"use_rslora": True, "init_lora_weights": "gaussian", "bias": "none", "lora_dropout": 0.1}
     config = load(tmp_path, BASE, {f"lora.{key}": value for key, value in lora.items()})
     assert {key: config.lora[key] for key in lora} == lora
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "eva", "loftq"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_initialisation_that_changes_the_base_or_needs_more_is_refused(tmp_path, start, method):
+    with pytest.raises(UserError, match=f"lora.init_lora_weights: {start}"):
+        load(tmp_path, BASE, {"lora.init_lora_weights": start}, method)
 
 
 def test_flags_override_the_file_and_are_typed(tmp_path):
@@ -211,7 +211,7 @@ def test_flags_override_the_file_and_are_typed(tmp_path):
     path.write_text(BASE)
     words = [str(path), "--training.learning_rate", "1e-5", "--lora.r=32", "--lora.target_modules=[q_proj, k_proj]",
              "--dry-run"]  # fmt: skip
-    config = parse_command_line(words, "lora", "")
+    config = read(*words)
     assert (config.training["learning_rate"], config.lora["r"], config.dry_run) == (1e-5, 32, True)
     assert config.lora["target_modules"] == ["q_proj", "k_proj"]
 
@@ -229,34 +229,126 @@ def test_flags_override_the_file_and_are_typed(tmp_path):
 def test_a_bad_flag_is_named(tmp_path, words, message):
     (tmp_path / "my.yaml").write_text(BASE)
     with pytest.raises(UserError, match=message):
-        parse_command_line([str(tmp_path / "my.yaml"), *words], "lora", "")
+        read(str(tmp_path / "my.yaml"), *words)
 
 
-def test_the_default_run_folder_is_numbered_when_a_run_is_there(tmp_path, monkeypatch):
+def test_a_config_is_read_only(tmp_path):
+    config = load(tmp_path, BASE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "another"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.data.train = "another.jsonl"
+    for section in (config.lora, config.training, config.quantization):
+        with pytest.raises(TypeError):
+            section["r"] = 1
+
+
+def test_what_follows_from_the_rest_is_filled_in(tmp_path):
+    training = load(tmp_path, BASE, {"model.dtype": "float16", "training.report_to": ["wandb", "tensorboard"]}).training
+    assert (training["bf16"], training["fp16"], training["report_to"]) == (False, True, "none")
+    assert training["use_cpu"] is not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("given", "trackers"),
+    [(None, ()), ("none", ()), ("wandb", ("wandb",)), (["wandb", "tensorboard"], ("wandb", "tensorboard"))],
+)
+def test_trackers_are_ours_to_run_and_the_output_folder_the_runs_to_take(tmp_path, given, trackers):
+    keys = {"training.output_dir": "some/run"} | ({"training.report_to": given} if given else {})
+    config = load(tmp_path, BASE, keys)
+    assert (config.trackers, config.output_dir, "output_dir" in config.training) == (trackers, "some/run", False)
+
+
+def test_absolute_paths_become_relative_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for expected in ("runs/my-lora", "runs/my-lora-2", "runs/my-lora-3"):
-        assert load(tmp_path, BASE).training["output_dir"] == expected
-        Path(expected).mkdir(parents=True)
-        (Path(expected) / "run.json").touch()
+    keys = {"data.train": [str(tmp_path / "a.jsonl")], "model.name_or_path": str(tmp_path / "base"),
+            "training.output_dir": str(tmp_path / "run")}  # fmt: skip
+    config = load(tmp_path, BASE, keys)
+    assert (config.data.train, config.model.name_or_path, config.output_dir) == (["a.jsonl"], "base", "run")
 
 
-def test_an_explicit_folder_that_holds_a_run_is_refused(tmp_path):
-    (tmp_path / "used" / "checkpoint-10").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"used: holds a run already.*--resume"):
-        load(tmp_path, BASE, {"training.output_dir": str(tmp_path / "used")})
+def test_a_run_is_run_again_by_its_record(lora_run):
+    """By its folder or its run.json: the same sections, but for where the run went; flags are laid over it."""
+    small = load_config(lora_run.parent / "small.yaml", {}, "lora")
+    for words in ((lora_run,), (lora_run / "run.json", "--training.max_steps", "3")):
+        again = read("--from-run", *words)
+        steps = 3 if len(words) > 1 else 8
+        assert again.name == "small"
+        assert again.output_dir is None
+        assert again.sections() == {**small.sections(), "training": {**small.training, "max_steps": steps}}
 
 
-def test_resume_takes_the_run_of_the_config_that_was_written_last(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.yaml").write_text(BASE)
-    config = load_config("my.yaml", {}, "lora", resume="latest")
-    assert (config.resume, config.training["output_dir"]) == (None, "runs/my-lora")
-    assert "the run begins at its first step" in capsys.readouterr().out
-    for number, name in enumerate(["runs/my-lora", "runs/my-lora-3", "runs/my-lora-2", "runs/other-lora"]):
-        Path(name).mkdir(parents=True)
-        Path(name, "run.json").touch()
-        os.utime(Path(name, "run.json"), (number, number))
-    config = load_config("my.yaml", {}, "lora", resume="latest")
-    assert (config.resume, config.training["output_dir"]) == (None, "runs/my-lora-2")
-    with pytest.raises(UserError, match="there is no such folder"):
-        load_config("my.yaml", {}, "lora", resume="runs/my-lora/checkpoint-2")
+def test_a_record_of_other_data_or_of_the_other_method_is_refused(lora_run, tmp_path):
+    folder = copy_run(lora_run, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    with pytest.raises(UserError, match=r"of a lora run: recipes/sft_lora.py"):
+        read("--from-run", folder, method="qlora")
+    file = next(iter(record["data_sha256"]))
+    record["data_sha256"][file] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="is not there as the run had it"):
+        read("--from-run", folder)
+    for text in ("{", "[]", "{}"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(UserError, match="is no record of a run"):
+            read("--from-run", folder)
+
+
+def test_a_run_on_a_base_of_the_hub_is_run_again_on_its_commit(lora_run, tmp_path):
+    folder = copy_run(lora_run, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"commit": "a" * 40}))
+    assert read("--from-run", folder).model.revision == "a" * 40
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that makes torch see so many GPUs."""
+
+    def see(number: int, bfloat16: bool = True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    return see
+
+
+def on_gpus(config: Config) -> Config:
+    """`config`, read here, as it would be with GPUs."""
+    return dataclasses.replace(config, training={**config.training, "use_cpu": False})
+
+
+def test_several_gpus_without_a_launcher_are_refused_with_the_command(tmp_path, gpus, monkeypatch):
+    config = on_gpus(load(tmp_path, BASE))
+    gpus(2)
+    with pytest.raises(UserError, match=r"2 GPUs .*accelerate launch --num_processes 2 .*CUDA_VISIBLE_DEVICES=0"):
+        check_machine(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_machine(config)
+
+
+def test_bfloat16_on_a_card_without_it_is_refused_with_the_dtypes_that_work(tmp_path, gpus):
+    gpus(1, bfloat16=False)
+    with pytest.raises(UserError, match="Some GPU has no bfloat16; use --model.dtype float16, or float32 for Qwen2"):
+        load(tmp_path, BASE)
+
+
+def test_sharding_that_would_not_take_place_is_refused(tmp_path, gpus, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="plain data parallelism"):
+        check_machine(load(tmp_path, BASE, {"training.use_cpu": True}))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")  # the library would ask for GPUs when it is read
+    whole = on_gpus(load(tmp_path, BASE, {}, "qlora"))
+    parts = on_gpus(load(tmp_path, BASE, {"quantization.bnb_4bit_quant_storage": "bfloat16"}, "qlora"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    gpus(1)
+    with pytest.raises(UserError, match="--quantization.bnb_4bit_quant_storage bfloat16"):
+        check_machine(whole)
+    check_machine(parts)
+
+
+def test_ligers_kernels_are_refused_where_they_cannot_run(tmp_path):
+    with pytest.raises(UserError, match="its kernels run on a GPU alone"):
+        check_machine(load(tmp_path, BASE, {"training.use_liger_kernel": True, "training.use_cpu": True}))
