@@ -4,38 +4,37 @@
     python recipes/chat.py runs/mistral-lora/merged --system "Answer in one sentence." --temperature 0.7
     echo "Why is the sky blue?" | python recipes/chat.py runs/mistral-lora
 
-/reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only the answers are printed.
+/reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only the answers are
+printed.
 """
 
+import contextlib
 import math
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
+from recipes.utils.console import ArgumentParser, CommandLine, UserError, first_look, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
     parser = recipe_parser(__doc__)
-    parser.add_argument(
-        "path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest finished run"
-    )
+    path = "a run, adapter or merged folder; the newest finished run"
+    parser.add_argument("path", nargs="?", metavar="PATH", help=path)
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
     return parser
 
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
-
-from recipes.utils.adapter_folder import load_adapter, load_adapter_tokenizer, read_adapter
-from recipes.utils.console import UserError, run, say
-from recipes.utils.encoding import prompt_ids, stop_token_ids
-from recipes.utils.run_record import newest_run
+if __name__ == "__main__":
+    given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
 import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+
+from recipes.utils.data import Encoder
+from recipes.utils.model import load_adapter, load_adapter_tokenizer, newest_run, read_adapter
 
 
 def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None) -> list[dict]:
@@ -48,7 +47,9 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
     """
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise UserError("--temperature is 0 or more, and --max-new-tokens 1 or more")
-    model, tokenizer, stop_ids = _load(Path(path or newest_run()))
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
+        model, encoder, stop_ids = _load(Path(path or newest_run()))
+    tokenizer = encoder.tokenizer
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
@@ -64,14 +65,13 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
             continue
         messages.append({"role": "user", "content": text})
         try:
-            prompt = prompt_ids(messages, tokenizer)
+            prompt = encoder.prompt_ids(messages)
         except TemplateError as error:
             raise UserError(f"the chat template cannot carry this conversation: {error.message}") from error
         ids = torch.tensor([prompt], device=model.device)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
-        )
+        mask = torch.ones_like(ids)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
         answer = [token for token in output[0, len(prompt) :].tolist() if token not in stop_ids]
         text = tokenizer.decode(answer, skip_special_tokens=True)
         if text.strip():
@@ -81,21 +81,22 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
     return messages
 
 
-def _load(folder: Path):
-    """(model, tokenizer, the ids that end an answer) of an adapter folder or of a whole model's."""
+def _load(folder: Path) -> tuple:
+    """(model, `Encoder`, the ids that end an answer) of an adapter folder or of a whole model's."""
     if (folder / "adapter_config.json").is_file():
         record = read_adapter(folder)
-        tokenizer = load_adapter_tokenizer(folder, record)
-        return load_adapter(folder, record).eval(), tokenizer, stop_token_ids(tokenizer)
+        encoder = Encoder(load_adapter_tokenizer(folder, record))
+        return load_adapter(folder, record).eval(), encoder, encoder.stop_ids
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no adapter (adapter_config.json) and no model (config.json)")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: has no chat template, so it is no model to talk to")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", use_safetensors=True).eval()
+    how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     stop_ids = model.generation_config.eos_token_id
     stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
-    return model, tokenizer, stop_ids if isinstance(stop_ids, list) else [stop_ids]
+    return model, Encoder(tokenizer), stop_ids if isinstance(stop_ids, list) else [stop_ids]
 
 
 def _typed():
@@ -111,12 +112,12 @@ def _typed():
             return
 
 
-def main(argv: list[str]) -> None:
+def main(given: CommandLine) -> None:
     try:
-        chat(**vars(command_line().parse_args(argv)))
+        chat(**{name: value for name, value in given.options.items() if name != "traceback"})
     except KeyboardInterrupt:
         say("")  # the shell's prompt begins a line of its own
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

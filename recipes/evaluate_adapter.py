@@ -6,19 +6,15 @@
     python recipes/evaluate_adapter.py runs/mistral-lora --forgetting general.jsonl
     python recipes/evaluate_adapter.py runs/mistral-lora --scales 0,0.5,0.75,1,1.25 --forgetting general.jsonl
 
-Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key `tag` are summed up by tag as well. A LoRA
-adapter is linear in its scale: --scales turns it down or up without training again, and merge_adapter.py --scale
+Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key `tag` are summed up by tag as well. A
+LoRA adapter is linear in its scale: --scales turns it down or up without training again, and merge_adapter.py --scale
 merges it at the one you choose (into scales.json).
 """
 
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
-
-
-def _scales(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
+from recipes.utils.console import ArgumentParser, CommandLine, UserError, first_look, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -26,39 +22,45 @@ def command_line() -> ArgumentParser:
     parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
     parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model as well")
     parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")
-    parser.add_argument(
-        "--max-rows", type=int, default=200, help="how many answers to generate (200); losses use all rows"
-    )
+    answers = "how many answers to generate (200); losses use all rows"
+    parser.add_argument("--max-rows", type=int, default=200, help=answers)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; 16 tokens more than the longest expected")
     parser.add_argument("--scales", metavar="0.5,1,...", type=_scales, help="score the adapter at each of these scales")
     parser.add_argument("--forgetting", metavar="FILE", help="rows of another kind, that the base must not unlearn")
     return parser
 
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
+def _scales(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
 
-from recipes.utils.adapter_folder import load_adapter
-from recipes.utils.console import UserError, run, say
-from recipes.utils.dataset import read_chats
-from recipes.utils.evaluation import evaluate, rows_to_score
-from recipes.utils.evaluation_record import evaluation_key, scored_before, sum_up, write_json, write_rows
-from recipes.utils.report import refresh_report
-from recipes.utils.run_record import newest_run, read_run
-from recipes.utils.scale import check_linear, score_scales
-from recipes.utils.score_table import print_evaluation, print_scores
+
+if __name__ == "__main__":
+    given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.utils.data import Encoder, read_chats
+from recipes.utils.evaluation import (
+    evaluate,
+    print_evaluation,
+    print_scores,
+    rows_to_score,
+    score_scales,
+    write_evaluation,
+)
+from recipes.utils.model import check_linear, load_adapter, newest_run, read_run
+from recipes.utils.monitoring import refresh_report
 
-def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None) -> dict:  # fmt: skip
+
+def evaluate_adapter(
+    run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None
+) -> dict:
     """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
 
-    Returns what `evaluation_record.sum_up` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
+    Returns what `write_evaluation` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
     "tags": {...}}, and under "forgetting" the same for the rows of the JSONL file `forgetting`: rows of another kind,
-    that the base is good at. With a `model`, base and adapter are not scored again where that was done on the same rows.
-    With `scales` (a list of numbers) {"0.5": {...}, ...}, the adapter's figures at each, with `forgetting_loss`
-    (nats a token) on the rows of `forgetting`.
+    that the base is good at. With `scales` (a list of numbers) {"0.5": {...}, ...}, the adapter's figures at each, with
+    `forgetting_loss` (nats a token) on the rows of `forgetting`.
     """
     # 1. The run, and the rows to score.
     run_folder = Path(run_folder or newest_run())
@@ -69,61 +71,49 @@ def evaluate_adapter(run_folder=None, model=None, data=None, max_rows=200, max_n
         raise UserError("--scales scores the adapter, so not with --model")
     if model and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: is no model folder (it has no config.json)")
-    parts = {"predictions": rows_to_score(record, data)}
-    if forgetting:
-        parts["forgetting"] = read_chats(forgetting)
-    folder, tokenizer = run_folder / "evaluation", AutoTokenizer.from_pretrained(run_folder)
-    chats = parts["predictions"]
+    parts = {"predictions": rows_to_score(record, data)} | (
+        {"forgetting": read_chats(forgetting)} if forgetting else {}
+    )
+    encoder = Encoder(AutoTokenizer.from_pretrained(run_folder, local_files_only=True), escape=True)
+    chats, settings = parts["predictions"], (max_rows, max_new_tokens)
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
-    if scales:
-        return _score_scales(run_folder, record, tokenizer, parts, scales, max_rows, max_new_tokens)
+    for scale in scales or ():
+        check_linear(run_folder, scale)
 
-    # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn.
-    keys = {name: evaluation_key(run_folder, rows, max_rows, max_new_tokens) for name, rows in parts.items()}
-    scored = {name: scored_before(folder, name, keys[name]) if model else {} for name in parts}
-    if not all(scored.values()):
-        live = load_adapter(run_folder, record)
-        for name, rows in parts.items():
-            with live.disable_adapter():
-                scored[name]["base"] = evaluate(live, tokenizer, rows, max_rows, max_new_tokens)
-            scored[name]["adapter"] = evaluate(live, tokenizer, rows, max_rows, max_new_tokens)
-        del live
+    # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn, or turned down or
+    # up.
+    live = load_adapter(run_folder, record)
+    if scales:
+        figures = score_scales(run_folder, live, encoder, chats, scales, parts.get("forgetting", []), *settings)
+        print_scores(figures)
+        best = min(figures, key=lambda scale: figures[scale]["loss"])
+        say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
+        return figures
+    scored: dict[str, dict[str, list[dict]]] = {}
+    for name, rows in parts.items():
+        with live.disable_adapter():
+            scored[name] = {"base": evaluate(live, encoder, rows, *settings)}
+        scored[name]["adapter"] = evaluate(live, encoder, rows, *settings)
+    del live
     if model:
-        plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto", use_safetensors=True)
+        how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
+        plain = AutoModelForCausalLM.from_pretrained(model, **how)
         for name, rows in parts.items():
-            scored[name]["merged"] = evaluate(plain, tokenizer, rows, max_rows, max_new_tokens)
+            scored[name]["merged"] = evaluate(plain, encoder, rows, *settings)
 
     # 3. The figures, for people and for machines.
-    sums = {name: sum_up(scored[name], rows) | {"of": keys[name]} for name, rows in parts.items()}
-    metrics = sums["predictions"]
-    if forgetting:
-        metrics["forgetting"] = sums["forgetting"] | {"data": str(forgetting)}
-    write_json(folder / "metrics.json", metrics)
-    for name, rows in parts.items():
-        write_rows(folder / f"{name}.jsonl", scored[name], rows)
+    metrics = write_evaluation(run_folder, parts, scored, forgetting)
     print_evaluation(metrics, scored["predictions"], chats)
-    say(f"\nwritten: {folder}\nreport:  {refresh_report(run_folder)}")
+    refresh_report(run_folder)
+    say(f"\nwritten: {run_folder / 'evaluation'}\nreport:  {run_folder / 'report.html'}")
     if not model:
         say(f"next:    python recipes/merge_adapter.py {run_folder}")
     return metrics
 
 
-def _score_scales(run_folder, record, tokenizer, parts, scales, max_rows, max_new_tokens) -> dict:
-    for scale in scales:
-        check_linear(run_folder, scale)
-    live = load_adapter(run_folder, record)
-    chats, old_chats = parts["predictions"], parts.get("forgetting", [])
-    metrics = score_scales(live, tokenizer, chats, scales, old_chats, max_rows, max_new_tokens)
-    write_json(run_folder / "evaluation" / "scales.json", metrics)
-    print_scores(metrics)
-    best = min(metrics, key=lambda scale: metrics[scale]["loss"])
-    say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
-    return metrics
-
-
-def main(argv: list[str]) -> None:
-    evaluate_adapter(**vars(command_line().parse_args(argv)))
+def main(given: CommandLine) -> None:
+    evaluate_adapter(**{name: value for name, value in given.options.items() if name != "traceback"})
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

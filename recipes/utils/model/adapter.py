@@ -6,31 +6,32 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
-from recipes.utils.data import load_tokenizer
+from recipes.utils.data import read_tokenizer
 from recipes.utils.files import read_json, sync
 from recipes.utils.model.base import ModelOptions, attention_and_reason, commit_of, find_base, load_base, name_of
 
-CHANGE_THE_BASE = ("pissa", "olora")  # take a part of the base's weights with them when they begin
-NO_PLAIN_START = {
-    **dict.fromkeys(CHANGE_THE_BASE, "changes the base, so the adapter would fit no published one"),
-    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs a pass over the data, which these recipes do not make"),
-    "loftq": "needs a base that it quantises itself, which these recipes do not make",
+# What these begin with means something on a base that they changed when they began, and is not linear in its scale.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+NEED_MORE = dict.fromkeys(("eva", "corda", "lora_ga"), "a pass over the data") | {
+    "loftq": "a base that it quantises itself"
 }
 
 
 def check_initialisation(lora: dict) -> None:
     """Raise `UserError` for an initialisation that these recipes do not carry from training to the saved adapter."""
     start = str(lora.get("init_lora_weights", True))
-    if why := NO_PLAIN_START.get(start.partition("_niter")[0]):
-        mend = "use gaussian, or leave the key out; tuned, all variants are within 1-2 % (arXiv 2602.04998)"
-        raise UserError(f"lora.init_lora_weights: {start} {why}: {mend}")
+    if start in NEED_MORE:
+        why = f"needs {NEED_MORE[start]}, which these recipes do not make"
+    elif start.startswith(CHANGE_THE_BASE):
+        why = "changes the base, so its adapter fits no published one"
+    else:
+        return
+    mend = "use gaussian, or leave the key out; tuned, all variants are within 1-2 % (arXiv 2602.04998)"
+    raise UserError(f"lora.init_lora_weights: {start} {why}: {mend}")
 
 
 def check_adapter(folder: str | None) -> None:
@@ -44,18 +45,22 @@ def check_adapter(folder: str | None) -> None:
         why = "pickled weights are not loaded, since they can run code"
         raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; {why}")
     start = str(read_json(config).get("init_lora_weights", True))
-    if start.partition("_niter")[0] in NO_PLAIN_START:
+    if start.startswith((*CHANGE_THE_BASE, *NEED_MORE)):
         mend = "convert it with PEFT's path_initial_model_for_weight_conversion first"
         raise UserError(f"model.adapter: {folder} began with {start} and is no plain LoRA; {mend}")
 
 
-def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> str:
+def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> None:
     """Make a model with its adapter ready to train: what is trained in float32, and the levers on speed of `options`,
     which leave the losses as they are. Call it when the trainer is built, which casts an adapter on a 4-bit base to
     bfloat16 (PEFT leaves modules_to_save in the base's dtype): in 16 bit small steps are rounded away.
 
-    `backend` is torch.compile's. Returns what was done about speed, for the run table.
+    `backend` is torch.compile's.
     """
+    from peft.tuners.tuners_utils import (
+        BaseTunerLayer,
+    )  # here and below: PEFT takes seconds, and a merge needs none of it
+
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -73,7 +78,8 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
         for layer in model.get_base_model().base_model.layers:
             layer.compile(backend=backend)  # in place: no name in a checkpoint changes
         done.append("decoder layers compiled, which the first steps pay for")
-    return ", ".join(done) or "as the libraries come"
+    if done:
+        say(f"speed: {', '.join(done)}")
 
 
 def cast_outside_autocast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -84,6 +90,8 @@ def cast_outside_autocast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.T
 
 def adapter_shapes(model) -> dict[str, list[int]]:
     """{name in the adapter's file: shape} of the adapter of `model`."""
+    from peft import get_peft_model_state_dict
+
     return {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
 
 
@@ -166,11 +174,11 @@ def read_adapter(folder: Path) -> dict:
             return read_json(place / "run.json")
     adapter = read_json(config)
     model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
-    record = {"name": folder.resolve().name, "method": "lora", "model": dataclasses.asdict(model)}
+    record: dict = {"name": folder.resolve().name, "method": "lora", "model": dataclasses.asdict(model)}
     base = base_of(record)
-    config = read_json(base / "config.json")
-    record["model"]["dtype"] = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return record | {"commit": commit_of(base)}
+    shape = read_json(base / "config.json")
+    dtype = shape.get("dtype") or shape.get("torch_dtype") or "float32"
+    return {**record, "model": {**record["model"], "dtype": dtype}, "commit": commit_of(base)}
 
 
 def base_of(record: dict) -> Path:
@@ -186,8 +194,10 @@ def base_of(record: dict) -> Path:
         raise UserError(f"{options.name_or_path}: {mend}") from error
 
 
-def load_adapter(folder: Path, record: dict) -> PeftModel:
+def load_adapter(folder: Path, record: dict):
     """The adapter of `folder` on its base, in the precision of its training: after Q-LoRA, in 4 bit."""
+    from peft import PeftModel
+
     options, use_cpu = ModelOptions(**record["model"]), not torch.cuda.is_available()
     quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
     attention, _ = attention_and_reason(options, use_cpu)
@@ -198,7 +208,7 @@ def load_adapter_tokenizer(folder: Path, record: dict):
     """The tokenizer and template that the adapter was trained with; for another tool's adapter, its base's."""
     if "data" in record:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return load_tokenizer(base_of(record), record["model"]["chat_template"])
+    return read_tokenizer(base_of(record), record["model"]["chat_template"])[0]
 
 
 def check_linear(adapter: Path, scale: float) -> None:
@@ -214,6 +224,8 @@ def check_linear(adapter: Path, scale: float) -> None:
 
 def set_scale(model, scale: float) -> None:
     """Make the adapter of a PEFT `model` weigh `scale` times what it was trained with."""
+    from peft.tuners.lora import LoraLayer
+
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", scale)

@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-VARLEN = "varlen"  # with "flash" in it, transformers would look for that package
+from recipes.utils.model.base import VARLEN
+
 # torch 2.11 groups heads unasked; later ones want to be told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 

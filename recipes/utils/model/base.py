@@ -24,8 +24,8 @@ from transformers.utils import is_flash_attn_2_available
 from recipes.utils.console import UserError, is_main_process, out, say
 from recipes.utils.data import Finding
 from recipes.utils.files import read_json
-from recipes.utils.model.attention import VARLEN
 
+VARLEN = "varlen"  # attention.py; with "flash" in it, transformers would look for that package
 ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
 INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
 SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.txt", "*.py"]  # all of a model but its weights
@@ -51,9 +51,10 @@ class ModelOptions:
     trust_remote_code: bool = False  # run code that comes with the model
 
 
-def find_base(options: ModelOptions, commit: str | None = None) -> Path:
+def find_base(options: ModelOptions, commit: str | None = None, weights: bool = True) -> Path:
     """The folder of the base: `name_or_path` itself, or a snapshot of the hub at one commit, with configuration,
-    tokenizer, template and the safetensors that its index names. The network is used here and nowhere else.
+    tokenizer, template and, unless `weights` is False, the safetensors that its index names. The network is used here
+    and nowhere else.
 
     The commit is `commit`; without it that of `options.adapter`, unless there is an `options.revision`; else what the
     revision stands for today. The cache serves what it has whole.
@@ -73,13 +74,16 @@ def find_base(options: ModelOptions, commit: str | None = None) -> Path:
     with _told_in_a_line(name):
         # Asked also where the cache has the branch, which may have moved since.
         commit = commit or HfApi().resolve_revision(name, revision=options.revision).resolved
-        base = _cached(name, commit) or _download(name, commit)
+        base = _cached(name, commit, weights)
+        if base is None:
+            _download(name, commit, weights)
+            base = _cached(name, commit, weights)
     if base is None and constants.HF_HUB_OFFLINE:
         raise UserError(
             f"{name}: is not whole in the cache, and HF_HUB_OFFLINE keeps the Hugging Face hub out of reach"
         )
     if base is None:
-        raise UserError(f"{name}: {PICKLED}")
+        raise UserError(f"{name}: {PICKLED if weights else 'has no config.json and tokenizer'}")
     return base
 
 
@@ -93,14 +97,15 @@ def name_of(base: Path) -> str:
     return base.parents[1].name.removeprefix("models--").replace("--", "/") if commit_of(base) else str(base)
 
 
-def _cached(name: str, commit: str) -> Path | None:
-    """The snapshot in the cache, if its configuration, tokenizer and weights are all there."""
+def _cached(name: str, commit: str, weights: bool) -> Path | None:
+    """The snapshot in the cache, if its configuration, tokenizer and, where asked for, weights are all there."""
     try:
         base = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     tokenizer = any((base / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return base if tokenizer and all((base / file).is_file() for file in ("config.json", *_weights(base))) else None
+    needed = ["config.json", *(_weights(base) if weights else [])]
+    return base if tokenizer and all((base / file).is_file() for file in needed) else None
 
 
 def _weights(base: Path) -> list[str]:
@@ -109,16 +114,15 @@ def _weights(base: Path) -> list[str]:
     return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
 
 
-def _download(name: str, commit: str) -> Path | None:
-    small = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
-    weights = _weights(small)
-    if not constants.HF_HUB_OFFLINE:
-        files = snapshot_download(name, revision=commit, allow_patterns=weights, dry_run=True)
-        size = sum(file.file_size for file in files if file.will_download)
-        say(f"base: fetching {size / 1e9:,.2f} GB of {name} from the Hugging Face hub, once")
-    bar = tqdm if is_main_process() else None  # one that shows where the libraries' bars are off
-    snapshot_download(name, revision=commit, allow_patterns=weights, tqdm_class=bar)
-    return _cached(name, commit)
+def _download(name: str, commit: str, weights: bool) -> None:
+    base = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
+    if not weights or constants.HF_HUB_OFFLINE:
+        return
+    how = {"revision": commit, "allow_patterns": _weights(base)}
+    size = sum(file.file_size for file in snapshot_download(name, dry_run=True, **how) if file.will_download)
+    say(f"base: fetching {size / 1e9:,.2f} GB of {name} from the Hugging Face hub, once")
+    # a bar that shows where the libraries' bars are off
+    snapshot_download(name, tqdm_class=tqdm if is_main_process() else None, **how)
 
 
 @contextlib.contextmanager
@@ -187,12 +191,11 @@ def choose_attention(options: ModelOptions, use_cpu: bool) -> str:
 def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
     """What `choose_attention` takes and says."""
     setting, on_cpu = options.attn_implementation, use_cpu or not torch.cuda.is_available()
+    missing = "it has no float32" if options.dtype == "float32" else None
     if on_cpu:
         missing = "the run is on the CPU" if torch.cuda.is_available() else "there is no GPU"
     elif torch.cuda.get_device_capability()[0] < 8:
         missing = f"{torch.cuda.get_device_name()} is older than Ampere"
-    else:
-        missing = "it has no float32" if options.dtype == "float32" else None
     no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
     if setting == "auto":
         if not no_flash:
@@ -215,10 +218,17 @@ def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str
     return setting, "as asked for"
 
 
+def register_varlen() -> None:
+    """Make `varlen` known to transformers; apart, since its modules take seconds to import and a merge needs none."""
+    import recipes.utils.model.attention  # noqa: F401
+
+
 def load_base(base: Path, options: ModelOptions, attention: str, quantization_config=None, use_cpu: bool | None = None):
     """The model in the folder `base`, in `options.dtype`, or in 4 bit by `quantization_config`, on this process's GPU,
     unless there is none or it is to `use_cpu`."""
     use_cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
+    if attention == VARLEN:
+        register_varlen()
     device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         with _told_in_a_line(options.name_or_path):

@@ -1,0 +1,241 @@
+"""Scores on answer tokens and greedy answers, for any causal LM: base, adapter or merged; row by row and summed up."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from recipes.utils.console import UserError, out, say
+from recipes.utils.data import Chat, DataOptions, Encoded, Encoder, Reading, held_out, stream_chats
+from recipes.utils.evaluation.statistics import SCORES, compare, figures, score_text, sentence, show, show_interval
+from recipes.utils.files import read_jsonl, write_json, write_jsonl
+from recipes.utils.model import batches, generate_answers, set_scale
+
+MODELS = ("base", "adapter", "merged")
+SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered
+TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
+EXAMPLES = 3
+
+
+def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
+    """The rows to score a run on: `data`, else its data.test, else its validation rows; `record` is its run.json."""
+    options = DataOptions(**record["data"])
+    paths, share = data or options.test, 1.0
+    if not paths and isinstance(options.validation, float):
+        paths, share = options.train, options.validation
+    elif not (paths := paths or options.validation):
+        raise UserError("the run has no test or validation rows; name a JSONL file with --data")
+    reading = Reading()
+    chats = list(stream_chats(paths, reading, options.system == "merge"))
+    if options.on_bad_row == "error":
+        reading.raise_if_bad()
+    return [chat for chat in chats if share == 1 or held_out(chat, share, record["seed"])]
+
+
+def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_tokens=None) -> list[dict]:
+    """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on all its answer tokens,
+    and `tokens`, how many they are. The first `max_rows` have also the greedy `answer` to their last prompt, whether it
+    ended by itself (`stopped`), its length (`answer_tokens`), what was `expected` (`expected_tokens`), and the scores
+    of `score_text`. `figures` sums them up.
+    """
+    encoded = encoder.encode(chats)
+    losses = score_rows(model, encoder, encoded)
+    rows: list[dict] = []
+    # A chat may have been split into several rows; they follow each other.
+    for _, group in itertools.groupby(range(len(encoded)), key=lambda index: encoded[index].where):
+        loss, right, tokens = losses[list(group)].sum(0)
+        rows.append({"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)})
+
+    asked = [chat._replace(messages=[{**turn, "weight": 1} for turn in chat.messages]) for chat in chats[:max_rows]]
+    last = encoder.encode(asked, train_on="last")
+    answers_ids = [[label for label in row.labels if label != -100] for row in last]
+    if max_new_tokens is None:  # room for the longest expected answer and some more, so that babble shows
+        max_new_tokens = min(1024, max(map(len, answers_ids)) + 16)
+    prompts = [encoder.prompt_ids(chat.messages[:-1], chat.tools) for chat in asked]
+    answers = generate_answers(model, encoder, prompts, max_new_tokens)
+    for row, ids, answer in zip(rows, answers_ids, answers, strict=False):
+        expected = encoder.tokenizer.decode(ids, skip_special_tokens=True)
+        row |= {"expected": expected, "expected_tokens": len(ids), "answer": answer.text, "stopped": answer.stopped}
+        row |= {"answer_tokens": answer.tokens, **score_text(expected, answer.text)}
+    return rows
+
+
+def score_answers(model, encoder: Encoder, encoded: list[Encoded]) -> tuple[float, float]:
+    """(mean loss in nats, share of tokens predicted right) over all labelled tokens of `encoded`."""
+    loss, right, tokens = score_rows(model, encoder, encoded).sum(0)
+    return loss / tokens, right / tokens
+
+
+@torch.no_grad()
+def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
+    """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they
+    are.
+
+    Only the labelled positions go through the LM head, some at a time, so no full logits are held.
+    """
+    model.eval()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    scores = np.zeros((len(encoded), 3))
+    for batch in batches([len(row.input_ids) for row in encoded]):
+        width = max(len(encoded[index].input_ids) for index in batch)
+        ids = torch.full((len(batch), width), encoder.tokenizer.pad_token_id or 0)
+        labels = torch.full((len(batch), width), -100)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, index in enumerate(batch):
+            length = len(encoded[index].input_ids)
+            ids[row, :length] = torch.tensor(encoded[index].input_ids)
+            labels[row, :length] = torch.tensor(encoded[index].labels)
+            mask[row, :length] = 1
+        ids, labels, mask = ids.to(model.device), labels[:, 1:].to(model.device), mask.to(model.device)
+        hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        learnt = labels != -100
+        losses, right = [], []
+        parts = (part.split(TOKENS_A_HEAD) for part in (hidden[learnt], labels[learnt]))
+        for states, wanted in zip(*parts, strict=True):
+            logits = base.lm_head(states).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+            right.append(logits.argmax(-1) == wanted)
+        by_token = torch.stack([torch.cat(losses), torch.cat(right).float(), torch.ones_like(torch.cat(losses))], 1)
+        row_of = learnt.nonzero()[:, 0]
+        scores[batch] = torch.zeros(len(batch), 3).double().index_add_(0, row_of.cpu(), by_token.double().cpu()).numpy()
+    return scores
+
+
+def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[float], old_chats, *settings) -> dict:
+    """The `figures` of `live` (a PEFT model) on `chats` at each of `scales`, by the scale as text, with
+    `forgetting_loss` (nats a token) on `old_chats`, if there are any; `settings` are those of `evaluate`. Writes
+    evaluation/scales.json."""
+    by_scale, old_rows = {}, encoder.encode(old_chats)
+    for scale in scales:
+        set_scale(live, scale)
+        by_scale[f"{scale:g}"] = figures(evaluate(live, encoder, chats, *settings))
+        if old_rows:
+            by_scale[f"{scale:g}"]["forgetting_loss"] = score_answers(live, encoder, old_rows)[0]
+    set_scale(live, 1.0)
+    write_json(_folder(run_folder) / "scales.json", by_scale)
+    return by_scale
+
+
+def _folder(run_folder: Path) -> Path:
+    folder = Path(run_folder) / "evaluation"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict[str, dict], forgetting="") -> dict:
+    """Write RUN/evaluation/: PART.jsonl for each of `parts` (the `predictions`, and the rows `forgetting` of the file
+    of that name), an object a row with where, tag, prompt, expected, and each model's answer and scores; then
+    metrics.json.
+
+    `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json holds: `sum_up` of the predictions,
+    under "forgetting" the same of those, and under "report" what report.html shows.
+    """
+    for part, chats in parts.items():
+        lines = []
+        for chat, *rows in zip(chats, *scored[part].values(), strict=True):
+            line = {"where": chat.where, "tag": _tag(chat), "prompt": chat.messages[:-1]}
+            line |= {key: rows[0][key] for key in SHARED if key in rows[0]}
+            for name, row in zip(scored[part], rows, strict=True):
+                line[name] = {key: value for key, value in row.items() if key not in SHARED}
+            lines.append(line)
+        write_jsonl(_folder(run_folder) / f"{part}.jsonl", lines)
+    metrics = sum_up(scored["predictions"], parts["predictions"])
+    if "forgetting" in parts:
+        metrics["forgetting"] = sum_up(scored["forgetting"], parts["forgetting"]) | {"data": str(forgetting)}
+    verdicts = [sentence(pair, found) for pair, found in metrics["differences"].items()]
+    metrics["report"] = {"verdicts": verdicts, "tables": _tables(metrics)}
+    write_json(_folder(run_folder) / "metrics.json", metrics)
+    return metrics
+
+
+def read_rows(path: Path) -> dict[str, list[dict]]:
+    """By model, the rows that `evaluate` gave, of a file that `write_evaluation` wrote."""
+    lines = read_jsonl(path)
+    names = [name for name in MODELS if name in lines[0]]
+    return {name: [line[name] | {key: line[key] for key in SHARED if key in line} for line in lines] for name in names}
+
+
+def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
+    """{"base": figures, "adapter": figures, ..., "differences": {"adapter against base": `compare`, ...}, "tags": {tag:
+    the same for the rows with that `tag`}, "of": which rows they are} of what `evaluate` gave for each model."""
+    found, tags = _figures_and_differences(scored), [_tag(chat) for chat in chats]
+    for tag in sorted({tag for tag in tags if tag}):
+        rows = {name: [row for row, own in zip(rows, tags, strict=True) if own == tag] for name, rows in scored.items()}
+        found.setdefault("tags", {})[tag] = _figures_and_differences(rows)
+    text = json.dumps([[chat.messages, chat.tools] for chat in chats], ensure_ascii=False)
+    return found | {"of": {"rows_sha256": hashlib.sha256(text.encode()).hexdigest()}}
+
+
+def _figures_and_differences(scored: dict) -> dict:
+    names = [name for name in MODELS if name in scored]
+    pairs = [(ours, theirs) for theirs, ours in itertools.combinations(names, 2)]
+    differences = {f"{ours} against {theirs}": compare(scored[ours], scored[theirs]) for ours, theirs in pairs}
+    return {name: figures(scored[name]) for name in names} | {"differences": differences}
+
+
+def _tag(chat: Chat) -> str:
+    tag = json.loads(chat.line).get("tag") if chat.line else None
+    return "" if tag is None else str(tag)
+
+
+def _titled(metrics: dict) -> Iterator[tuple[str, dict]]:
+    """(title, figures) of all rows, of each tag, of the rows that the base is good at."""
+    yield "", metrics
+    yield from ((f"tag {tag}", part) for tag, part in metrics.get("tags", {}).items())
+    if "forgetting" in metrics:
+        yield f"forgetting, on {metrics['forgetting']['data']}", metrics["forgetting"]
+
+
+def _tables(metrics: dict) -> list[dict]:
+    tables = []
+    for title, part in _titled(metrics):
+        models, pairs = [name for name in MODELS if name in part], list(part["differences"])
+        rows = _lines({name: part[name] for name in models}, list(part["differences"].values()))
+        counts = f"{part['base']['rows']:,} rows, answers to {part['base']['generated_rows']:,}"
+        tables.append({"title": title, "models": models, "pairs": pairs, "rows": rows, "counts": counts})
+    return tables
+
+
+def _lines(by_name: dict, differences: Sequence[dict]) -> list[list]:
+    """[label, [figure], [[difference and interval, verdict]]] of each score."""
+    lines, first = [], next(iter(by_name.values()))
+    for name in [name for name in SCORES if name in first]:
+        label = SCORES[name].label + (f" (expected {first['expected_tokens']:.1f})" if name == "answer_tokens" else "")
+        cells = [[show_interval(name, found[name]), found[name]["verdict"]] for found in differences]
+        lines.append([label, [show(name, own[name]) for own in by_name.values()], cells])
+    if "forgetting_loss" in first:
+        lines.append(["forgetting loss", [f"{own['forgetting_loss']:.4f}" for own in by_name.values()], []])
+    return lines
+
+
+def print_scores(by_name: dict, differences: Sequence[dict] = ()) -> None:
+    """Figures by model or scale and, where there are `differences`, those of the adapter from the base."""
+    titles = ["adapter − base, 95 % interval", ""] if differences else []
+    table = Table("", *by_name, *titles, box=None, padding=(0, 2), header_style="bold")
+    for label, own, cells in _lines(by_name, differences[:1]):
+        table.add_row(label, *own, *itertools.chain(*cells))
+    out.print(table)
+
+
+def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
+    """What `write_evaluation` returns, for people: figures, of each tag too, what they mean, what was forgotten, and a
+    few answers: `scored` are the rows by model, `chats` what was asked."""
+    for title, part in _titled(metrics):
+        say(f"\n{title}, {part['base']['rows']:,} rows" if title else "")
+        print_scores({name: part[name] for name in MODELS if name in part}, list(part["differences"].values()))
+        if part is metrics.get("forgetting"):
+            found = part["differences"]["adapter against base"]
+            lost = [name for name in found if found[name]["verdict"] == "worse"]
+            named = ", ".join(f"{SCORES[name].label} ({show_interval(name, found[name])})" for name in lost)
+            say(f"\nlost: {named or 'nothing that these rows can show'}")
+    for text in metrics["report"]["verdicts"]:
+        say("\n" + text)
+    for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):
+        say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
+        for name, rows in scored.items():
+            say(f"{name:<9} {rows[index]['answer']}")
