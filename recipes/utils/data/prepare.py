@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -254,10 +255,13 @@ class _PromptParity:
     will be saved; `findings` has the first answer that follows none of them."""
 
     def __init__(self, tokenizer):
-        self.left, self.findings = ROWS_COMPARED, []
+        self.tokenizer, self.left, self.findings = tokenizer, ROWS_COMPARED, []
+
+    @cached_property
+    def served(self):
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            self.served = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder)
 
     def compare(self, chat: Chat, document: Document, row: Encoded) -> None:
         self.left -= 1

@@ -6,28 +6,33 @@ import os
 import re
 import unicodedata
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
-
-from recipes.utils.chat_template import choose_chat_template
-from recipes.utils.config_keys import DataOptions
-from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat
-from recipes.utils.encoding import encode_chats, prompt_ids
-from recipes.utils.prepare import prepare
-from recipes.utils.row_identity import document_hash, fingerprint, locate
 
 import datasets
 import pytest
 import trl.chat_template_utils as trl_templates
-from conftest import chat, real_rows, write_jsonl
+from conftest import DATA, chat, write_jsonl
+from families import FAMILIES, qwen_tokenizer, trained_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_chat_template import FAMILIES, qwen_tokenizer, trained_texts
+
+import recipes.utils.data
+from recipes.utils.console import UserError
+from recipes.utils.data import Chat, DataOptions, Encoder, Prepared, document_hash, locate, prepare
+from recipes.utils.data.prepare import fingerprint
+from recipes.utils.data.template import choose_chat_template
 
 
-def prepared(path, tokenizer, max_length=512, part="train", **options):
+def both_parts(path, tokenizer, max_length=512, **options):
+    """(train, validation) of `prepare`, whatever it finds."""
     args = SimpleNamespace(max_length=max_length, seed=1)
-    return prepare(DataOptions(train=str(path), **options), args, tokenizer, part)
+    return prepare(DataOptions(train=str(path), **options), tokenizer, args, report=False)
+
+
+def prepared(path, tokenizer, max_length=512, **options) -> Prepared:
+    """The train rows."""
+    return both_parts(path, tokenizer, max_length, **options)[0]
 
 
 def qwen2_5():
@@ -47,7 +52,9 @@ def learnt_by_place(rows, tokenizer) -> dict[str, list[str]]:
 
 @cache
 def family_of(name):
-    return (qwen2_5(), "<|im_end|>") if name == "qwen2.5" else (FAMILIES[name][0](), FAMILIES[name][1])
+    """(an encoder, the end of a turn)."""
+    make, end = (qwen2_5, "<|im_end|>") if name == "qwen2.5" else FAMILIES[name]
+    return Encoder(make()), end
 
 
 # Any text that JSON can hold and no control token stands in.
@@ -60,11 +67,12 @@ TURNS = st.lists(st.tuples(TEXT, ANSWER), min_size=1, max_size=3)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(turns=TURNS, system=st.none() | ANSWER)
 def test_any_conversation_learns_exactly_its_answers_and_follows_what_inference_sends(family, turns, system):
-    tokenizer, end = family_of(family)
+    encoder, end = family_of(family)
+    tokenizer = encoder.tokenizer
     messages = chat(*(text for turn in turns for text in turn), system=system)["messages"]
-    rows = encode_chats([Chat(messages, "f:1")], tokenizer)
+    rows = encoder.encode([Chat(messages, "f:1")])
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = {index: prompt_ids(messages[:index], tokenizer) for index in answers}
+    prompts = {index: encoder.prompt_ids(messages[:index]) for index in answers}
     served = tokenizer.apply_chat_template(messages[: answers[-1]], add_generation_prompt=True, return_dict=False)
     assert served == prompts[answers[-1]]
 
@@ -87,11 +95,11 @@ def test_any_conversation_learns_exactly_its_answers_and_follows_what_inference_
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral v1", "mistral v3"])
 def test_real_answers_are_what_is_trained(family):
-    make, end, _ = FAMILIES[family]
+    make, end = FAMILIES[family]
     tokenizer = make()
-    path = real_rows("alpaca_train.jsonl")
-    rows, counts, _ = prepared(path, tokenizer, max_length=100_000)
-    assert counts["rows"] == 900
+    path = DATA / "alpaca_train.jsonl"
+    rows = prepared(path, tokenizer, max_length=100_000).rows
+    assert len(rows) == 24
     for line, row in zip(path.read_text().splitlines(), rows, strict=True):
         expected = json.loads(line)["output"]
         expected = expected.rstrip(" ") if family == "mistral v3" else expected
@@ -104,10 +112,10 @@ def test_real_answers_are_what_is_trained(family):
 def test_real_tool_calls_are_what_is_trained():
     """Calls and answers, not what tools said, by Qwen2.5's template through TRL's training twin."""
     tokenizer = qwen2_5()
-    path = real_rows("sharegpt_tools.jsonl")
-    rows, counts, _ = prepared(path, tokenizer, max_length=100_000)
-    assert counts["bad"] == []
-    learnt = learnt_by_place(rows, tokenizer)
+    path = DATA / "sharegpt_tools.jsonl"
+    train = prepared(path, tokenizer, max_length=100_000)
+    assert train.counts.bad == []
+    learnt = learnt_by_place(train.rows, tokenizer)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         turns = [turn for turn in json.loads(line)["conversations"] if turn["from"] in ("gpt", "function_call")]
         found = learnt[f"{path}:{number}"]
@@ -122,12 +130,12 @@ def test_real_tool_calls_are_what_is_trained():
 
 
 def test_real_tool_calls_are_trained_in_mistrals_form_too():
-    """Each call and answer once, after the prompt that inference sends, which has the tools before the last user turn."""
+    """Each call and answer once, after the prompt that inference sends: it has the tools before the last user turn."""
     tokenizer = FAMILIES["mistral v3"][0]()
-    path = real_rows("sharegpt_tools.jsonl")
-    rows, counts, _ = prepared(path, tokenizer, max_length=100_000)
-    assert counts["bad"] == []
-    learnt = learnt_by_place(rows, tokenizer)
+    path = DATA / "sharegpt_tools.jsonl"
+    train = prepared(path, tokenizer, max_length=100_000)
+    assert train.counts.bad == []
+    learnt = learnt_by_place(train.rows, tokenizer)
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         turns = [turn for turn in json.loads(line)["conversations"] if turn["from"] in ("gpt", "function_call")]
         found = sorted(text.strip() for text in learnt[f"{path}:{number}"] if not text.startswith("[TOOL_CALLS]"))
@@ -152,14 +160,14 @@ def test_an_answer_with_weight_0_carries_no_loss(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
     row = chat("a", "bad answer", "b", "good answer")
     row["messages"][1]["weight"] = 0
-    rows, _, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
+    rows = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer).rows
     encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
     assert trained_texts(tokenizer, encoded) == ["good answer<|im_end|>"]
 
 
 def test_train_on_last_trains_the_last_answer_alone(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
-    rows, _, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")]), tokenizer, train_on="last")
+    rows = prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")]), tokenizer, train_on="last").rows
     encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
     assert trained_texts(tokenizer, encoded) == ["d<|im_end|>"]
 
@@ -168,7 +176,7 @@ def test_train_on_last_takes_the_last_answer_that_has_weight(tmp_path):
     row = chat("a", "b", "c", "d")
     row["messages"][3]["weight"] = 0
     tokenizer = FAMILIES["qwen2"][0]()
-    rows, _, _ = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer, train_on="last")
+    rows = prepared(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer, train_on="last").rows
     encoded = SimpleNamespace(input_ids=rows[0]["input_ids"], labels=rows[0]["labels"])
     assert trained_texts(tokenizer, encoded) == ["b<|im_end|>"]
 
@@ -177,12 +185,13 @@ def test_an_answer_that_begins_without_a_blank_gets_none_from_sentencepiece():
     """Zephyr's form on Mistral's vocabulary: the tokens of an answer are those that stand in the whole text."""
     tokenizer = copy.deepcopy(FAMILIES["mistral v1"][0]())
     tokenizer.chat_template = (
-        "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\\n' + message['content'] + eos_token }}"
-        "{% else %}{{ '<|assistant|>\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}"
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '<|user|>\\n' + message['content'] + eos_token }}{% else %}"
+        "{{ '<|assistant|>\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}"
         "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
     )
     messages = chat("Hi", "yo 0 answer", "And?", "more")["messages"]
-    (row,) = encode_chats([Chat(messages, "f:1")], tokenizer)
+    (row,) = Encoder(tokenizer).encode([Chat(messages, "f:1")])
     assert row.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
     assert trained_texts(tokenizer, row) == ["yo 0 answer</s>", "more</s>"]
     first = row.input_ids[row.labels.index(next(label for label in row.labels if label != -100))]
@@ -191,23 +200,23 @@ def test_an_answer_that_begins_without_a_blank_gets_none_from_sentencepiece():
 
 def test_a_chat_that_is_split_is_counted_and_every_answer_is_learnt_once(tmp_path):
     tokenizer = FAMILIES["mistral v3"][0]()
-    rows, counts, _ = prepared(
+    found = prepared(
         write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d", system="s"), chat("e", "f")]), tokenizer
     )
-    assert (counts["rows"], counts["split"]) == (3, 1)
-    assert [row["where"].rpartition(":")[2] for row in rows] == ["1", "1", "2"]
+    assert (found.counts.rows, found.counts.split) == (3, 1)
+    assert [row["where"].rpartition(":")[2] for row in found.rows] == ["1", "1", "2"]
 
 
 def test_rows_over_max_length_are_dropped_or_cut_or_refused_as_asked_and_counted(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
     path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b" * size) for size in (10, 20, 400)])
-    rows, counts, _ = prepared(path, tokenizer, 200)
-    assert (len(rows), counts["rows"], counts["over_length"], counts["dropped"]) == (2, 2, 1, 1)
-    assert counts["trained_tokens"] == 10 + 20 + 2
-    assert counts["length_99"] > 400
-    rows, counts, _ = prepared(path, tokenizer, 200, over_length="truncate")
-    assert (len(rows), max(map(len, rows["input_ids"])), counts["over_length"]) == (3, 200, 1)
-    assert counts["lost_tokens"] == counts["all_tokens"] - counts["tokens"]
+    found = prepared(path, tokenizer, 200)
+    assert (len(found.rows), found.counts.rows, found.counts.over_length, found.counts.dropped) == (2, 2, 1, 1)
+    assert found.counts.trained_tokens == 10 + 20 + 2
+    assert found.counts.length_99 > 400
+    found = prepared(path, tokenizer, 200, over_length="truncate")
+    assert (len(found.rows), max(map(len, found.rows["input_ids"])), found.counts.over_length) == (3, 200, 1)
+    assert found.counts.lost_tokens == found.counts.all_tokens - found.counts.tokens
     with pytest.raises(UserError, match=r"a.jsonl:3: \d+ tokens, over training.max_length 200"):
         prepared(path, tokenizer, 200, over_length="error")
     with pytest.raises(UserError, match="no train row is left to use"):
@@ -216,16 +225,33 @@ def test_rows_over_max_length_are_dropped_or_cut_or_refused_as_asked_and_counted
 
 def test_a_cut_row_without_any_answer_left_is_dropped_and_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("a" * size, "b") for size in (10, 400)])
-    rows, counts, _ = prepared(path, FAMILIES["qwen2"][0](), 200, over_length="truncate")
-    assert (len(rows), counts["dropped"]) == (1, 1)
+    found = prepared(path, FAMILIES["qwen2"][0](), 200, over_length="truncate")
+    assert (len(found.rows), found.counts.dropped) == (1, 1)
+
+
+@pytest.mark.parametrize("validation", [None, 0.2, "other file"])
+def test_a_file_is_read_for_its_hash_and_then_once(tmp_path, monkeypatch, validation):
+    """Prompts and near copies are looked at on rows that are in hand; an unchanged file is read for its hash alone."""
+    rows = [chat(f"question {number}", "answer") for number in range(300)]
+    path, other = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:9])
+    validation = str(other) if validation == "other file" else validation
+    opened, real_open = [], open
+
+    def counted(name, *args, **kwargs):
+        opened.append(str(name))
+        return real_open(name, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", counted)
+    for times in (2, 3):
+        both_parts(path, FAMILIES["qwen2"][0](), validation=validation)
+        assert opened.count(str(path)) == times
+        assert opened.count(str(other)) == (times if validation == str(other) else 0)
 
 
 def test_a_share_splits_the_rows_and_loses_none(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
     path = write_jsonl(tmp_path / "a.jsonl", [chat(f"question {number}", "answer") for number in range(300)])
-    parts = [
-        list(prepared(path, tokenizer, part=part, validation=0.2).rows["where"]) for part in ("train", "validation")
-    ]
+    parts = [list(part.rows["where"]) for part in both_parts(path, tokenizer, validation=0.2)]
     assert sorted(parts[0] + parts[1]) == sorted(f"{path}:{number}" for number in range(1, 301))
     assert 30 < len(parts[1]) < 90
     with pytest.raises(UserError, match="share between 0 and 1"):
@@ -238,15 +264,23 @@ def test_an_unchanged_file_is_not_prepared_again_and_an_edit_that_keeps_the_mtim
     stamp = path.stat()
     first = prepared(path, tokenizer).rows[0]["input_ids"]
     calls = []
-    monkeypatch.setattr("recipes.utils.prepare.encode_documents", lambda *args: calls.append(args))
+    monkeypatch.setattr(Encoder, "encode_documents", lambda *args: calls.append(args))
     assert prepared(path, tokenizer).rows[0]["input_ids"] == first
-    assert prepared(path, tokenizer, ledger=False, samples=1).rows[0]["input_ids"] == first
+    assert prepared(path, tokenizer, ledger=False, samples=1, test=str(path)).rows[0]["input_ids"] == first
     assert calls == []
     monkeypatch.undo()
     write_jsonl(path, [chat("a", "two")])
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert path.stat().st_mtime_ns == stamp.st_mtime_ns
     assert prepared(path, tokenizer).rows[0]["input_ids"] != first
+
+
+def test_of_this_project_the_cache_depends_on_the_data_package_alone(tmp_path, monkeypatch):
+    read, seen = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: seen.append(self) or read(self))
+    prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b")]), FAMILIES["qwen2"][0]())
+    package = Path(recipes.utils.data.__file__).parent
+    assert sorted(path for path in seen if path.suffix == ".py") == sorted(package.glob("*.py"))
 
 
 @pytest.mark.parametrize("change", ["template", "max_length", "train_on"])
@@ -305,7 +339,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     code = f"""
 import resource, sys
 sys.path[:0] = {sys.path!r}
-from test_prepare import FAMILIES, prepared
+from families import FAMILIES
+from test_prepare import prepared
 tokenizer = FAMILIES["mistral v3"][0]()
 prepared({str(tmp_path / "small.jsonl")!r}, tokenizer, 4096)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -318,20 +353,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(result.stdout.split()[-1]) < 400
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "counts.json"])
+@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "counts.json"])
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_damaged_cache_entry_is_made_anew_and_said(tmp_path, monkeypatch, capsys, name, damage):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path, tokenizer = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")]), qwen2_5()
-    whole = prepared(path, tokenizer)[0].to_dict()
+    whole = [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=str(path))]
     [entry] = (tmp_path / "cache" / "lora-recipes").iterdir()
     if damage == "cut":
         os.truncate(entry / name, (entry / name).stat().st_size // 2)
     else:
         (entry / name).unlink()
-    assert prepared(path, tokenizer)[0].to_dict() == whole
+    assert [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=str(path))] == whole
     assert "are damaged" in capsys.readouterr().out
-    prepared(path, tokenizer)
+    both_parts(path, tokenizer, validation=str(path))
     assert "damaged" not in capsys.readouterr().out
 
 

@@ -3,11 +3,11 @@
 import gzip
 import json
 
-from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat, Report, held_out, read_chats, stream_chats
-
 import pytest
-from conftest import chat, real_rows, write_jsonl
+from conftest import DATA, chat, write_jsonl
+
+from recipes.utils.console import UserError
+from recipes.utils.data import Chat, Reading, held_out, read_chats, stream_chats
 
 QUESTION = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -41,10 +41,10 @@ def test_each_row_shape_becomes_messages(tmp_path, name):
 
 def test_shapes_are_reported_and_other_keys_listed_once(tmp_path):
     rows = [{**row, "id": number, "source": "web"} for number, (row, _) in enumerate(SHAPES.values())]
-    report = Report()
-    list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), report))
-    assert sorted(report.ignored_keys) == ["id", "source"]
-    assert dict(report.shapes) == {"messages": 1, "prompt-completion": 2, "alpaca": 3, "sharegpt": 1}
+    reading = Reading()
+    list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), reading))
+    assert sorted(reading.ignored_keys) == ["id", "source"]
+    assert dict(reading.shapes) == {"messages": 1, "prompt-completion": 2, "alpaca": 3, "sharegpt": 1}
 
 
 def test_all_bad_rows_are_found_in_one_pass_and_the_first_twenty_told(tmp_path):
@@ -83,13 +83,13 @@ def test_lists_globs_gzip_and_a_byte_order_mark_are_read(tmp_path):
 def test_a_user_turn_at_the_end_is_trimmed_and_counted_and_so_are_blank_lines(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c"), chat("a", "b")])
     path.write_text(path.read_text().replace("\n", "\n\n \n"))
-    report = Report()
-    assert [len(row.messages) for row in stream_chats(str(path), report)] == [2, 2]
-    assert (report.trimmed, report.blank, report.bad) == (1, 4, [])
+    reading = Reading()
+    assert [len(row.messages) for row in stream_chats(str(path), reading)] == [2, 2]
+    assert (reading.trimmed, reading.blank, reading.bad) == (1, 4, [])
 
 
 def test_a_share_is_held_out_by_the_rows_own_text():
-    """Near the share that was asked for, the same at every call, and unmoved by rows that come later; copies together."""
+    """Near the share asked for, the same at every call, and unmoved by rows that come later; copies together."""
     chats = [Chat(chat(f"question {number}", f"answer {number}")["messages"], f"f:{number}") for number in range(2000)]
     first = [row.where for row in chats if held_out(row, 0.1, seed=1)]
     assert 150 < len(first) < 250
@@ -107,18 +107,22 @@ def test_system_messages_are_merged_into_the_user_turn_that_follows(tmp_path):
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+RESULT = {"role": "tool", "content": "4"}
 TOOL_ROWS = {
     "messages": {
-        "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER],
+        "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT, ANSWER],
         "tools": [TOOL],
     },
     "bare calls and tools": {
-        "messages": [QUESTION, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]}, {"role": "tool", "content": "4"}, ANSWER],
+        "messages": [
+            QUESTION, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]}, RESULT, ANSWER,
+        ],
         "tools": [TOOL["function"]],
     },
     "sharegpt": {
         "conversations": [
-            {"from": "human", "value": "2+2?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "human", "value": "2+2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
             {"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"},
         ],
         "tools": json.dumps([TOOL["function"]]),
@@ -130,15 +134,15 @@ TOOL_ROWS = {
 def test_tool_calls_of_each_shape_become_one_form(tmp_path, name):
     found = read_chats(str(write_jsonl(tmp_path / "a.jsonl", [TOOL_ROWS[name]])))[0]
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert found.messages == [QUESTION, call, {"role": "tool", "content": "4"}, ANSWER]
+    assert found.messages == [QUESTION, call, RESULT, ANSWER]
     assert found.tools == [TOOL]
 
 
 def test_real_alpaca_and_sharegpt_rows_are_read():
-    assert len(read_chats(str(real_rows("alpaca_train.jsonl")))) == 900
-    chats = read_chats(str(real_rows("sharegpt_tools.jsonl")))
-    assert len(chats) == 300
-    assert sum(bool(message.get("tool_calls")) for row in chats for message in row.messages) == 211
+    assert len(read_chats(str(DATA / "alpaca_train.jsonl"))) == 24
+    chats = read_chats(str(DATA / "sharegpt_tools.jsonl"))
+    assert len(chats) == 16
+    assert sum(bool(message.get("tool_calls")) for row in chats for message in row.messages) == 9
 
 
 def test_weight_0_on_a_sharegpt_call_is_kept(tmp_path):
@@ -150,9 +154,9 @@ def test_weight_0_on_a_sharegpt_call_is_kept(tmp_path):
 
 def test_a_misspelt_key_of_a_message_is_bad_and_another_is_listed(tmp_path):
     row = {"messages": [QUESTION, {**ANSWER, "reasoning_content": "hm"}]}
-    report = Report()
-    assert len(list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])), report))) == 1
-    assert list(report.ignored_keys) == ["messages.reasoning_content"]
+    reading = Reading()
+    assert len(list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])), reading))) == 1
+    assert list(reading.ignored_keys) == ["messages.reasoning_content"]
     row["messages"][1]["wieght"] = 0
     with pytest.raises(UserError, match="turn 2: unknown key `wieght`; did you mean `weight`?"):
         read_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])))

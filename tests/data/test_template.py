@@ -2,22 +2,18 @@
 
 import copy
 
-from recipes.utils.chat_template import TEMPLATES, choose_chat_template
-from recipes.utils.config_keys import ModelOptions
-from recipes.utils.console import UserError
-from recipes.utils.dataset import Chat, read_chats
-from recipes.utils.encoding import encode_chats, prompt_ids, stop_token_ids
-from recipes.utils.model import load_tokenizer
-
 import pytest
 import trl.chat_template_utils as trl_templates
-from conftest import TINY, chat, real_rows
+from conftest import DATA, chat
+from families import FAMILIES, PUBLISHED_QWEN2, qwen_tokenizer, trained_texts, with_template
 from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer
-from test_chat_template_files import PUBLISHED_QWEN2
-from transformers import AutoTokenizer
 
-# What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends the
-# conversation, and loses it from a finished one; v0.1 refuses it.
+from recipes.utils.console import UserError
+from recipes.utils.data import Chat, Encoder, load_tokenizer, read_chats
+from recipes.utils.data.template import TEMPLATES, choose_chat_template
+
+# What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends
+# the conversation, and loses it from a finished one; v0.1 refuses it.
 HF_MISTRAL_V3 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + (messages[0]['content'] + '\n\n' if loop.last and messages[0]['role'] == 'system' else '')"
@@ -29,27 +25,12 @@ HF_MISTRAL_V1 = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token + ' ' }}{% else %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}"
 )
-ZEPHYR = "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+ZEPHYR = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+)
 
 
-def qwen_tokenizer(template=PUBLISHED_QWEN2, *special_tokens):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *special_tokens]})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def with_template(tokenizer, name):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
-    return tokenizer
-
-
-FAMILIES = {
-    "qwen2": (lambda: with_template(qwen_tokenizer(), "qwen2"), "<|im_end|>", ""),
-    "mistral v1": (lambda: with_template(mistral_v1_tokenizer(), "mistral_v1"), "</s>", " "),
-    "mistral v3": (lambda: with_template(mistral_v3_tokenizer(), "mistral_v3"), "</s>", " "),
-}
 CHATS = {
     "one turn": chat("2+2?", "It is 4."),
     "three turns": chat("2+2?", "4", "And\n3+3?", "6\n\nindeed", "Sure?", "Yes, 6 🙂"),
@@ -58,25 +39,12 @@ CHATS = {
 }
 
 
-def trained_texts(tokenizer, encoded):
-    """The decoded runs of labelled tokens."""
-    runs, run = [], []
-    for token, label in zip([*encoded.input_ids, 0], [*encoded.labels, -100], strict=True):
-        if label != -100:
-            assert label == token
-            run.append(token)
-        elif run:
-            runs.append(tokenizer.decode(run, clean_up_tokenization_spaces=False))
-            run = []
-    return runs
-
-
 @pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_decode_to_the_answers_and_their_end_of_turn_token_turn_by_turn(family, name):
-    make, end, _blank = FAMILIES[family]
+    make, end = FAMILIES[family]
     tokenizer = make()
-    encoded = encode_chats([Chat(CHATS[name]["messages"], "f:1")], tokenizer)[0]
+    encoded = Encoder(tokenizer).encode([Chat(CHATS[name]["messages"], "f:1")])[0]
     answers = [message["content"] + end for message in CHATS[name]["messages"] if message["role"] == "assistant"]
     assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == answers
 
@@ -86,10 +54,11 @@ def test_labels_decode_to_the_answers_and_their_end_of_turn_token_turn_by_turn(f
 def test_a_training_row_begins_with_the_ids_that_inference_sends(family, name):
     tokenizer = FAMILIES[family][0]()
     messages = CHATS[name]["messages"]
-    encoded = encode_chats([Chat(messages, "f:1")], tokenizer)[0]
+    encoder = Encoder(tokenizer)
+    encoded = encoder.encode([Chat(messages, "f:1")])[0]
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = prompt_ids(messages[:index], tokenizer)
+            prompt = encoder.prompt_ids(messages[:index])
             served = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True, return_dict=False)
             assert encoded.input_ids[: len(prompt)] == prompt == served
             assert encoded.labels[len(prompt)] != -100
@@ -100,19 +69,19 @@ def test_tokenising_piece_by_piece_gives_the_ids_of_the_whole_text(family):
     tokenizer = FAMILIES[family][0]()
     for row in CHATS.values():
         whole = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
-        assert encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0].input_ids == whole
+        assert Encoder(tokenizer).encode([Chat(row["messages"], "f:1")])[0].input_ids == whole
 
 
 def test_mistral_v3_with_a_system_message_is_split_into_one_row_an_answer():
     """In one row, the first answer would follow a prompt that inference never sends: without the system message."""
     tokenizer = FAMILIES["mistral v3"][0]()
     row = chat("2+2?", "4", "3+3?", "6", system="Be brief.")
-    rows = encode_chats([Chat(row["messages"], "f:1")], tokenizer)
+    rows = Encoder(tokenizer).encode([Chat(row["messages"], "f:1")])
     assert sorted(trained_texts(tokenizer, encoded)[0].removeprefix(" ") for encoded in rows) == ["4</s>", "6</s>"]
     for encoded, end in zip(sorted(rows, key=lambda row: len(row.input_ids)), (2, 4), strict=True):
-        prompt = prompt_ids(row["messages"][:end], tokenizer)
+        prompt = Encoder(tokenizer).prompt_ids(row["messages"][:end])
         assert encoded.input_ids[: len(prompt)] == prompt
-    assert len(encode_chats([Chat(row["messages"], "f:1")], tokenizer, train_on="last")) == 1
+    assert len(Encoder(tokenizer).encode([Chat(row["messages"], "f:1")], train_on="last")) == 1
 
 
 TRL_TEMPLATES = {
@@ -135,11 +104,11 @@ def test_models_that_trl_knows_are_trained_by_its_templates_on_the_answers_alone
     tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "llama")
     assert "TRL" in reason
     row = CHATS["three turns"]
-    encoded = encode_chats([Chat(row["messages"], "f:1")], tokenizer)[0]
+    encoded = Encoder(tokenizer).encode([Chat(row["messages"], "f:1")])[0]
     answers = [message["content"] + end for message in row["messages"] if message["role"] == "assistant"]
     thinking = "<think>\n\n</think>\n\n"  # Qwen3's template opens the last answer with an empty thought
     assert [text.removeprefix(thinking) for text in trained_texts(tokenizer, encoded)] == answers
-    assert stop_token_ids(tokenizer)[0] == tokenizer.convert_tokens_to_ids(end)
+    assert Encoder(tokenizer).stop_ids[0] == tokenizer.convert_tokens_to_ids(end)
 
 
 def test_auto_takes_a_template_that_marks_the_answers_as_it_is():
@@ -207,27 +176,27 @@ def test_a_conversation_that_the_template_cannot_carry_is_refused_with_file_and_
         {"role": "assistant", "content": "c"},
     ]
     with pytest.raises(UserError, match=r"^rows.jsonl:7: the chat template cannot carry this conversation: message 2"):
-        encode_chats([Chat(messages, "rows.jsonl:7")], tokenizer)
+        Encoder(tokenizer).encode([Chat(messages, "rows.jsonl:7")])
 
 
 def test_the_legacy_blanks_of_old_mistral_tokenizers_are_mended_and_said(tmp_path, capsys, mistral_twin):
     legacy = copy.deepcopy(mistral_v1_legacy_tokenizer())
     legacy.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((mistral_twin / "config.json").read_text())
-    tokenizer, _ = load_tokenizer(ModelOptions(str(tmp_path)))
+    tokenizer = load_tokenizer(tmp_path)
     assert "blank" in capsys.readouterr().out
     reference = FAMILIES["mistral v1"][0]()
     for row in CHATS.values():
         rows = [Chat(row["messages"], "f:1")]
-        assert encode_chats(rows, tokenizer)[0].input_ids == encode_chats(rows, reference)[0].input_ids
+        assert Encoder(tokenizer).encode(rows)[0].input_ids == Encoder(reference).encode(rows)[0].input_ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_answers_are_what_is_trained(family):
-    make, end, _ = FAMILIES[family]
+    make, end = FAMILIES[family]
     tokenizer = make()
-    chats = read_chats(str(real_rows("alpaca_validation.jsonl")))
-    for row, encoded in zip(chats, encode_chats(chats, tokenizer), strict=True):
+    chats = read_chats(str(DATA / "alpaca_validation.jsonl"))
+    for row, encoded in zip(chats, Encoder(tokenizer).encode(chats), strict=True):
         expected = row.messages[-1]["content"]
         expected = expected.rstrip(" ") if family == "mistral v3" else expected
         assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == [

@@ -7,10 +7,10 @@ sentencepiece files that come with it.
 import json
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 import pytest
-from conftest import read_jsonl, real_rows
+from conftest import DATA, ROOT, read_jsonl
+from families import PUBLISHED_QWEN2
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
@@ -26,15 +26,7 @@ from mistral_tokenizers import (
 from sentencepiece import SentencePieceProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-TEMPLATES = Path(__file__).parents[1] / "configs" / "chat_templates"
-
-# chat_template in the tokenizer_config.json of Qwen2-7B and Qwen2-7B-Instruct.
-PUBLISHED_QWEN2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+TEMPLATES = ROOT / "configs" / "chat_templates"
 
 MISTRAL = {"v1": (mistral_v1_tokenizer, V1_FILE), "v3": (mistral_v3_tokenizer, V3_FILE)}
 ALL = ["qwen2", "mistral_v1", "mistral_v3"]
@@ -337,11 +329,15 @@ def dumped_if_json(text):
 
 # fmt: off
 WORDS = [*"{}[],:", " ", "\t", "\r\n", '"', '"a"', '"b" :', "true", "null", "NaN", "-Infinity", "0", "-0", "-0.0", "12",
-         "1.50", "1E+2", "1e-7", "1e999", '"\\u00e9"', '"\\ud83e\\uDD99"', '"\\ud83e"', '"\\\\"', '"\\""', '"\\/\\b\\f\\n\\r\\t"',
+         "1.50", "1E+2", "1e-7", "1e999", '"\\u00e9"', '"\\ud83e\\uDD99"', '"\\ud83e"', '"\\\\"', '"\\""',
+         '"\\/\\b\\f\\n\\r\\t"',
          '"\\u0000\\u005c\\u0022"', "[1, 2]", "[]", "{}", '{"a": 1}', '{"c": [{}, 1], "d": "e"}', '"{}[],:"']
-NEARLY = ["01", "1.", ".5", "+1", "-", "1e", "1_0", "1e+-1", "--1", "1.2.3", "0x1F", "١", "²", "True", "nul", "inf", "a", "'a'",
-          "\\", '\\"', '"\\"', '"\\x"', '"\\u12"', '"\\u+123"', '"\\u 123"', '"\n"', '"\x01"', "\x00", "\xa0", "\x0b", "\ufeff",
-          "1 2", "1, 2", '"a" "b"', '"a": 1', "[1,]", "[,1]", '{"a": 1,}', '{"a"}', "{1: 2}", '{"a": 1, 2}', '{"a": [1], 2}',
+NEARLY = ["01", "1.", ".5", "+1", "-", "1e", "1_0", "1e+-1", "--1", "1.2.3", "0x1F", "١", "²", "True", "nul", "inf",
+          "a", "'a'",
+          "\\", '\\"', '"\\"', '"\\x"', '"\\u12"', '"\\u+123"', '"\\u 123"', '"\n"', '"\x01"', "\x00", "\xa0", "\x0b",
+          "\ufeff",
+          "1 2", "1, 2", '"a" "b"', '"a": 1', "[1,]", "[,1]", '{"a": 1,}', '{"a"}', "{1: 2}", '{"a": 1, 2}',
+          '{"a": [1], 2}',
           '["a": 1]', '[1, "a": 2]', '{"a": 1: 2}', '{"a":: 1}', "[1, 2}", "[[1]", "[1]]", "1}, {"]
 # fmt: on
 
@@ -387,7 +383,7 @@ def test_mistral_v3_numbers_the_tool_calls_without_ids_and_mistral_common_takes_
 
 
 def test_real_sharegpt_rows_with_tools_have_mistral_commons_ids_of_numbered_calls():
-    for row in read_jsonl(real_rows("sharegpt_tools.jsonl")):
+    for row in read_jsonl(DATA / "sharegpt_tools.jsonl"):
         messages, count = [], 0
         for turn in row["conversations"]:
             if turn["from"] == "function_call":

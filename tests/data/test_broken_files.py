@@ -1,21 +1,19 @@
-"""Broken data files, one kind each: line 3 of every file in tests/broken is wrong, and is named with the mend."""
+"""Broken data files, one kind each: line 3 of every file in broken/ is wrong, and is named with the mend."""
 
 import copy
 import json
 import os
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from recipes import sft_lora
-from recipes.utils import console
-from recipes.utils.config_keys import DataOptions
-from recipes.utils.console import UserError
-from recipes.utils.prepare import prepare
-
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import read_jsonl, run_recipe, write_jsonl
+from families import FAMILIES
 from mistral_tokenizers import mistral_v3_tokenizer
-from test_chat_template import FAMILIES
+
+from recipes.utils.console import UserError
+from recipes.utils.data import DataOptions, prepare
 
 FOLDER = Path(__file__).parent / "broken"
 ARGS = SimpleNamespace(max_length=512, seed=1)
@@ -89,9 +87,14 @@ BROKEN = {  # file: (what is wrong, how to mend it)
 }
 
 
+@cache
+def tokenizer_of(family):
+    return FAMILIES[family][0]()
+
+
 def prepared(path, **options):
-    tokenizer = FAMILIES["mistral v3" if Path(path).name.startswith("mistral") else "qwen2"][0]()
-    return prepare(DataOptions(train=str(path), **options), ARGS, tokenizer, "train")
+    tokenizer = tokenizer_of("mistral v3" if Path(path).name.startswith("mistral") else "qwen2")
+    return prepare(DataOptions(train=str(path), **options), tokenizer, ARGS)[0]
 
 
 def test_each_file_of_the_folder_has_its_row_here():
@@ -118,19 +121,19 @@ def test_the_line_and_the_mend_are_named_and_nothing_is_written(name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_skipped_bad_rows_are_counted_and_the_good_ones_kept(name):
-    rows, counts, _ = prepared(FOLDER / f"{name}.jsonl", on_bad_row="skip")
+    found = prepared(FOLDER / f"{name}.jsonl", on_bad_row="skip")
     good = len((FOLDER / f"{name}.jsonl").read_bytes().splitlines()) - 2
-    assert len(rows) == good
-    assert [bad["where"].rpartition(":")[2] for bad in counts["bad"]] == ["3"]
-    assert BROKEN[name][0] in counts["bad"][0]["error"]
-    assert counts["blank"] == 1
+    assert len(found.rows) == good
+    assert [bad["where"].rpartition(":")[2] for bad in found.counts.bad] == ["3"]
+    assert BROKEN[name][0] in found.counts.bad[0]["error"]
+    assert found.counts.blank == 1
 
 
 def test_a_run_that_skips_bad_rows_writes_them_into_its_folder(config_file, capsys):
     path = config_file(
         data={"train": str(FOLDER / "empty_answer.jsonl"), "on_bad_row": "skip"}, training={"max_steps": 1}
     )
-    assert console.run(sft_lora.main, [str(path)]) == 0
+    assert run_recipe("sft_lora", path) == 0
     assert "1 bad train rows" in capsys.readouterr().out
     bad = read_jsonl(path.parent / "run" / "bad_rows.jsonl")
     assert bad[0]["kind"] == "empty answer"
@@ -139,12 +142,12 @@ def test_a_run_that_skips_bad_rows_writes_them_into_its_folder(config_file, caps
 
 def test_typed_control_tokens_are_plain_text_when_escaped():
     for name, end in (("control_token_user", "<|im_end|>"), ("mistral_control_token", "</s>")):
-        tokenizer = FAMILIES["mistral v3" if name.startswith("mistral") else "qwen2"][0]()
-        rows, counts, _ = prepared(FOLDER / f"{name}.jsonl", control_tokens="escape")
-        assert counts["bad"] == []
-        ids = rows[1]["input_ids"]
+        tokenizer = tokenizer_of("mistral v3" if name.startswith("mistral") else "qwen2")
+        found = prepared(FOLDER / f"{name}.jsonl", control_tokens="escape")
+        assert found.counts.bad == []
+        ids = found.rows[1]["input_ids"]
         special = [token for token in ids if token in tokenizer.added_tokens_decoder]
-        plain = rows[0]["input_ids"]
+        plain = found.rows[0]["input_ids"]
         assert special == [token for token in plain if token in tokenizer.added_tokens_decoder]
         assert end in tokenizer.decode(ids, clean_up_tokenization_spaces=False).split("b")[0]
 
@@ -174,7 +177,7 @@ def test_a_control_token_is_found_wherever_it_hides(tmp_path, text, place):
             "tools": [{"name": "f", "description": text if place == "tool description" else "d"}],
         }
 
-    tokenizer = FAMILIES[family][0]()
+    tokenizer = tokenizer_of(family)
     path = write_jsonl(tmp_path / "mistral.jsonl", [row(text)])
     with pytest.raises(UserError, match=r"holds the control token \[INST\]"):
         prepared(path)
@@ -188,5 +191,5 @@ def test_escaping_changes_no_row_without_control_tokens():
     tokenizer = copy.deepcopy(mistral_v3_tokenizer())
     assert tokenizer.backend_tokenizer.encode_special_tokens is False
     path = FOLDER / "empty_answer.jsonl"
-    escaped, plain = (prepared(path, on_bad_row="skip", control_tokens=how)[0] for how in ("escape", "refuse"))
+    escaped, plain = (prepared(path, on_bad_row="skip", control_tokens=how).rows for how in ("escape", "refuse"))
     assert escaped["input_ids"] == plain["input_ids"]
