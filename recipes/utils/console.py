@@ -35,7 +35,7 @@ class UserError(Exception):
 
 
 class RunEnded(Exception):
-    """A run that began and did not reach its end: the `word` for run.json, and what happened and what to do next."""
+    """A run that began and did not reach its end: the `word` for run.json, what happened, and what to do next."""
 
     def __init__(self, word: str, message: str):
         super().__init__(message)
@@ -110,14 +110,12 @@ def quiet() -> Iterator[None]:
     """In here the imported libraries show no bars (only long work shows progress, and that is the recipes' own) and no
     warnings of what no user can mend. Afterwards all is as before, the environment too: libraries write into it."""
     transformers, datasets = sys.modules.get("transformers"), sys.modules.get("datasets")
-    environment, bnb = dict(os.environ), logging.getLogger("bitsandbytes")
-    bnb_level, trainer_log = bnb.level, logging.getLogger("transformers.trainer_utils")
+    bnb, trainer = logging.getLogger("bitsandbytes"), logging.getLogger("transformers.trainer_utils")
     with contextlib.ExitStack() as afterwards, warnings.catch_warnings():
-        afterwards.callback(_restore_environment, environment)
+        afterwards.callback(_restore_environment, dict(os.environ))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every fork
         if transformers:
-            bars = transformers.utils.logging
-            hub = sys.modules["huggingface_hub"].utils
+            hub, bars = sys.modules["huggingface_hub"].utils, transformers.utils.logging
             if not hub.are_progress_bars_disabled():
                 afterwards.callback(hub.enable_progress_bars)
             if bars.is_progress_bar_enabled():
@@ -131,11 +129,11 @@ def quiet() -> Iterator[None]:
         # PEFT asks the hub at each save whether the vocabulary was changed; no recipe changes it
         for message in ("Could not find a config file in", "Unable to fetch remote file due to the following error"):
             warnings.filterwarnings("ignore", message=message)
-        afterwards.callback(bnb.setLevel, bnb_level)
+        afterwards.callback(bnb.setLevel, bnb.level)
         bnb.setLevel(logging.ERROR)
         # it takes a share of steps, such as save_steps: 0.1, for a change at each resume; check_same_run compares
-        afterwards.callback(trainer_log.removeFilter, _no_step_changes)
-        trainer_log.addFilter(_no_step_changes)
+        afterwards.callback(trainer.removeFilter, _no_step_changes)
+        trainer.addFilter(_no_step_changes)
         yield
 
 
@@ -183,7 +181,9 @@ def first_look(parser: ArgumentParser, argv: list[str] | None = None, data_files
         given = parse(parser, words, data_files)
     except UserError as error:
         sys.exit(_report(error, "--traceback" in words))
-    sys.excepthook = _hook  # from here on, Ctrl-C meets the imports
+    # From here on Ctrl-C meets the imports, and bitsandbytes tells at its own that it would fetch kernels.
+    sys.excepthook = _hook
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return given
 
 
@@ -201,36 +201,34 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
         UserError: for a flag that is no key, a YAML or a section that is none, with `data_files` for absent data files.
         SystemExit: 2 for what `parser` does not take, 0 for --help.
     """
-    words, keys = _split(argv)
+    words, flags = _take_flags(argv)
     known, unknown = parser.parse_known_args(words)
-    options, given = vars(known), {}
+    options = vars(known)
     if "config" not in options:
         parser.parse_args(argv)  # says what is unknown
-    flags = read_flags([*keys, *unknown])
+    read_flags(unknown)
+    given: dict[str, tuple[object, str]] = {}
     if options.get("config"):
         path = Path(options["config"])
         if path.suffix == ".json" or (path / "run.json").is_file():
             raise UserError(f"{path}: is no YAML; a run is run again with --from-run {path}")
         given = {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
-        _check_files(given | {key: (value, f"--{key}") for key, value in flags.items()}, data_files)
+        both = given | {key: (value, f"--{key}") for key, value in flags.items()}
+        for key, (_, where) in both.items():
+            if message := slip_of_section(key.partition(".")[0]):
+                raise UserError(f"{where}: {message}")
+        for part in ("train", "validation", "test") if data_files else ():
+            names = both.get(f"data.{part}", (None,))[0]
+            names = [names] if isinstance(names, str) else names
+            if isinstance(names, list) and not any(_is_number(name) for name in names):
+                find_data_files(names)
     return CommandLine(options, flags, given)
 
 
-def _check_files(given: dict[str, tuple[object, str]], look_for_data: bool) -> None:
-    """Raise `UserError` for a section that is none, and for data files that are not there."""
-    for key, (_, where) in given.items():
-        if message := slip_of_section(key.partition(".")[0]):
-            raise UserError(f"{where}: {message}")
-    for part in ("train", "validation", "test") if look_for_data else ():
-        names, _ = given.get(f"data.{part}", (None, None))
-        names = [names] if isinstance(names, str) else names
-        if isinstance(names, list) and all(isinstance(name, str) and not _is_number(name) for name in names):
-            find_data_files(names)
-
-
-def _is_number(text: str) -> bool:
+def _is_number(value: object) -> bool:
+    """Whether `value` is no name: a share of the rows, also one in quotes."""
     with contextlib.suppress(ValueError):
-        return float(text) is not None
+        return not isinstance(value, str) or float(value) is not None
     return False
 
 
@@ -316,32 +314,26 @@ def _word(key: yaml.Node, path: Path) -> str:
     return key.value
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """(other words, words of `--section.key value` and `--section.key=value`): argparse would take such a value for an
-    argument of its own."""
-    others, keys, words = [], [], list(words)
-    while words:
-        word = words.pop(0)
-        name, equals, _ = word.partition("=")
-        if not (name.startswith("--") and "." in name):
-            others.append(word)
-            continue
-        keys.append(word)
-        if not equals and words and not words[0].startswith("--"):
-            keys.append(words.pop(0))
-    return others, keys
-
-
 def read_flags(words: list[str]) -> dict[str, object]:
     """`--section.key value` and `--section.key=value` to {"section.key": value}, values read as YAML."""
-    flags, words = {}, list(words)
+    others, flags = _take_flags(words)
+    for word in others:
+        name = word.removeprefix("--").partition("=")[0]
+        if name == word:
+            raise UserError(f"what is {word!r}? Flags are written --section.key VALUE")
+        raise UserError(f"unknown flag --{name}; keys of the config are written --section.key VALUE")
+    return flags
+
+
+def _take_flags(words: list[str]) -> tuple[list[str], dict[str, object]]:
+    """(the other words, the flags that are keys): argparse would take the value of such a flag for its own argument."""
+    others, flags, words = [], {}, list(words)
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            raise UserError(f"what is {word!r}? Flags are written --section.key VALUE")
-        if "." not in name:
-            raise UserError(f"unknown flag --{name}; keys of the config are written --section.key VALUE")
+        if not word.startswith("--") or "." not in name:
+            others.append(word)
+            continue
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} needs a value")
@@ -352,4 +344,4 @@ def read_flags(words: list[str]) -> dict[str, object]:
             flags[name] = yaml.load(value, _Loader)
         except yaml.YAMLError:  # a glob such as *.jsonl, which a shell has left as it is
             flags[name] = value
-    return flags
+    return others, flags

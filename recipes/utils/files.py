@@ -16,6 +16,7 @@ from recipes.utils.console import UserError, say
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # EBADF: a folder, over NFS
+LOCKS = Path("/proc/locks")
 
 
 def file_hash(path: Path) -> str:
@@ -177,6 +178,6 @@ def locked(folder: Path) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     """The process that has locked `folder`, as far as the kernel tells."""
     with contextlib.suppress(OSError):
-        found = re.search(rf"FLOCK .* (\d+) \S+:{folder.stat().st_ino} ", Path("/proc/locks").read_text())
-        return f"process (pid {found[1]})" if found and found[1] != "0" else "process"
+        if found := re.search(rf"FLOCK .* ([1-9]\d*) \S+:{folder.stat().st_ino} ", LOCKS.read_text()):
+            return f"process (pid {found[1]})"
     return "process"

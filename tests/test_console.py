@@ -1,0 +1,268 @@
+"""What a person meets at the terminal: exit statuses, one-line errors, what is answered before the libraries load."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+
+import pytest
+from conftest import ROOT, run_recipe, run_script, write_jsonl
+
+from recipes.utils.console import (
+    CommandLine,
+    RunEnded,
+    UserError,
+    is_main_process,
+    near,
+    out,
+    parse,
+    print_table,
+    read_flags,
+    read_yaml,
+    recipe_parser,
+    run_main,
+    say,
+    training_parser,
+)  # fmt: skip
+
+GOES_ON = "a training run goes on"
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.fixture
+def no_torch(tmp_path):
+    """An environment in which nothing can import torch, and so none of the libraries that take seconds."""
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "torch.py").write_text("raise SystemExit('torch was imported')")
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_shows_the_command_to_type_before_it_imports_torch(recipe, no_torch):
+    result = run_script(recipe, "--help", **no_torch)
+    assert result.returncode == 0
+    assert f"python recipes/{recipe.name}" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("model:\n  name_or_path: [x\n", [], "my.yaml:3: not YAML"),
+        ("modell:\n  name_or_path: x\n", [], "my.yaml:2: unknown section `modell`; did you mean `model`?"),
+        (None, [], "my.yaml: no such config file"),
+        ("data:\n  train: my.yaml\n", ["--lora.r=8", "--lora.r=16"], "--lora.r is given twice"),
+        ("data:\n  train: gone.jsonl\n", [], "gone.jsonl: no such data file"),
+        ("data:\n  train: gone.jsonl\n", ["--data.train", "gone/*.jsonl"], "gone/*.jsonl: no file matches"),
+    ],
+    ids=["syntax", "section", "config", "flag", "data", "glob"],
+)
+def test_slips_in_files_and_flags_are_told_before_torch_is_imported(text, flags, message, no_torch, tmp_path):
+    if text:
+        (tmp_path / "my.yaml").write_text(text)
+    reads_rows = ["sft_lora", "sft_qlora", "inspect_data"]
+    # a plan reads no rows, and a sweep takes lists of files
+    for recipe in reads_rows if "gone" in message else [*reads_rows, "plan_run", "sweep"]:
+        result = run_script(ROOT / "recipes" / f"{recipe}.py", "my.yaml", *flags, cwd=tmp_path, **no_torch)
+        assert result.returncode == 2, recipe
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_during_the_imports_is_one_word(config_file, no_torch, tmp_path):
+    (tmp_path / "without" / "torch.py").write_text("raise KeyboardInterrupt")
+    result = run_script("recipes/sft_lora.py", config_file(), **no_torch)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sft_lora.py", "CONFIG"],
+        ["sft_lora.py", "--training.max_steps", "-1", "CONFIG"],
+        ["sft_lora.py", "--from-run", "some/run.json", "--training.output_dir", "elsewhere"],
+        ["sft_lora.py", "CONFIG", "--data.train", "[1, 2]"],
+        ["sft_lora.py", "CONFIG", "--data.validation", "'0.05'"],
+        ["sweep.py", "CONFIG", "--data.train", "a.jsonl,b.jsonl"],
+        ["sweep.py", "CONFIG", "--data.validation", "0.05..0.1"],
+        ["plan_run.py", "CONFIG", "--data.train", "gone.jsonl"],
+        ["plan_run.py"],
+        ["merge_adapter.py"],
+    ],
+    ids=" ".join,
+)
+def test_what_only_the_libraries_can_judge_is_left_to_them(config_file, no_torch, words):
+    recipe, *words = [str(config_file()) if word == "CONFIG" else word for word in words]
+    result = run_script(f"recipes/{recipe}", *words, **no_torch)
+    assert (result.returncode, result.stderr) == (1, "torch was imported\n")
+
+
+@pytest.mark.parametrize("path", ["runs/x/run.json", "runs/x"])
+def test_a_run_in_the_place_of_a_config_is_answered_with_the_flag_for_it(path, no_torch, tmp_path):
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "run.json").write_text("{}")
+    result = run_script(ROOT / "recipes/sft_lora.py", path, cwd=tmp_path, **no_torch)
+    assert (result.returncode, f"--from-run {path}\n" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "flags", "message"),
+    [
+        ({"training": {"learning_rat": 1}}, [], "did you mean `training.learning_rate`?"),
+        ({}, ["--training.learning_rate", "fast"], "--training.learning_rate: training.learning_rate: expected float"),
+        ({"data": {"train": "nowhere.jsonl"}}, [], "nowhere.jsonl: no such data file"),
+        ({"quantization": {"load_in_4bit": True}}, [], "recipes/sft_qlora.py"),
+        ({"model": {"name_or_path": "nowhere/model"}}, [], "nowhere/model"),
+        ({"model": {"attn_implementation": "flash_attention_2"}}, [], "pip install"),
+        ({"model": {"adapter": "nowhere"}}, [], "nowhere is no adapter folder"),
+        ({"lora": {"target_modules": ["nope"]}}, [], "nope"),
+        ({"lora": {"target_modules": ["lm_head"]}}, [], "lm_head"),
+        ({"training": {"report_to": "comet_ml"}}, [], "comet"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input_ends_with_status_2_one_line_and_no_folder(config_file, tmp_path, sections, flags, message, capsys):
+    """In one process, through the very function that the scripts call; the next test goes through a real script."""
+    assert run_recipe("sft_lora", config_file(**sections), *flags) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_json_line_ends_a_real_script_with_status_2_and_its_place(config_file, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"}\n')
+    result = run_script("recipes/sft_lora.py", config_file(data={"train": str(tmp_path / "bad.jsonl")}))
+    where = os.path.relpath(tmp_path / "bad.jsonl", ROOT)
+    told = f"error: {where}:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
+    assert (result.returncode, result.stderr) == (2, told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_alpaca_rows_of_a_folder_say_to_name_the_files(config_file, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [])
+    assert run_recipe("sft_lora", config_file(data={"train": str(tmp_path)})) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def words(*argv, **options) -> CommandLine:
+    return parse(recipe_parser("", **options), list(argv))
+
+
+def raises(error):
+    def main(given):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("broken"), 2, "error: broken\n"),
+        (RunEnded("failed", "no room"), 1, "failed: no room\n"),
+        (RunEnded("diverged", "NaN at step 3"), 3, "diverged: NaN at step 3\n"),
+        (RunEnded("stopped", "stopped after checkpoint-4"), 75, "stopped after checkpoint-4\n"),
+        (
+            KeyboardInterrupt(),
+            1,
+            "interrupted; a training run goes on from its last complete checkpoint with --resume\n",
+        ),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_a_recipe_raises_is_a_line_and_a_status(error, status, said, capsys):
+    assert run_main(raises(error), words()) == status
+    assert capsys.readouterr().err == said
+
+
+def test_what_a_recipe_returns_is_its_status():
+    assert [run_main(lambda given, status=status: status, words()) for status in (None, 0, 4, 5)] == [0, 0, 4, 5]
+
+
+def test_traceback_shows_where_a_user_error_arose(capsys):
+    assert run_main(raises(UserError("broken")), words("--traceback")) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(raises(ZeroDivisionError()), words())
+
+
+def test_another_process_tells_what_it_alone_has_met_and_nothing_else(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert not is_main_process()
+    say("hello")
+    print_table("table", {"a": 1})
+    assert run_main(raises(RunEnded("stopped", "stopped")), words()) == 75
+    assert run_main(raises(UserError("broken")), words()) == 2
+    assert capsys.readouterr() == ("", "[process 1] error: broken\n")
+
+
+def test_lines_go_where_standard_output_goes_at_the_time(capsys):
+    with contextlib.redirect_stdout(sys.stderr):
+        say("to standard error [bold] as it stands")
+        print_table("title", {"shown": 1, "left out": None})
+    say("to standard output")
+    told, errors = capsys.readouterr()
+    assert told == "to standard output\n"
+    assert "to standard error [bold] as it stands\n" in errors
+    assert ("shown" in errors, "left out" in errors) == (True, False)
+    assert (out.stderr, out._file) == (False, None)
+
+
+def test_a_wide_line_is_not_broken():
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        say("x" * 500)
+    assert told.getvalue() == "x" * 500 + "\n"
+
+
+def test_the_nearest_name_is_found_where_one_is_near():
+    assert near("learning_rat", ["max_steps", "learning_rate"]) == "learning_rate"
+    assert near("xyz", ["max_steps"]) is None
+
+
+def test_a_command_line_is_read_once(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("model:\n  name_or_path: x\nlora:\n  r: 8\n")
+    given = parse(training_parser(""), [str(path), "--training.max_steps", "-1", "--dry-run", "--lora.r=4"])
+    assert given.options == {
+        "config": str(path), "from_run": None, "dry_run": True, "resume": None, "accept_changes": False,
+        "max_hours": None, "traceback": False,
+    }  # fmt: skip
+    assert given.flags == {"training.max_steps": -1, "lora.r": 4}
+    assert given.yaml == {"model.name_or_path": ("x", f"{path}:2"), "lora.r": (8, f"{path}:4")}
+
+
+@pytest.mark.parametrize(
+    "argv", [["--dry"], ["--max-hours", "long", "my.yaml"], [], ["a.yaml", "--from-run", "b"]], ids=" ".join
+)
+def test_words_that_no_recipe_takes_end_with_status_2(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, UserError)) as ended:
+        parse(training_parser(""), argv)
+    assert ended.type is UserError or ended.value.code == 2
+
+
+def test_a_recipe_without_a_config_takes_no_keys(capsys):
+    for argv in (["--lora.r", "3"], ["stray"], ["--lora.r=3"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(recipe_parser(""), argv)
+        assert ended.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_flags_are_read_as_yaml():
+    flags = read_flags(["--training.learning_rate", "2e-4", "--lora.target_modules=[q_proj, k_proj]", "--data.x", "no"])
+    assert flags == {"training.learning_rate": 2e-4, "lora.target_modules": ["q_proj", "k_proj"], "data.x": "no"}
+    assert read_flags(["--data.train", "*.jsonl", "--a.b=1=2"]) == {"data.train": "*.jsonl", "a.b": "1=2"}
+
+
+def test_each_value_of_a_file_comes_with_its_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("data:\n  train: [a, b]\n\n  share: 1_000\nmodel: {dtype: float32}\nlora:\n")
+    found = list(read_yaml(tmp_path / "a.yaml"))
+    assert found == [("data.train", ["a", "b"], 2), ("data.share", 1000, 4), ("model.dtype", "float32", 5)]

@@ -1,0 +1,168 @@
+"""Files are whole or absent, readable by whoever may read the folder, and a folder is held by one process."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from recipes.utils import files
+from recipes.utils.console import UserError
+from recipes.utils.files import (
+    append_jsonl,
+    check_space,
+    file_hash,
+    keep_steps,
+    locked,
+    read_json,
+    read_jsonl,
+    staged,
+    whole_file,
+    write_json,
+    write_jsonl,
+)  # fmt: skip
+
+ROWS = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2, "text": "ü 🙂"}, {"step": 3, "text": ""}]
+
+
+def test_a_hash_is_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * (3 << 20))
+    assert file_hash(tmp_path / "a") == hashlib.sha256(b"x" * (3 << 20)).hexdigest()
+
+
+def test_json_is_written_whole_and_read_again(tmp_path):
+    write_json(tmp_path / "a.json", {"b": "ü", "path": tmp_path})
+    assert read_json(tmp_path / "a.json") == {"b": "ü", "path": str(tmp_path)}
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "is no JSON"), (b"[1]", "holds no JSON object"), (b"\xff{}", "is no JSON"), (None, "cannot be read")],
+)
+def test_json_that_is_none_is_a_user_error(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a.json: {message}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_after_an_error_a_file_is_as_it_was_and_nothing_lies_beside_it(tmp_path):
+    write_json(tmp_path / "a.json", {"old": True})
+    loop = {}
+    loop["loop"] = loop
+    for write in (write_json, lambda path, content: write_jsonl(path, [{"fine": 1}, content])):
+        with pytest.raises(ValueError, match="Circular"):
+            write(tmp_path / "a.json", loop)
+    with contextlib.suppress(ZeroDivisionError), whole_file(tmp_path / "a.json") as file:
+        file.write("half")
+        raise ZeroDivisionError
+    assert read_json(tmp_path / "a.json") == {"old": True}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_lines_are_written_appended_and_read_whatever_separators_they_hold(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert read_jsonl(path) == []
+    write_jsonl(path, ROWS[:1])
+    append_jsonl(path, ROWS[1:])
+    assert read_jsonl(path) == ROWS
+    path.write_bytes(path.read_bytes()[:-3])
+    assert read_jsonl(path) == ROWS[:2]
+
+
+def test_a_resume_keeps_the_steps_that_are_not_done_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    keep_steps(path, 0)
+    assert path.read_text() == ""
+    write_jsonl(path, ROWS)
+    with open(path, "a") as file:
+        file.write('{"step": 2, "te')
+    keep_steps(path, 2)
+    assert read_jsonl(path) == ROWS[:2]
+
+
+def test_a_staged_folder_appears_when_all_is_there_or_not_at_all(tmp_path, capsys):
+    with staged(tmp_path / "out") as partial:
+        (partial / "a").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "a"
+    with (
+        pytest.raises(UserError, match="is there already; name another"),
+        staged(tmp_path / "out"),
+    ):
+        pass
+    with contextlib.suppress(ZeroDivisionError), staged(tmp_path / "other") as partial:
+        (partial / "a").write_text("a")
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="the disk is full; nothing is left there"), staged(tmp_path / "other"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError, match="cannot be made"), staged(tmp_path / "out" / "a" / "below a file"):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / ".new.partial-1").mkdir()
+    with staged(tmp_path / "new"):
+        assert "was left by another merge" in capsys.readouterr().out
+
+
+def test_too_little_room_is_said_in_gigabytes(tmp_path):
+    check_space(tmp_path, 1)
+    with pytest.raises(UserError, match=r"the adapter needs 1000000.07 GB and .* GB are free"):
+        check_space(tmp_path, 10**15, "the adapter")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from recipes.utils.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_free_after_a_kill(tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="is in use by another process") as error, locked(tmp_path):
+        pass
+    assert len(str(error.value).splitlines()) == 1
+    other.kill()
+    other.communicate()
+    for _ in range(2):
+        with locked(tmp_path):
+            pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_holder_is_named_where_the_kernel_tells(tmp_path, monkeypatch):
+    inode = tmp_path.stat().st_ino
+    locks = tmp_path / "locks"
+    locks.write_text(
+        f"1: FLOCK  ADVISORY  WRITE 41 08:01:{inode}1 0 EOF\n2: FLOCK  ADVISORY  WRITE 42 08:01:{inode} 0 EOF\n"
+    )
+    monkeypatch.setattr(files, "LOCKS", locks)
+    assert files._holder(tmp_path) == "process (pid 42)"
+    locks.unlink()
+    assert files._holder(tmp_path) == "process"
+
+
+def test_where_a_file_system_has_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with locked(tmp_path):
+        assert "cannot be locked here (No locks available); start no second run in it" in capsys.readouterr().out
