@@ -10,60 +10,51 @@ most of what was learnt would be rounded away. The merged model is read back and
 run's validation rows; the folder gets its name only after that.
 """
 
-import json
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
-from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
+from recipes.utils.console import CommandLine, UserError, first_look, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
     parser = recipe_parser(__doc__)
-    parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
-    parser.add_argument("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
-    parser.add_argument(
-        "--base", choices=["original", "dequantized"], default="original", help="after Q-LoRA: which form of the base"
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
-    parser.add_argument("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
-    parser.add_argument("--rows", type=int, default=16, help="how many rows to compare on (16)")
-    parser.add_argument("--max-kl", type=float, default=0.5, help="refuse a larger KL divergence, nats a token (0.5)")
-    parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not load the model to compare")
-    parser.add_argument(
-        "--ollama", nargs="?", const="./model-q4_k_m.gguf", metavar="GGUF", help="write a Modelfile too"
-    )
+    add = parser.add_argument
+    add("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
+    add("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
+    forms = ["original", "dequantized"]
+    add("--base", choices=forms, default="original", help="after Q-LoRA: which form of the base")
+    add("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
+    add("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
+    add("--rows", type=int, default=16, help="how many rows to compare on (16)")
+    add("--max-kl", type=float, default=0.5, help="refuse a larger KL divergence, nats a token (0.5)")
+    add("--no-verify", action="store_false", dest="verify", help="do not load the model to compare")
+    add("--ollama", nargs="?", const="./model-q4_k_m.gguf", metavar="GGUF", help="write a Modelfile too")
     return parser
 
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
+if __name__ == "__main__":
+    given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
-from recipes.utils.adapter_folder import find_base, load_adapter_tokenizer, read_adapter
-from recipes.utils.console import UserError, run, say
-from recipes.utils.drift import drift_into_the_other_base, live_answers, print_drift, rows_to_compare
-from recipes.utils.encoding import stop_token_ids
-from recipes.utils.export import staged, write_config, write_generation_config, write_tokenizer
-from recipes.utils.merge import stream_merge
-from recipes.utils.merge_in_memory import merge_in_memory
-from recipes.utils.merge_plan import NotStreamable
-from recipes.utils.model_card import base_revision, public_name, write_card
-from recipes.utils.ollama import make_modelfile
-from recipes.utils.run_record import newest_run
-from recipes.utils.scale import check_linear
+from recipes.utils.data import Encoder
+from recipes.utils.files import staged
+from recipes.utils.merge import (
+    compare_with_adapter,
+    make_modelfile,
+    merge_weights,
+    rows_to_compare,
+    write_card,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
+from recipes.utils.model import base_of, check_linear, load_adapter_tokenizer, newest_run, read_adapter
 
 
-def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None) -> Path:  # fmt: skip
-    """Merge an adapter into its base; returns the folder of the merged model.
-
-    Args:
-        run_folder: a run, one of its checkpoints, or an adapter folder of another tool; the newest finished run.
-        base: `original`, the base's own weights, or `dequantized`, what a Q-LoRA adapter saw of them.
-        scale: the adapter's share: 1 as trained, 0.5 half of it.
-        data: a JSONL file to compare on; the run's validation rows without it.
-        rows: how many of them.
-        max_kl: the largest mean KL divergence from the live adapter, in nats a token, that is accepted.
-        verify: False where the model cannot be loaded: nothing is compared then.
-        ollama: the path of a GGUF file, to write a Modelfile for it.
+def merge_adapter(
+    run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None
+) -> Path:
+    """Merge an adapter into its base; returns the folder of the merged model. The arguments are the flags: see --help.
 
     Raises:
         UserError: for a target that is not empty, a full disk, weights that are not finite or did not change, or a
@@ -74,51 +65,35 @@ def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data
         raise UserError("--rows: at least one is needed; --no-verify compares nothing")
     adapter = Path(run_folder or newest_run())
     record = read_adapter(adapter)
-    base_folder, output = find_base(record), Path(output or adapter / "merged")
+    base_folder, output = base_of(record), Path(output or adapter / "merged")
     tokenizer = load_adapter_tokenizer(adapter, record)
-    stop_ids = stop_token_ids(tokenizer)
-    modelfile = make_modelfile(ollama, tokenizer, stop_ids) if ollama else None
+    modelfile = make_modelfile(tokenizer, ollama) if ollama else None
     chats = rows_to_compare(record, data)[:rows] if verify else []
     check_linear(adapter, scale)
     if base == "dequantized" and record["method"] != "qlora":
-        raise UserError(
-            "--base dequantized: the adapter was trained on 16-bit weights, so there is nothing to dequantise"
-        )
+        why = "the adapter was trained on 16-bit weights, so there is nothing to dequantise"
+        raise UserError(f"--base dequantized: {why}")
 
     with staged(output) as partial:
         # 2. Weights: base + scale · B·A in float32, rounded once to the base's own dtype, one tensor at a time.
-        how = {"adapter": record["name"], "base": base, "scale": scale}
-        try:
-            untied, how["dtype"] = stream_merge(record, base_folder, adapter, partial, base, scale)
-        except NotStreamable as reason:
-            if base == "dequantized":
-                raise UserError(f"--base dequantized: {reason}, which only PEFT merges, and that into --base original") from None  # fmt: skip
-            say(f"merging through PEFT, with the whole model in memory: {reason}")
-            untied, how["dtype"] = merge_in_memory(record, adapter, partial)
+        untied, dtype = merge_weights(record, base_folder, adapter, partial, base, scale)
 
         # 3. What makes weights a model: tokenizer, template, every stop id, and at last the config.
         write_tokenizer(base_folder, partial, tokenizer)
-        write_generation_config(base_folder, partial, stop_ids)
+        write_generation_config(base_folder, partial, Encoder(tokenizer).stop_ids)
         if modelfile:
             (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
-        write_config(base_folder, partial, how["dtype"], untied)
+        write_config(base_folder, partial, dtype, untied)
 
         # 4. Read it back and compare: what is on the disk must say what the adapter said.
         drift = None
         if verify:
-            with live_answers(record, adapter, scale, chats, tokenizer, scratch=partial) as drift_of:
-                drifts = {base: drift_of(partial)}
-                if record["method"] == "qlora":
-                    drifts |= drift_into_the_other_base(record, base_folder, adapter, partial, base, scale, drift_of)
-            drift = drifts[base]
-            print_drift(drifts, base)
+            compared = compare_with_adapter(record, base_folder, adapter, partial, base, scale, chats, tokenizer)
+            drift = compared[base]
             if not drift["mean_kl"] <= max_kl:  # NaN too
-                raise UserError(f"the merged model is {drift['mean_kl']:.2e} nats a token from the adapter, over --max-kl {max_kl:g}; nothing was kept")  # fmt: skip
-        how |= {
-            "base_model": public_name(record["model"]["name_or_path"]),
-            "revision": base_revision(record, base_folder),
-        }
-        (partial / "merge.json").write_text(json.dumps({**how, **(drift or {})}, indent=2) + "\n", encoding="utf-8")
+                far = f"is {drift['mean_kl']:.2e} nats a token from the adapter, over --max-kl {max_kl:g}"
+                raise UserError(f"the merged model {far}; nothing was kept")
+        how = {"base": base, "scale": scale, "dtype": dtype}
         write_card(partial, record, base_folder, adapter, how, drift)
 
     say(f"merged: {output}" + ("" if verify else " (not compared with the adapter)"))
@@ -128,9 +103,10 @@ def merge_adapter(run_folder=None, output=None, base="original", scale=1.0, data
     return output
 
 
-def main(argv: list[str]) -> None:
-    merge_adapter(**vars(command_line().parse_args(argv)))
+def main(given: CommandLine) -> None:
+    options = {name: value for name, value in given.options.items() if name != "traceback"}
+    merge_adapter(**options)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

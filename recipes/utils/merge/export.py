@@ -1,0 +1,172 @@
+"""What makes weights a model: config, stop ids, tokenizer, template, a card that says what it was made of, a Modelfile.
+
+Nothing here tells a local path or a secret. config.json is written after all weights, so that what a killed merge
+leaves cannot be taken for a model.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from recipes.utils.console import UserError, say
+from recipes.utils.files import read_json, write_json
+from recipes.utils.model import commit_of
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"  # <name>.modelfile, chat_templates/<name>.jinja
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# A list of what a card may tell, not of what it may not: settings hold folders, names of accounts and tokens too.
+SETTINGS = (
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_length",
+    "packing", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+)  # fmt: skip
+LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+QUANTIZATION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+SCORES = ("loss", "perplexity", "token_accuracy", "exact_match", "stopped")
+ASKED, SYSTEM = {"role": "user", "content": " Why?"}, {"role": "system", "content": "Be brief."}
+DIALOGUES = ([ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED, {"role": "assistant", "content": "So."}, ASKED])
+
+
+def write_config(base: Path, output: Path, dtype: str, untied: bool) -> None:
+    """The base's config.json with the weights' dtype, without the path that it was once saved from."""
+    config = read_json(base / "config.json")
+    config.pop("_name_or_path", None)
+    config |= {"dtype": dtype, "torch_dtype": dtype}  # the key of transformers 5, and the one that others know
+    if untied:
+        config["tie_word_embeddings"] = False
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # transformers 5 writes it there alone, and others would silently take their default
+        config.setdefault("rope_theta", rope["rope_theta"])
+    write_json(output / "config.json", config)
+
+
+def write_generation_config(base: Path, output: Path, stop_ids: list[int]) -> None:
+    """The base's generation settings with every id that ends an answer; without what no reader would accept."""
+    path = base / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    settings["eos_token_id"] = list(dict.fromkeys([*stop_ids, *known]))
+    if not settings.get("do_sample"):  # with them, transformers refuses to save the model again
+        settings = {key: value for key, value in settings.items() if key not in SAMPLING}
+    write_json(output / "generation_config.json", settings)
+
+
+def write_tokenizer(base: Path, output: Path, tokenizer) -> None:
+    """The base's own tokenizer files, which every runtime knows, with the trained `tokenizer`'s chat template.
+
+    If they do not give the ids that were trained on (a legacy form was mended), the trained tokenizer's are written.
+    """
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, output / name)
+    template = plain_template(tokenizer.chat_template)
+    _write_tokenizer_config(output, template)
+    probe = f"a  b\n{tokenizer.eos_token}c é {tokenizer.decode([100, 200])} [INST] d[/INST] <|im_start|>e"
+    if AutoTokenizer.from_pretrained(output, local_files_only=True).encode(probe) != tokenizer.encode(probe):
+        say("tokenizer: the trained one is written, since the base's own files give other ids")
+        for name in TOKENIZER_FILES:
+            (output / name).unlink(missing_ok=True)
+        tokenizer.save_pretrained(output)
+        _write_tokenizer_config(output, template, tokenizer_class="PreTrainedTokenizerFast")
+
+
+def plain_template(template: str) -> str:
+    """`template` without its loss marks, which only transformers and TRL read; it renders the same text to the letter.
+
+    A mark trims the blanks around it as its dashes say; an `if` that is always true trims the same ones.
+    """
+    template = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", template)
+    return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", template)
+
+
+def _write_tokenizer_config(output: Path, template: str, **keys) -> None:
+    path = output / "tokenizer_config.json"
+    config = {**read_json(path), **keys, "chat_template": template}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name in transformers 5 alone
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # likewise: transformers 4 takes a dict there and fails
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
+    (output / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def make_modelfile(tokenizer, gguf: str) -> str:
+    """The Modelfile (for Ollama) of the shipped chat template that renders what the tokenizer's own does, with the path
+    of a GGUF file. Raises `UserError` where none does."""
+    expected = _prompts(tokenizer, tokenizer.chat_template)
+    for path in sorted(CONFIGS.glob("*.modelfile")):
+        template = CONFIGS / "chat_templates" / f"{path.stem}.jinja"
+        if _prompts(tokenizer, template.read_text(encoding="utf-8")) == expected:
+            return re.sub("^FROM .*$", lambda _: f"FROM {gguf}", path.read_text(encoding="utf-8"), flags=re.M)
+    known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.modelfile")))
+    raise UserError(f"--ollama: the chat template is of no Modelfile in configs/ ({known}); write one like them")
+
+
+def _prompts(tokenizer, template: str) -> list[str | None]:
+    """What `template` asks of the model in a few dialogues; None for one that it cannot carry."""
+
+    def prompt(messages: list[dict]) -> str | None:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError:
+            return None
+
+    return [prompt(messages) for messages in DIALOGUES]
+
+
+def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict, drift: dict | None) -> None:
+    """Write README.md and merge.json into `output`. `how`: `base` (which form of it), `scale` and `dtype`."""
+    name = record["model"]["name_or_path"]
+    on_hub = not Path(name).is_dir()
+    name = name if on_hub else Path(name).resolve().name
+    revision = commit_of(base) or record["model"]["revision"]
+    merged = {"adapter": record["name"], **how, "base_model": name, "revision": revision}
+    write_json(output / "merge.json", {**merged, **(drift or {})})
+    lines = ["---", *([f"base_model: {name}"] if on_hub else []), "library_name: transformers"]
+    lines += ["pipeline_tag: text-generation", "tags: [lora, trl]", "---", "", f"# {record['name']}", ""]
+    kind = {"lora": "a LoRA", "qlora": "a Q-LoRA"}[record["method"]]
+    facts = {
+        "base": name,
+        "base revision": revision,
+        "merged into": f"{how['base']} weights, at scale {how['scale']:g}",
+        "dtype": how["dtype"],
+        **_settings(record.get("lora") or read_json(adapter / "adapter_config.json"), LORA),
+        **_settings(record.get("training", {}), SETTINGS),
+        **_settings(record.get("quantization") or {}, QUANTIZATION),
+        "rows trained on": record.get("rows", {}).get("train", {}).get("rows"),
+        "best validation loss": record.get("best_validation_loss"),
+    }
+    if drift:
+        same = f"{drift['top1_agreement']:.1%} same"
+        facts["distance from the adapter"] = f"KL {drift['mean_kl']:.2e} nats a token, {same}"
+    lines += [f"{name} with {kind} adapter merged into it.", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+    lines += [f"| sha256 of {Path(path).name} | {digest} |" for path, digest in record.get("data_sha256", {}).items()]
+    if metrics := _scores(adapter / "evaluation", how["scale"]):
+        lines += ["", f"| score | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
+        lines += [f"| {key} | {' | '.join(f'{figures[key]:.4g}' for figures in metrics.values())} |" for key in SCORES]
+    (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _scores(folder: Path, scale: float) -> dict[str, dict]:
+    """What evaluate_adapter.py left in `folder` of the base and of the adapter at `scale`, {} without it."""
+    path, names = folder / "metrics.json", {"base": "base", "adapter": "adapter"}
+    if scale != 1:
+        path, names = folder / "scales.json", {"0": "base", f"{scale:g}": f"adapter at scale {scale:g}"}
+    metrics = read_json(path) if path.is_file() else {}
+    return {names[who]: figures for who, figures in metrics.items() if who in names}
+
+
+def _settings(section: dict, keys: tuple[str, ...]) -> dict:
+    found = {key: section.get(key) for key in keys}
+    lists = {key: ", ".join(map(str, value)) for key, value in found.items() if isinstance(value, list)}
+    return {key: value for key, value in {**found, **lists}.items() if value}

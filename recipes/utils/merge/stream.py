@@ -1,0 +1,386 @@
+"""Adapter into base, tensor by tensor: the weights are read, changed and written piece by piece, never all in memory.
+
+It is planned from headers and configs alone, so that what cannot be done is refused before the first byte is written.
+Each number is `base + scale · alpha/r · B·A`, added in float32 and rounded once to the base's own dtype: bit for bit
+what PEFT's merge_and_unload(safe_merge=False) gives with the adapter in float32. What the adapter does not touch is
+copied as bytes. Each core takes a tensor of its own, and B·A is made a few rows at a time: no tensor is ever held in
+float32. bitsandbytes is imported where it is used: that takes longer than merging a small model.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+
+from recipes.utils.console import UserError, out
+from recipes.utils.files import check_space, read_json, sync_path, write_json
+from recipes.utils.model import ModelOptions, model_config
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INDEX = "model.safetensors.index.json"
+PIECE = 1 << 18  # numbers at a time: few enough to stay in a core's cache from the product to the write
+FEWEST_ROWS = 16  # in a piece: a product of fewer rows than 4 is summed up in another order, to other bits
+MOST_WORKERS = 8  # more would wait for the disk
+QUANTISED_PIECE = 1 << 22  # numbers at a time: quantising takes several float32 copies of what it is given
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin, so W + B·A is not what was trained
+BLOCK = 64  # numbers that share a constant in 4 bit: what bitsandbytes.nn.Linear4bit takes
+# Fields of LoraConfig that are handled here or say nothing about the weights; with any other one set, PEFT merges.
+UNDERSTOOD = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+PARTS = r"lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?"
+
+
+class NotStreamable(Exception):
+    """Why an adapter has to be merged by PEFT, in memory."""
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies in a safetensors file: `size` bytes from `start`."""
+
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: list[int]
+
+
+class Target(NamedTuple):
+    """A tensor to write: the bytes of `source`, with the adapter's `parts` for it, multiplied by `scaling`."""
+
+    source: Stored
+    parts: dict[str, Stored]
+    scaling: float
+
+
+class Plan(NamedTuple):
+    """The files to write, each with its tensors in order; `untied`: the head is no longer the embedding."""
+
+    files: dict[str, dict[str, Target]]
+    shards: dict | None  # the content of the index
+    untied: bool
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return sum(target.source.size for file in self.files.values() for target in file.values())
+
+
+def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: str, scale: float) -> tuple[bool, str]:
+    """Write the merged weights into the folder `output`; returns (the head is untied now, the weights' dtype).
+
+    `kind` is `original`, or `dequantized` for the base as the Q-LoRA run of `record` saw it.
+
+    Raises:
+        NotStreamable: before anything is written, for what only PEFT can merge.
+        UserError: if there is too little disk, or as `plan_merge` and `write_merge` say.
+    """
+    plan = plan_merge(base, adapter, scale)
+    check_space(output, plan.size)
+    write_merge(plan, output, RoundTrip(record, base) if kind == "dequantized" else None)
+    return plan.untied, plan.dtype
+
+
+def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
+    """What is to be written, from headers alone.
+
+    Raises:
+        NotStreamable: for an adapter or a base that only PEFT can merge.
+        UserError: for a base whose weights are quantised, an adapter of another base, or a file that is not whole.
+    """
+    base_config, config = read_json(base / "config.json"), read_json(adapter / "adapter_config.json")
+    if "quantization_config" in base_config:
+        needed = "the model that it was made from is needed as base"
+        raise UserError(f"{base}: its weights are quantised, and merging there would round the adapter away; {needed}")
+    if config["peft_type"] != "LORA":
+        raise NotStreamable(f"the adapter is {config['peft_type']}, not LoRA")
+    if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+        raise NotStreamable(f"{config['init_lora_weights']} changed the base when it began")
+    if other := [key for key, value in config.items() if value and key not in UNDERSTOOD]:
+        raise NotStreamable(f"the adapter has {other[0]} set")
+    files, index = read_weights(base)
+    shard_of = {name: file for file, tensors in files.items() for name in tensors}
+    changes = _changes(adapter)
+    if any({"lora_embedding_A", "lora_magnitude_vector"} <= set(parts) for parts in changes.values()):
+        raise NotStreamable("the adapter has DoRA on an embedding")
+    tied = base_config.get("tie_word_embeddings") or "lm_head.weight" not in shard_of
+    untied = bool(tied) and any(name == "lm_head.weight" or name.endswith("embed_tokens.weight") for name in changes)
+    if untied:  # the head is written apart, from what the embedding was
+        embedding = next((name for name in shard_of if name.endswith("embed_tokens.weight")), None)
+        if embedding is None:
+            raise NotStreamable("the base's embedding has no known name")
+        shard = shard_of["lm_head.weight"] = shard_of[embedding]
+        files[shard]["lm_head.weight"] = files[shard][embedding]
+        if index:
+            index["weight_map"]["lm_head.weight"] = shard
+    for name, parts in changes.items():
+        if name not in shard_of:
+            raise NotStreamable(f"the base's file has no {name}")
+        source = files[shard_of[name]][name]
+        if source.dtype not in DTYPES:
+            raise UserError(f"{base}: {name} is {source.dtype}; a base in 16 or 32 bit is needed")
+        if "lora_A" in parts and [parts["lora_B"].shape[0], parts["lora_A"].shape[1]] != source.shape:
+            part = f"{parts['lora_B'].shape} · {parts['lora_A'].shape}"
+            other_base = f"and the adapter's part for it {part}: the adapter belongs to another base"
+            raise UserError(f"{base}: {name} is {source.shape} {other_base}")
+        if "full" in parts and parts["full"].shape != source.shape:
+            resized = f"{parts['full'].shape} in the adapter and {source.shape} in the base"
+            raise UserError(f"{name}: {resized}; a vocabulary that was resized cannot be merged")
+    plan: dict[str, dict[str, Target]] = {}
+    sizes = dict.fromkeys(DTYPES, 0)
+    for file, tensors in files.items():
+        plan[file] = {}
+        for name, stored in tensors.items():
+            parts = changes.get(name, {})
+            plan[file][name] = Target(stored, parts, _scaling(config, name, parts, scale))
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.size
+    return Plan(plan, index, untied, str(DTYPES[max(DTYPES, key=sizes.__getitem__)]).removeprefix("torch."))
+
+
+def read_weights(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict | None]:
+    """({file name: its tensors}, the index of a sharded model). By the index: a folder may hold other weights too.
+
+    Raises `UserError` without safetensors, and where the index names anything but files of the folder: the merged
+    files get the same names, and are written nowhere else.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        if not (folder / "model.safetensors").is_file():
+            pickled = "pickled ones are not loaded, since they can run code"
+            raise UserError(f"{folder}: has no safetensors weights; {pickled}")
+        return {"model.safetensors": read_header(folder / "model.safetensors")}, None
+    content = read_json(path)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{path}: names no weights (weight_map); download it again")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: names {name!r}, which is no safetensors file of its folder")
+    return {name: read_header(folder / name) for name in sorted(set(shards.values()))}, content
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, in the order in which they lie there.
+
+    Raises:
+        UserError: if the file is not there, or not whole: one that was cut in a copy looks whole from its header.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        found = []
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            found.append((name, Stored(path, 8 + length + start, end - start, entry["dtype"], entry["shape"])))
+        missing = max(stored.start + stored.size for _, stored in found) - size
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there, though the index of its folder names it; copy it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is no safetensors file; copy or download it again") from None
+    if missing > 0:
+        raise UserError(f"{path}: its last {missing:,} bytes are missing; copy or download it again")
+    return dict(sorted(found, key=lambda pair: pair[1].start))
+
+
+def _changes(adapter: Path) -> dict[str, dict[str, Stored]]:
+    """Base tensor name -> what the adapter holds for it, by part: lora_A, ..., or `full` for a whole tensor."""
+    changes: dict[str, dict[str, Stored]] = {}
+    for key, stored in read_header(adapter / "adapter_model.safetensors").items():
+        name, part = key.removeprefix("base_model.model.").replace(".base_layer.", "."), "full"
+        if match := re.fullmatch(rf"(.*)\.({PARTS})", name):
+            module, part = match.groups()
+            name = f"{module}.bias" if part == "lora_B.bias" else f"{module}.weight"
+        changes.setdefault(name, {})[part.removesuffix(".weight")] = stored
+    return changes
+
+
+def _scaling(config: dict, name: str, parts: dict[str, Stored], scale: float) -> float:
+    """scale · alpha / r (or / √r), alpha by the first pattern that fits the module's name, as PEFT matches it."""
+    module = name.rpartition(".")[0]
+
+    def by_pattern(key: str, default: str):
+        patterns = config.get(key) or {}
+        return next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", module)), config[default])
+
+    down = parts.get("lora_A") or parts.get("lora_embedding_A")
+    rank = down.shape[0] if down else by_pattern("rank_pattern", "r")
+    return scale * by_pattern("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+class RoundTrip:
+    """The base as a Q-LoRA adapter saw it: which weights went through NF4 and back (`names`), and how (`apply`)."""
+
+    def __init__(self, record: dict, base: Path):
+        """`record` is the run.json of a Q-LoRA run on `base`."""
+        from bitsandbytes.nn import Linear4bit
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers.quantizers import AutoHfQuantizer
+
+        options = ModelOptions(**record["model"])
+        self.config, self.dtype = BitsAndBytesConfig(**record["quantization"]), getattr(torch, options.dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config(base, options))
+        # transformers decides which layers stay as they are (the head, and what the config skips), so it is asked
+        AutoHfQuantizer.from_config(self.config).preprocess_model(model=model, dtype=self.dtype, device_map={"": "cpu"})
+        self.names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` quantised and dequantised, in the precision that the run held the base in; may be done in its place.
+
+        Equal to dequantising the whole weight of the live model: blocks are independent of each other, so that they can
+        be quantised piece by piece; the constants, if they are quantised too, all together.
+        """
+        from bitsandbytes import functional
+
+        kind, flat = self.config.bnb_4bit_quant_type, weight.reshape(-1).to(self.dtype)
+        pieces = flat.split(QUANTISED_PIECE)
+        packed = [functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=kind) for piece in pieces]
+        constants = torch.cat([state.absmax for _, state in packed])
+        if self.config.bnb_4bit_use_double_quant:
+            mean = constants.mean()
+            constants = functional.dequantize_blockwise(*functional.quantize_blockwise(constants - mean, blocksize=256))
+            constants = (constants + mean).float()
+        counts = [len(state.absmax) for _, state in packed]
+        for piece, (codes, state), own in zip(pieces, packed, constants.split(counts), strict=True):
+            state.absmax = own.contiguous()
+            piece.copy_(functional.dequantize_4bit(codes, state).view(-1))  # in place: one copy is enough
+        return flat.view(weight.shape)
+
+
+def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -> int:
+    """Write the planned files into the folder `output`, synced; returns how many tensors are not as they were.
+
+    With `round_trip` the base is first made what it was in 4 bit, one whole tensor at a time.
+
+    Raises:
+        UserError: if a merged weight is not finite, or none differs from the base's.
+    """
+    changed, threads = 0, torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that share a piece this small wait longer for each other than they compute
+    try:
+        with ThreadPoolExecutor(1 if round_trip else min(threads, MOST_WORKERS)) as pool:
+            for name, tensors in plan.files.items():
+                path, count = output / name, len(tensors)
+                places = _write_header(path, tensors)
+                done = pool.map(_write_tensor, tensors, tensors.values(), places, [path] * count, [round_trip] * count)
+                changed += sum(track(done, f"merging {name}", count, console=out, disable=not sys.stdout.isatty()))
+                sync_path(path)
+    finally:
+        torch.set_num_threads(threads)
+    if plan.shards:
+        plan.shards.setdefault("metadata", {})["total_size"] = plan.size
+        write_json(output / INDEX, plan.shards)
+    if not changed:
+        ask = "is it trained, and is the scale large enough for the base's dtype?"
+        raise UserError(f"the adapter changes no weight: {ask}")
+    return changed
+
+
+def _write_header(path: Path, tensors: dict[str, Target]) -> list[int]:
+    """Begin the safetensors file `path`; returns where in it each of `tensors` has its place."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    places, place = [], 0
+    for name, (source, _, _) in tensors.items():
+        header[name] = {"dtype": source.dtype, "shape": source.shape, "data_offsets": [place, place + source.size]}
+        places.append(place)
+        place += source.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as readers that map the file expect
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return [8 + len(text) + place for place in places]
+
+
+def _write_tensor(name: str, target: Target, place: int, path: Path, round_trip: RoundTrip | None) -> bool:
+    """Write one tensor into the file `path` at `place`, piece by piece; True if the adapter changed it."""
+    source, parts, scaling = target
+    with open(source.file, "rb", buffering=0) as base, open(path, "r+b", buffering=0) as file:
+        base.seek(source.start)
+        file.seek(place)
+        through_4_bit = round_trip is not None and name in round_trip.names
+        if not parts and not through_4_bit:
+            for start in range(0, source.size, 4 * PIECE):
+                _write(file, _read(base, torch.empty(min(4 * PIECE, source.size - start), dtype=torch.uint8)))
+            return False
+        whole = round_trip.apply(_load(source)).to(DTYPES[source.dtype]) if round_trip and through_4_bit else None
+        add, changed = _adding(parts, scaling), False
+        for rows in _pieces(source.shape):
+            new = old = _load(source, rows) if whole is None else whole[rows]
+            if "full" in parts:
+                new = _load(parts["full"], rows).to(old.dtype)
+            if add:
+                new = add(rows, new)
+            changed = changed or (new is not old and not torch.equal(new, old))
+            if not new.sum(dtype=torch.float32).isfinite():
+                why = f"the adapter is broken, or {new.dtype} too small"
+                raise UserError(f"{name}: the merged weights are not finite; {why}")
+            _write(file, new)
+        if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
+            os.posix_fadvise(file.fileno(), place, source.size, os.POSIX_FADV_DONTNEED)
+    return changed
+
+
+def _pieces(shape: list[int]) -> list[slice]:
+    """The rows of a tensor in pieces of nearly equal length."""
+    count = -(-shape[0] // max(FEWEST_ROWS, PIECE // math.prod(shape[1:])))
+    edges = [shape[0] * number // count for number in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
+
+
+def _adding(parts: dict[str, Stored], scaling: float) -> Callable[[slice, torch.Tensor], torch.Tensor] | None:
+    """A function of some rows and the numbers there, which returns these with the adapter's added; None without one."""
+    if "lora_B.bias" in parts:
+        bias = _load(parts["lora_B.bias"]).float() * scaling
+        return lambda rows, old: (old + bias[rows]).to(old.dtype)
+    form = next((form for form in ("lora_{}", "lora_embedding_{}") if form.format("A") in parts), None)
+    if form is None:
+        return None
+    up, down = (_load(parts[form.format(side)]).float() for side in "BA")
+    magnitude = _load(parts["lora_magnitude_vector"]).float() if "lora_magnitude_vector" in parts else None
+
+    def add(rows: slice, old: torch.Tensor) -> torch.Tensor:
+        new = up[rows] @ down if form == "lora_{}" else (up @ down[:, rows]).T
+        new.mul_(scaling).add_(old)
+        if magnitude is not None:
+            new *= (magnitude[rows] / torch.linalg.norm(new, dim=1)).view(-1, 1)
+        return new.to(old.dtype)
+
+    return add
+
+
+def _load(stored: Stored, rows: slice = slice(None)) -> torch.Tensor:
+    """A tensor, or some of its rows."""
+    first, last, _ = rows.indices(stored.shape[0])
+    tensor = torch.empty((last - first, *stored.shape[1:]), dtype=DTYPES[stored.dtype])
+    with open(stored.file, "rb", buffering=0) as file:
+        file.seek(stored.start + first * (stored.size // stored.shape[0]))
+        return _read(file, tensor)
+
+
+def _read(file, tensor: torch.Tensor) -> torch.Tensor:
+    """Fill the contiguous `tensor` with the next bytes of `file`."""
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while view:  # one call reads at most 2 GB
+        view = view[file.readinto(view) :]
+    return tensor
+
+
+def _write(file, tensor: torch.Tensor) -> None:
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    while view:  # a full disk may take a part and refuse the rest
+        view = view[file.write(view) :]
