@@ -25,10 +25,10 @@ EXAMPLES = 3
 def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
     """The rows to score a run on: `data`, else its data.test, else its validation rows; `record` is its run.json."""
     options = DataOptions(**record["data"])
-    paths, share = data or options.test, 1.0
-    if not paths and isinstance(options.validation, float):
-        paths, share = options.train, options.validation
-    elif not (paths := paths or options.validation):
+    paths, share = data or options.test or options.validation, 1.0
+    if isinstance(paths, float):
+        share, paths = paths, options.train
+    if paths is None:
         raise UserError("the run has no test or validation rows; name a JSONL file with --data")
     reading = Reading()
     chats = list(stream_chats(paths, reading, options.system == "merge"))

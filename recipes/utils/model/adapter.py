@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -188,7 +188,7 @@ def base_of(record: dict) -> Path:
         # Where no commit is known (another tool's adapter), any that the cache has of the main branch.
         return find_base(options, record.get("commit") or options.revision or "main")
     except UserError as error:
-        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+        if not isinstance(error.__cause__, (LocalEntryNotFoundError, HFValidationError)):
             raise
         mend = "the folder of the adapter's base is not there; a relative path is one from where the command runs"
         raise UserError(f"{options.name_or_path}: {mend}") from error

@@ -71,7 +71,7 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     if commit is None and options.adapter and options.revision is None:
         adapter = read_json(Path(options.adapter) / "adapter_config.json")
         commit = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
-    with _told_in_a_line(name):
+    with _told_in_a_line(name), _no_telemetry():
         # Asked also where the cache has the branch, which may have moved since.
         commit = commit or HfApi().resolve_revision(name, revision=options.revision).resolved
         base = _cached(name, commit, weights)
@@ -132,6 +132,17 @@ def _told_in_a_line(name: str):
         yield
     except (OSError, RevisionResolutionError, HFValidationError) as error:
         raise UserError(f"{name}{_what_to_do(error, name)}") from error
+
+
+@contextlib.contextmanager
+def _no_telemetry():
+    """With the first request of a day the hub's client fetches a list of AI agents, so that it can report which one
+    runs."""
+    before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
 def _what_to_do(error: Exception, name: str) -> str:

@@ -1,13 +1,9 @@
 """Document-wise attention: the same losses as sdpa with its mask, packed, padded and with a cache."""
 
-from recipes.utils import attention, model
-from recipes.utils.config_keys import ModelOptions
-from recipes.utils.model import choose_attention
-
 import pytest
 import torch
-from conftest import TINY, read_jsonl
-from test_sft import adapter_of, train
+from conftest import TINY, read_jsonl, run_recipe
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +13,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from recipes.utils.model import attention
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -124,8 +122,9 @@ def test_a_packed_run_has_the_losses_of_sdpa(config_file, settings):
     found = []
     for name in ("sdpa", attention.VARLEN):
         path = config_file(name, training={"output_dir": str(config_file().parent / name), **settings})
-        folder = train(path, overrides={"model.attn_implementation": name})
-        found.append((read_jsonl(folder / "metrics.jsonl"), adapter_of(folder)))
+        assert run_recipe("sft_lora", path, "--model.attn_implementation", name) == 0
+        folder = path.parent / name
+        found.append((read_jsonl(folder / "metrics.jsonl"), load_file(folder / "adapter_model.safetensors")))
     (lines, adapter), (other_lines, other_adapter) = found
     for line, other in zip(lines, other_lines, strict=True):
         for key in {"loss", "eval_loss"} & set(line):
@@ -147,31 +146,8 @@ def test_the_kernel_of_this_torch_takes_what_it_is_given():
             assert key.grad.shape == key.shape
 
 
-def on_a_gpu(monkeypatch, capability=(8, 9), flash=False):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(model, "is_flash_attn_2_available", lambda: flash)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "machine", "chosen", "why"),
-    [
-        ("bfloat16", {"flash": True}, "flash_attention_2", "fastest"),
-        ("bfloat16", {}, "varlen", "flash-attn is not installed"),
-        ("float32", {}, "sdpa", "float32"),
-        ("float16", {"capability": (7, 5)}, "sdpa", "older than Ampere"),
-    ],
-)
-def test_auto_takes_the_fastest_that_keeps_packed_rows_apart(monkeypatch, dtype, machine, chosen, why):
-    on_a_gpu(monkeypatch, **machine)
-    name, reason = choose_attention(ModelOptions(dtype=dtype), use_cpu=False)
-    assert name == chosen
-    assert why in reason
-
-
 def test_the_kernel_gets_one_dtype_of_16_bit_also_under_a_trained_embedding(monkeypatch):
-    """Such an embedding makes queries and keys float32 and leaves values in 16 bit; autocast does not know the kernel."""
+    """Such an embedding makes queries and keys float32, values stay in 16 bit; autocast does not know the kernel."""
     seen, attend = [], attention.attend_by_document
 
     def spy(query, key, value, *others):

@@ -2,13 +2,22 @@
 
 import math
 
-from recipes.utils.intervals import compare, interval, own_interval, sentence
-from recipes.utils.scores import column, figure, figures, score_text, show_difference
-
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binom, bootstrap
+
+from recipes.utils.evaluation import (
+    column,
+    compare,
+    figure,
+    figures,
+    interval,
+    own_interval,
+    score_text,
+    sentence,
+    show_difference,
+)
 
 
 def rows_of(**columns) -> list[dict]:
@@ -165,8 +174,8 @@ def test_a_lower_loss_is_better_and_a_longer_answer_is_neither():
         "loss": "better", "perplexity": "better", "answer_tokens": "longer", "stopped": "too few rows to say",
     }  # fmt: skip
     assert sentence("adapter against base", found) == (
-        "The adapter is better than the base in loss (−0.5000, 95 % interval −0.5000 to −0.5000); gives longer answers; "
-        "too few rows to say: stopped."
+        "The adapter is better than the base in loss (−0.5000, 95 % interval −0.5000 to −0.5000); "
+        "gives longer answers; too few rows to say: stopped."
     )
     assert show_difference("exact_match", 0.985) == "+98.5"
 

@@ -1,0 +1,143 @@
+"""What is loaded and how it is computed here: each choice with its reason, each refusal in one line with the mend."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from conftest import TINY
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig
+
+from recipes.utils.console import UserError
+from recipes.utils.model import ModelOptions, check_base, check_tokens, choose_attention, find_base, load_base
+from recipes.utils.model import base as module
+
+
+def machine(monkeypatch, gpus, capability=(9, 0), flash=False):
+    """A machine of another kind: only the questions that the choices ask torch are answered differently."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: flash)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "capability", "flash", "dtype", "chosen", "reason"),
+    [
+        (0, (0, 0), False, "bfloat16", "sdpa", "there is no GPU"),
+        (1, (9, 0), False, "bfloat16", "varlen", "flash-attn is not installed"),
+        (1, (7, 5), True, "float16", "sdpa", "older than Ampere"),
+        (1, (9, 0), True, "float32", "sdpa", "no float32"),
+        (1, (8, 0), True, "bfloat16", "flash_attention_2", "fastest"),
+    ],
+)
+def test_attention_is_chosen_and_told_with_its_reason(
+    monkeypatch, capsys, gpus, capability, flash, dtype, chosen, reason
+):
+    machine(monkeypatch, gpus, capability, flash)
+    assert choose_attention(ModelOptions("x", dtype=dtype), use_cpu=gpus == 0) == chosen
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"attention: {chosen} (")
+    assert reason in shown
+    if chosen == "sdpa":
+        with pytest.raises(UserError, match="cannot be had"):
+            choose_attention(ModelOptions("x", dtype=dtype, attn_implementation="flash_attention_2"), use_cpu=gpus == 0)
+
+
+def test_on_the_cpu_of_a_machine_with_a_gpu_the_reason_is_the_run(monkeypatch, capsys):
+    machine(monkeypatch, gpus=1, flash=True)
+    assert choose_attention(ModelOptions("x"), use_cpu=True) == "sdpa"
+    assert "the run is on the CPU" in capsys.readouterr().out
+
+
+def test_attention_that_cannot_be_had_is_refused(monkeypatch):
+    for name, message in (("flash2", "unknown 'flash2'"), ("flex_attention", "cannot train on a CPU")):
+        with pytest.raises(UserError, match=message):
+            choose_attention(ModelOptions("x", attn_implementation=name), use_cpu=True)
+    assert choose_attention(ModelOptions("x", attn_implementation="varlen"), use_cpu=True) == "varlen"
+    machine(monkeypatch, gpus=1, capability=(7, 5))
+    with pytest.raises(UserError, match="varlen cannot be had here: Some GPU is older than Ampere"):
+        choose_attention(ModelOptions("x", attn_implementation="varlen"), use_cpu=False)
+
+
+def test_qwen2_in_float16_is_refused():
+    with pytest.raises(UserError, match="NaN in float16"):
+        check_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float16"), False, False)
+
+
+def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(tmp_path, monkeypatch):
+    """A folder with Mistral-7B's dimensions and no weights."""
+    MistralConfig(vocab_size=32768, sliding_window=None, dtype="bfloat16").save_pretrained(tmp_path)
+    options = ModelOptions(str(tmp_path))
+    with pytest.raises(UserError, match=r"7.2 billion parameters and this machine has no GPU") as error:
+        check_base(tmp_path, options, use_cpu=True, use_cpu_asked=False)
+    assert len(str(error.value).splitlines()) == 1
+    check_base(tmp_path, options, use_cpu=True, use_cpu_asked=True)
+    machine(monkeypatch, gpus=1)
+    check_base(tmp_path, options, use_cpu=False, use_cpu_asked=False)
+
+
+def test_remote_code_is_off_and_said_in_red_when_it_is_on(capsys):
+    assert ModelOptions().trust_remote_code is False
+    options = ModelOptions(str(TINY / "base"), trust_remote_code=True)
+    check_base(TINY / "base", options, use_cpu=True, use_cpu_asked=True)
+    assert "trust_remote_code: code that comes with" in capsys.readouterr().out
+
+
+def test_a_gpu_that_others_fill_is_one_line(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match="nvidia-smi shows what else runs there"):
+        load_base(TINY / "base", ModelOptions(str(TINY / "base")), "sdpa", use_cpu=False)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(TINY / "base")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled ones are not loaded"):
+        load_base(tmp_path, ModelOptions(str(tmp_path), dtype="float32"), "sdpa")
+
+
+def test_a_folder_is_taken_as_it_is_given_and_one_that_holds_no_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(TINY)
+    assert str(find_base(ModelOptions("base"))) == "base"
+    with pytest.raises(UserError, match=r"no config.json"):
+        find_base(ModelOptions(str(tmp_path)))
+    with pytest.raises(UserError, match="there is no such folder; paths are relative to where the command runs"):
+        find_base(ModelOptions("/nowhere/at/all"))
+
+
+def test_options_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelOptions("x").revision = "main"
+
+
+def test_a_loaded_base_can_be_saved_and_keeps_its_nf4_weights_as_they_are(tmp_path):
+    """Also with sampling settings that do not sample, on which the very last save would fail."""
+    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 5}')
+    options = ModelOptions(str(base), dtype="float32")
+    load_base(base, options, "sdpa").save_pretrained(tmp_path / "saved")
+    four_bit = load_base(base, options, "sdpa", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    flags = [m.support_avx512bf16_for_cpu for m in four_bit.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert flags
+    assert not any(flags)
+
+
+def test_control_tokens_that_a_base_never_learnt_are_named(tmp_path):
+    model = load_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float32"), "sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    rows = Dataset.from_list([{"input_ids": [start, 5, end], "labels": [-100, 5, end]}])
+    assert check_tokens(model, rows, tokenizer) == []
+    model.get_input_embeddings().weight.data[end] *= 1e-3
+    (finding,) = check_tokens(model, rows, tokenizer)
+    assert finding.level == "warn"
+    assert "<|im_end|>" in finding.message
+    assert "<|im_start|>" not in finding.message
+    assert "--lora.modules_to_save '[lm_head]'" in finding.message
