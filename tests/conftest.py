@@ -130,3 +130,11 @@ def run_script(*words, cwd=ROOT, **env) -> subprocess.CompletedProcess:
         [sys.executable, *map(str, words)],
         cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the sizes that tests/test_layers.py holds."""
+    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+        for name, value in getattr(report, "user_properties", []):
+            if name == "size":
+                terminalreporter.write_line(value)

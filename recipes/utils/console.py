@@ -23,6 +23,7 @@ from rich.table import Table
 
 OK, FAILED, USER_ERROR, DIVERGED, GATE_FAILED, TOO_FEW_ROWS, STOPPED = 0, 1, 2, 3, 4, 5, 75
 ENDS = {"failed": FAILED, "diverged": DIVERGED, "stopped": STOPPED}  # the word in run.json, and the exit status
+NUMBER = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
 SECTION_NAMES = ("model", "data", "lora", "training", "quantization")
 
 # It asks for sys.stdout at each print. A log file or a pipe has no width of its own.
@@ -109,23 +110,23 @@ def _report(error: BaseException, show_traceback: bool) -> int:
 def quiet() -> Iterator[None]:
     """In here the imported libraries show no bars (only long work shows progress, and that is the recipes' own) and no
     warnings of what no user can mend. Afterwards all is as before, the environment too: libraries write into it."""
-    transformers, datasets = sys.modules.get("transformers"), sys.modules.get("datasets")
     bnb, trainer = logging.getLogger("bitsandbytes"), logging.getLogger("transformers.trainer_utils")
     with contextlib.ExitStack() as afterwards, warnings.catch_warnings():
-        afterwards.callback(_restore_environment, dict(os.environ))
+        afterwards.callback(os.environ.update, dict(os.environ))
+        afterwards.callback(_remove_new_variables, set(os.environ))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every fork
-        if transformers:
-            hub, bars = sys.modules["huggingface_hub"].utils, transformers.utils.logging
-            if not hub.are_progress_bars_disabled():
-                afterwards.callback(hub.enable_progress_bars)
+        if transformers := sys.modules.get("transformers"):
+            hub, bars = sys.modules["huggingface_hub"].utils, transformers.utils.logging  # the latter switch both
+            off = hub.are_progress_bars_disabled()
+            afterwards.callback(hub.disable_progress_bars if off else hub.enable_progress_bars)
             if bars.is_progress_bar_enabled():
                 afterwards.callback(bars.enable_progress_bar)
             bars.disable_progress_bar()
-        if datasets and not datasets.are_progress_bars_disabled():
+        if (datasets := sys.modules.get("datasets")) and not datasets.are_progress_bars_disabled():
             afterwards.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
         # PEFT asks the hub at each save whether the vocabulary was changed; no recipe changes it
         for message in ("Could not find a config file in", "Unable to fetch remote file due to the following error"):
             warnings.filterwarnings("ignore", message=message)
@@ -141,17 +142,15 @@ def _no_step_changes(record: logging.LogRecord) -> bool:
     return "do not match the ones" not in str(record.msg)
 
 
-def _restore_environment(before: dict[str, str]) -> None:
+def _remove_new_variables(before: set[str]) -> None:
     for name in os.environ.keys() - before:
         del os.environ[name]
-    os.environ.update(before)
 
 
 def recipe_parser(description: str | None, **others) -> ArgumentParser:
     """A parser with a recipe's docstring for its help, as it stands, and --traceback; no flag may be cut short."""
-    parser = ArgumentParser(
-        description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, **others
-    )
+    others |= {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = ArgumentParser(description=description, **others)
     parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
     return parser
 
@@ -220,16 +219,9 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
         for part in ("train", "validation", "test") if data_files else ():
             names = both.get(f"data.{part}", (None,))[0]
             names = [names] if isinstance(names, str) else names
-            if isinstance(names, list) and not any(_is_number(name) for name in names):
-                find_data_files(names)
+            if isinstance(names, list) and all(isinstance(name, str) and not NUMBER.match(name) for name in names):
+                find_data_files(names)  # a number in quotes is a share of the rows
     return CommandLine(options, flags, given)
-
-
-def _is_number(value: object) -> bool:
-    """Whether `value` is no name: a share of the rows, also one in quotes."""
-    with contextlib.suppress(ValueError):
-        return not isinstance(value, str) or float(value) is not None
-    return False
 
 
 def slip_of_section(name: str) -> str | None:
@@ -260,9 +252,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` is a word (1.1 reads false)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 # the resolver above also matches plain integers, so those are asked first
 _Loader.yaml_implicit_resolvers = {
     first: sorted(
@@ -289,23 +279,22 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
         raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
-    seen: dict[str, int] = {}
+    pairs: list[tuple[str, yaml.Node, yaml.Node | None]] = []
     for section, body in root.value:
-        _word(section, path)
-        if isinstance(body, yaml.MappingNode):
-            pairs = [(f"{section.value}.{_word(key, path)}", key, value) for key, value in body.value]
-        else:
-            pairs = [(section.value, section, body)] if body.value else []  # a section without keys says nothing
-        for name, key, value in [(section.value, section, None), *pairs] if section.value in seen else pairs:
-            line = key.start_mark.line + 1
-            if name in seen:
-                raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
-            seen[name] = line
-            try:
+        keys = body.value if isinstance(body, yaml.MappingNode) else []
+        pairs.append((_word(section, path), section, body if body.value and not keys else None))
+        pairs += [(f"{section.value}.{_word(key, path)}", key, value) for key, value in keys]
+    seen: dict[str, int] = {}
+    for name, key, value in pairs:
+        line = key.start_mark.line + 1
+        if name in seen:
+            raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
+        seen[name] = line
+        try:
+            if value is not None:
                 yield name, loader.construct_object(value, deep=True), line
-            except yaml.MarkedYAMLError as error:
-                raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
-        seen[section.value] = section.start_mark.line + 1
+        except yaml.MarkedYAMLError as error:
+            raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
 
 
 def _word(key: yaml.Node, path: Path) -> str:
