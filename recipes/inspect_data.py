@@ -10,14 +10,17 @@
 Takes the keys of a config as flags, as the training recipes do. Loads no model weights and needs no GPU.
 """
 
+import contextlib
 import json
 import os
 import random
 import sys
+from argparse import ArgumentParser
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
-from recipes.utils.command_line import ArgumentParser, first_look, parse, recipe_parser
+from recipes.utils.console import CommandLine, UserError, first_look, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -32,94 +35,77 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
-
-from recipes.utils.config import Config, load_config
-from recipes.utils.console import UserError, out, run, say
-from recipes.utils.guards import check_rows, check_settings
-from recipes.utils.ledger import read_ledger
-from recipes.utils.model import load_tokenizer
-from recipes.utils.page import write_data_page
-from recipes.utils.prepare import Prepared, prepare
-from recipes.utils.run_table import steps_of
-from recipes.utils.token_view import print_data, token_pieces
+if __name__ == "__main__":
+    given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
 import numpy as np
 from trl import SFTConfig
 from trl.data_utils import pack_dataset
 
+from recipes.utils.config import Config, read_config
+from recipes.utils.data import Prepared, prepare, print_data, read_tokenizer, token_pieces, write_data_page
+from recipes.utils.model import find_base
+from recipes.utils.monitoring import read_ledger
+from recipes.utils.training import check_settings, steps_of
+
 BINS = 12
 WORST = 20  # rows of a ledger that are listed
 
 
-def inspect_data(config: Config, rows=3, row=None, pick=False, html=None, as_json=False, ledger=None) -> dict:
-    """Print what `config` would train on, and return it: {"files", "train", "validation", "lengths", "findings", "rows"}.
+def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> dict:
+    """What `config` would train on: {"train", "validation", "lengths", "findings", "rows", ...}, all of it plain JSON.
 
-    `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`, and `ledger`, a run's folder,
-    those that the run could not learn.
+    `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`, and `ledger`, a run's
+    folder, those that the run could not learn.
     """
-    out.stderr = as_json  # standard output is for the JSON alone then
-    # 1. The rows as the recipes prepare them, and what the guards say.
+    # 1. The rows as the recipes prepare them, and what is found in them; what would stop a run does not stop here.
     args = SFTConfig(**config.training)
-    tokenizer, template_reason = load_tokenizer(config.model)
-    train, validation = (prepare(config.data, args, tokenizer, part) for part in ("train", "validation"))
-    findings, validation = check_rows(train, validation, config, tokenizer)
+    base = find_base(config.model, weights=False)
+    tokenizer, template_reason = read_tokenizer(base, config.model.chat_template, config.model.trust_remote_code)
+    train, validation = prepare(config.data, tokenizer, args, report=False)
 
     # 2. Packed and counted at this config.
-    lengths = np.array(
-        [len(ids) for batch in train.rows.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
-    )
-    trainer_rows = len(train.rows)
+    columns, packed, packing = train.rows.select_columns(["input_ids", "labels"]), len(train.rows), None
     if args.packing:
-        trainer_rows = len(
-            pack_dataset(train.rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
-        )
-    findings += check_settings(args, trainer_rows, train.counts)
-    steps, steps_an_epoch = steps_of(args, trainer_rows)
-    worst = read_ledger(ledger)[:WORST] if ledger else []
-    if ledger:
-        places = dict.fromkeys(entry.where for entry in worst[:rows])
-        shown = [found for place in places for found in _rows_at(train, place)]
-    elif row:
-        shown = _rows_at(train, row)
-    else:
-        indices, count = range(len(train.rows)), min(rows, len(train.rows))
-        shown = [train.rows[index] for index in (random.sample(indices, count) if pick else indices[:count])]
-    report = {
-        "chat_template": template_reason,
-        "train": train.counts, "validation": validation.counts if validation else None,
-        "lengths": {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 90, 95, 99, 100)},
-        "histogram": _histogram(lengths),
-        "answers_a_row": dict(Counter(_answers(labels) for labels in train.rows["labels"])),
-        "packing": {"rows": trainer_rows, "fill": train.counts["tokens"] / (trainer_rows * args.max_length)} if args.packing else None,
-        "steps": steps, "steps_an_epoch": steps_an_epoch, "max_length": args.max_length,
-        "findings": [finding._asdict() for finding in findings],
-        "ledger": [entry._asdict() for entry in worst],
-        "rows": [{"where": item["where"], "tokens": token_pieces(tokenizer, item["input_ids"], item["labels"])} for item in shown],
-    }  # fmt: skip
+        packed = len(pack_dataset(columns, args.max_length, args.packing_strategy))
+        packing = {"rows": packed, "fill": train.counts.tokens / (packed * args.max_length)}
+    findings = train.findings + (validation.findings if validation else []) + check_settings(args, packed, len(columns))
+    steps, steps_an_epoch = steps_of(args, packed)
+    lengths: list[int] = []
+    answers: Counter[int] = Counter()
+    for batch in columns.iter(1000):
+        lengths += map(len, batch["labels"])
+        answers.update(map(_answers, batch["labels"]))
+    counted, edges = np.histogram(lengths, bins=BINS)
+    bars = zip(edges[:-1], edges[1:], counted, strict=True)
 
-    # 3. For a machine, a browser, or the person at the terminal.
-    if html and not Path(html).absolute().parent.is_dir():
-        raise UserError(f"--html {html}: there is no such folder")
-    if html:
-        write_data_page(Path(html), config, report)
-        say(f"written: {html}")
-    if as_json:
-        print(json.dumps(report, ensure_ascii=False))
-    elif not html:
-        print_data(config.name, report)
-    return report
+    # 3. The rows that are shown.
+    worst = read_ledger(ledger)[:WORST] if ledger else []
+    if ledger or row:
+        places = dict.fromkeys(entry.where for entry in worst[:rows]) if ledger else [row]
+        shown = [found for place in places for found in _rows_at(train, place)]
+    else:
+        indices, count = range(len(columns)), min(rows, len(columns))
+        shown = [train.rows[index] for index in (random.sample(indices, count) if pick else indices[:count])]
+    return {
+        "chat_template": template_reason,
+        "train": asdict(train.counts), "validation": asdict(validation.counts) if validation else None,
+        "lengths": {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 90, 95, 99, 100)},
+        "histogram": [{"from": int(start), "to": int(end), "rows": int(count)} for start, end, count in bars],
+        "answers_a_row": dict(answers), "packing": packing, "max_length": args.max_length,
+        "steps": steps, "steps_an_epoch": steps_an_epoch,
+        "findings": [finding._asdict() for finding in findings], "ledger": [entry._asdict() for entry in worst],
+        "rows": [{"where": item["where"], "tokens": token_pieces(tokenizer, item["input_ids"], item["labels"])}
+                 for item in shown],
+    }  # fmt: skip
 
 
 def _rows_at(train: Prepared, where: str) -> list[dict]:
     """The rows of a file:line: several where the answers of a chat are split."""
     places = [index for index, place in enumerate(train.rows["where"]) if place == os.path.relpath(where)]
     if not places:
-        raise UserError(
-            f"--row {where}: no such row is trained on; rows are named as the config names the file, such as "
-            f"{train.rows[0]['where']}, and dropped ones are not shown"
-        )
+        named = f"rows are named as the config names the file, such as {train.rows[0]['where']}"
+        raise UserError(f"--row {where}: no such row is trained on; {named}, and dropped ones are not shown")
     return [train.rows[index] for index in places]
 
 
@@ -127,19 +113,23 @@ def _answers(labels: list[int]) -> int:
     return sum(label != -100 and before == -100 for before, label in zip([-100, *labels[:-1]], labels, strict=True))
 
 
-def _histogram(lengths: np.ndarray) -> list[dict]:
-    counts, edges = np.histogram(lengths, bins=BINS)
-    return [
-        {"from": int(a), "to": int(b), "rows": int(n)} for n, a, b in zip(counts, edges[:-1], edges[1:], strict=True)
-    ]
-
-
-def main(argv: list[str]) -> None:
-    options, keys = parse(command_line(), argv)
-    path = Path(options.pop("config"))
-    words = " ".join(keys) + (path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
-    inspect_data(load_config(path, keys, "qlora" if "quantization" in words else "lora", new_run=False), **options)
+def main(given: CommandLine) -> None:
+    options = given.options
+    html, as_json = options["html"], options["as_json"]
+    if html and not Path(html).absolute().parent.is_dir():
+        raise UserError(f"--html {html}: there is no such folder")
+    method = "qlora" if any(key.startswith("quantization") for key in {**given.yaml, **given.flags}) else "lora"
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # it is for the JSON alone then
+        config = read_config(given, method)
+        report = inspect_data(config, options["rows"], options["row"], options["pick"], options["ledger"])
+        if html:
+            write_data_page(Path(html), config, report)
+            say(f"written: {html}")
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    elif not html:
+        print_data(config.name, report)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

@@ -5,15 +5,12 @@ import os
 import re
 import shutil
 
-from recipes import inspect_data
-from recipes.utils import console
-from recipes.utils.dataset import Chat
-from recipes.utils.encoding import encode_chats
-from recipes.utils.token_view import token_pieces
-
 import pytest
-from conftest import TINY, chat, read_jsonl, write_jsonl
-from test_chat_template import FAMILIES
+from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
+from families import FAMILIES
+
+from recipes.utils import console
+from recipes.utils.data import Chat, Encoder, token_pieces
 
 
 @pytest.fixture
@@ -24,7 +21,7 @@ def inspect(config_file, tmp_path, capsys):
 
     def call(*flags, **sections):
         path = config_file(model={"name_or_path": str(base)}, **sections)
-        status = console.run(inspect_data.main, [str(path), *map(str, flags)])
+        status = run_recipe("inspect_data", path, *flags)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -61,6 +58,12 @@ def test_json_stands_alone_on_standard_output(inspect, tmp_path):
     assert "written" in errors
 
 
+def test_what_is_printed_afterwards_is_on_standard_output_again(inspect, capsys):
+    inspect("--json")
+    console.say("here")
+    assert capsys.readouterr() == ("here\n", "")
+
+
 def test_one_row_can_be_named_and_an_unknown_one_is_a_user_error(inspect, tmp_path):
     status, shown, _ = inspect("--row", f"{tmp_path}/train.jsonl:7")
     assert status == 0
@@ -84,7 +87,7 @@ def test_what_would_stop_a_run_is_shown_and_does_not_stop_the_inspection(inspect
 
 
 def test_a_config_that_is_not_there_is_a_user_error(capsys):
-    assert console.run(inspect_data.main, ["nowhere.yaml"]) == 2
+    assert run_recipe("inspect_data", "nowhere.yaml") == 2
     assert "nowhere.yaml: no such config file" in capsys.readouterr().err
 
 
@@ -117,7 +120,7 @@ def test_the_page_holds_all_of_it_and_nothing_from_elsewhere(inspect, tmp_path):
 def test_tokens_shown_one_by_one_spell_the_row(family):
     tokenizer = FAMILIES[family][0]()
     messages = chat("Why? 🙂", "Because é 日本 it  is.\n", "And?", " no")["messages"]
-    row = encode_chats([Chat(messages, "f:1")], tokenizer)[0]
+    row = Encoder(tokenizer).encode([Chat(messages, "f:1")])[0]
     pieces = token_pieces(tokenizer, row.input_ids, row.labels)
     text = "".join(piece for piece, _ in pieces)
     assert text.lstrip() == tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False).lstrip()

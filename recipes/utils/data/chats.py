@@ -30,7 +30,7 @@ SHAPES = {  # by which keys a row is known, and what else is read of it
     "alpaca": (["instruction", "output"], ["input", "system"]),
 }
 MESSAGE_KEYS = ("role", "content", "tool_calls", "weight", "tool_call_id", "name")
-KINDS = {str: "a string", list: "a list"}
+KINDS: dict[type, str] = {str: "a string", list: "a list"}
 
 
 @dataclass(frozen=True)

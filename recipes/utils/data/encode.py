@@ -19,24 +19,22 @@ MARK = "\ufdd0"  # a code point that is no character, so it stands in no text
 
 
 class Document(NamedTuple):
-    """One training row as text, cut where answers begin and end: (text, carries loss). `escaped` if a typed control
-    token stands in it; `split` if it is one answer of a chat whose answers do not fit in one row."""
+    """One training row as text, cut where answers begin and end."""
 
-    pieces: list[tuple[str, bool]]
+    pieces: list[tuple[str, bool]]  # (text, carries loss)
     where: str
-    escaped: bool
-    split: bool
+    escaped: bool  # a typed control token stands in it
+    split: bool  # it is one answer of a chat whose answers do not fit in one row
 
 
 class Encoded(NamedTuple):
-    """One training row as the model sees it: `trained` tokens carry loss, and `stops` says whether each run of them, so
-    each answer, ends with a control token."""
+    """One training row as the model sees it."""
 
     input_ids: list[int]
     labels: list[int]
     where: str
-    trained: int
-    stops: bool
+    trained: int  # tokens that carry loss
+    stops: bool  # each run of them, so each answer, ends with a control token
 
 
 class Encoder:
@@ -51,9 +49,9 @@ class Encoder:
         self.tokenizer, self.escape = tokenizer, escape
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_ids = frozenset(special)
-        self.control_tokens = frozenset({*special.values(), *tokenizer.all_special_tokens})
-        longest_first = sorted(self.control_tokens, key=len, reverse=True)
-        self._typed = re.compile("|".join(map(re.escape, longest_first)))
+        tokens = {*special.values(), *tokenizer.all_special_tokens}
+        self.control_tokens = tuple(sorted(tokens, key=len, reverse=True))  # a longer one may begin with a shorter one
+        self._typed = re.compile("|".join(map(re.escape, self.control_tokens)))
         # Sentencepiece tokenizers put a blank before the first text; a piece that goes on after another must get none.
         backend = tokenizer.backend_tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
         self._going_on = Tokenizer.from_str(backend)
@@ -74,12 +72,10 @@ class Encoder:
         """The training rows of one chat, as text. Raises a `BadRow` if the template cannot carry the chat, or a control
         token stands in its text and `escape` is off."""
         messages, tools, escaped = self._guarded(chat.messages, chat.tools)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = [index for index in answers if messages[index].get("weight") != 0]
-        if train_on == "last":
-            wanted = wanted[-1:]
+        wanted = [index for index in _answers(messages) if messages[index].get("weight") != 0]
+        wanted = wanted[-1:] if train_on == "last" else wanted
         try:
-            text, spans = self._spans(messages, tools, answers)
+            text, spans = self._spans(messages, tools)
             _check_carried(text, messages, tools)
             here, straddled = [], False
             for index in wanted:
@@ -88,9 +84,9 @@ class Encoder:
                     straddled = _straddles(text, spans[index][0])
             rows = [Document(_cut(text, [spans[index] for index in here]), chat.where, escaped, False)] if here else []
             for index in sorted(set(wanted) - set(here)):
-                text, spans = self._spans(messages[: index + 1], tools, [place for place in answers if place <= index])
+                text, spans = self._spans(messages[: index + 1], tools)
                 if not spans[index]:
-                    number = answers.index(index) + 1
+                    number = len(_answers(messages[: index + 1]))
                     raise TemplateError(f"answer {number} does not follow the prompt that inference sends")
                 rows.append(Document(_cut(text, [spans[index]]), chat.where, escaped, True))
         except TemplateError as error:
@@ -127,9 +123,7 @@ class Encoder:
     def prompt_ids(self, messages: list[dict], tools=None) -> list[int]:
         """The token ids that inference sends for `messages`, which end where an answer is due; with `escape`, those
         that training had for a chat with typed control tokens."""
-        escaped = False
-        if self.escape:
-            messages, tools, escaped = self._guarded(messages, tools)
+        messages, tools, escaped = self._guarded(messages, tools) if self.escape else (messages, tools, False)
         text = render(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
         if escaped:
             return self._escaped_ids(text, first=True)
@@ -154,22 +148,23 @@ class Encoder:
                 return {broken(key): broken(part) for key, part in value.items()}
             return [broken(part) for part in value] if isinstance(value, list) else value
 
-        def check(place: str):
+        parts: list[tuple[str, object]] = [("tools", tools)]
+        for number, message in enumerate(messages, start=1):
+            text = {key: part for key, part in message.items() if key != "role"}
+            parts.append((f"turn {number} ({message['role']})", text))
+        guarded = []
+        for place, part in parts:
+            guarded.append(broken(part))
             if found and not self.escape:
                 what = f"{place}: holds the control token {found[0]}, which would become the real one"
                 raise BadRow("control token", f"{what}; --data.control_tokens escape encodes it as plain text")
-
-        guarded, guarded_tools = [], broken(tools)
-        check("tools")
-        for number, message in enumerate(messages, start=1):
-            text = broken({key: part for key, part in message.items() if key != "role"})
-            check(f"turn {number} ({message['role']})")
-            guarded.append({**text, "role": message["role"]})
-        return (guarded, guarded_tools, True) if found else (messages, tools, False)
+        if not found:
+            return messages, tools, False
+        texts = zip(guarded[1:], messages, strict=True)
+        return [{**text, "role": message["role"]} for text, message in texts], guarded[0], True
 
     def _escaped_ids(self, text: str, first: bool) -> list[int]:
-        """Token ids of a piece in which only the template's own control tokens count as such; `first` if it begins the
-        row."""
+        """Token ids of a piece in which the template's own control tokens alone count; `first` if it begins the row."""
         ids = []
         for place, stretch in enumerate(re.split(f"({self._typed.pattern})", text)):
             if stretch in self.control_tokens:
@@ -181,48 +176,52 @@ class Encoder:
                 backend.encode_special_tokens = False
         return ids
 
-    def _spans(self, messages, tools, answers: list[int]) -> tuple[str, dict]:
+    def _spans(self, messages, tools) -> tuple[str, dict]:
         """(text, {index of an answer: its (start, end), or None where it does not follow what inference sends})."""
         text, marked = render(self.tokenizer, messages, tools)
+        answers, spans = _answers(messages), {}
         if len(marked) != len(answers):
             raise TemplateError(f"the template marks {len(marked)} answers of {len(answers)}")
-        endings, spans = tuple(self.control_tokens), {}
-        starts = self._starts(text, marked, messages, tools, answers)
+        starts = self._starts(text, marked, messages, tools)
         for index, (start, end), prompt_end in zip(answers, marked, starts, strict=True):
             # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
             # What inference sends is not learnt; nor is white space after the special token that ends the turn.
             learnt = text[start:end].rstrip()
-            end = start + len(learnt) if learnt.endswith(endings) else end
+            end = start + len(learnt) if learnt.endswith(self.control_tokens) else end
             spans[index] = None if prompt_end is None or prompt_end >= end else (max(start, prompt_end), end)
         return text, spans
 
-    def _starts(self, text, marked, messages, tools, answers: list[int]) -> list[int | None]:
-        """Where the prompt that inference sends for each answer ends in `text`, or None where the text does not begin
-        with it.
+    def _starts(self, text, marked, messages, tools) -> list[int | None]:
+        """Where the prompt that inference sends for each answer ends in `text`; None where `text` begins otherwise.
 
         Rendering each prompt is what decides it, and costs as many renderings as there are answers. For a form of
         conversation (its roles) it is done once: where a row is the form's fixed text around its own messages, letter
         by letter, the prompts are too, so its answers end and follow as those of the form did.
         """
         if tools or any("tool_calls" in message for message in messages):
-            return self._rendered_starts(text, messages, tools, answers)
+            return self._rendered_starts(text, messages, tools)
         form = tuple(message["role"] for message in messages)
         if form not in self._forms:
             probes = [{"role": role, "content": f"{MARK}{number}{MARK}"} for number, role in enumerate(form)]
             probe, probe_marked = render(self.tokenizer, probes)
-            ends = self._rendered_starts(probe, probes, None, answers)
-            offsets = [None if end is None else end - start for end, (start, _) in zip(ends, probe_marked, strict=True)]
+            ends = zip(self._rendered_starts(probe, probes, None), probe_marked, strict=True)
+            offsets = [None if end is None else end - start for end, (start, _) in ends]
             fixed = re.split(f"{MARK}\\d+{MARK}", probe)
             self._forms[form] = (fixed, re.findall(f"{MARK}(\\d+){MARK}", probe), offsets)
         fixed, order, offsets = self._forms[form]
         words = [messages[int(number)]["content"] for number in order]
         if text != "".join(part for pair in zip(fixed, [*words, ""], strict=True) for part in pair):
-            return self._rendered_starts(text, messages, tools, answers)
+            return self._rendered_starts(text, messages, tools)
         return [None if step is None else start + step for step, (start, _) in zip(offsets, marked, strict=True)]
 
-    def _rendered_starts(self, text, messages, tools, answers) -> list[int | None]:
-        prompts = [render(self.tokenizer, messages[:index], tools, add_generation_prompt=True)[0] for index in answers]
+    def _rendered_starts(self, text, messages, tools) -> list[int | None]:
+        asked = [messages[:index] for index in _answers(messages)]
+        prompts = [render(self.tokenizer, prompt, tools, add_generation_prompt=True)[0] for prompt in asked]
         return [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
+
+
+def _answers(messages: list[dict]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _straddles(text: str, start: int) -> bool:
@@ -242,14 +241,13 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
 def _check_carried(text: str, messages, tools) -> None:
     """Raise where the template lost something without a word: a system message, a tool, what a tool said."""
     for message in messages:
-        role, content = message["role"], message["content"]
-        # What a tool said may be written anew as JSON, so its first words are looked for.
-        said = re.findall(r"\w{3,}", content)[:1] if role == "tool" else [content.strip()]
+        role, said = message["role"], [message["content"].strip()]
+        if role == "tool":  # may be written anew as JSON, so its first words are looked for
+            said = re.findall(r"\w{3,}", message["content"])[:1]
         if role in ("system", "tool") and any(part not in text for part in said):
             mend = "; --data.system merge puts it into the user turn" if role == "system" else ""
             raise TemplateError(f"it leaves out the {role} message{mend}")
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text:
-                raise TemplateError("it has no form for tool calls")
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
+            raise TemplateError("it has no form for tool calls")
     if tools and tools[0]["function"].get("name", "") not in text:
         raise TemplateError("it has no form for tools")

@@ -64,7 +64,7 @@ def report_findings(findings: Iterable[Finding]) -> None:
 
 @dataclass
 class Counts:
-    """What preparing one part of the data counted; tokens are label tokens and prompts together."""
+    """What was counted of one part of the data."""
 
     rows: int = 0
     tokens: int = 0
@@ -104,12 +104,13 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     Raises:
         UserError: listing bad rows as file:line, unless data.on_bad_row is skip; if no row is left; and see `report`.
     """
-    share = isinstance(options.validation, float)
-    if share and not 0 < options.validation < 1:
-        raise UserError(f"data.validation: {options.validation} is not a share between 0 and 1, nor a file")
     paths = {"train": options.train}
-    if options.validation is not None:
-        paths["validation"] = options.train if share else options.validation
+    if isinstance(options.validation, float):
+        if not 0 < options.validation < 1:
+            raise UserError(f"data.validation: {options.validation} is not a share between 0 and 1, nor a file")
+        paths["validation"] = options.train
+    elif options.validation is not None:
+        paths["validation"] = options.validation
     named = {part: data_files(names) for part, names in paths.items()}
     hashes = {path: file_hash(path) for path in {*named["train"], *named.get("validation", [])}}
     files = {part: {str(path): hashes[path] for path in found} for part, found in named.items()}
@@ -119,8 +120,8 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     for part, (rows, counts, found) in entry.items():
         if not counts.rows:
             raise UserError(_nothing_left(counts, options, part, args.max_length))
-        findings = _lost_to_length(counts, part, options, args) + _marks(rows, counts, part, tokenizer) + found
-        parts[part] = Prepared(rows, counts, files[part], findings)
+        findings = [Finding(*finding) for finding in _wrong_with(rows, counts, part, options, args, tokenizer)]
+        parts[part] = Prepared(rows, counts, files[part], findings + found)
     train, validation = parts["train"], parts.get("validation")
     if validation:
         validation = _leave_out_copies(train, validation)
@@ -129,38 +130,38 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     return train, validation
 
 
-# One pass over the files.
+# One pass over the files, and what is looked for in rows while they are in hand.
 
 
 class _Part:
-    """The train or the validation rows while they are prepared: their Arrow file, their counts, and what of them is
-    compared at the end."""
+    """The train or the validation rows while they are prepared."""
 
     def __init__(self, path: Path, options: DataOptions, max_length: int, signs: bool):
         from datasets import Features, List, Value
         from datasets.arrow_writer import ArrowWriter
 
+        self.options, self.max_length, self.signs = options, max_length, signs
         ids = List(Value("int32"))
         features = {"input_ids": ids, "labels": ids, "where": Value("string"), "fingerprint": Value("int64")}
         self.writer = ArrowWriter(features=Features(features), path=str(path))
-        self.options, self.max_length, self.signs = options, max_length, signs
-        self.counts, self.lengths, self.signed = Counts(), [], {}
-        self.batch = {name: [] for name in features}
+        self.counts = Counts()
+        self.lengths: list[int] = []  # of all rows, in tokens
+        self.signed: dict[str, tuple[RMinHash, int]] = {}  # file:line: (signature, fingerprint)
 
     def add(self, chat: Chat, document: Document, row: Encoded) -> Encoded | None:
         """Keep the row, and return it as it is kept; None if it is dropped."""
-        counts, limit, length = self.counts, self.max_length, len(row.input_ids)
+        counts, limit, length, over = self.counts, self.max_length, len(row.input_ids), self.options.over_length
         self.lengths.append(length)
         counts.split += document.split
         counts.no_stop += not row.stops
         if length > limit:
             counts.over_length += 1
-            counts.lost_tokens += length - (limit if self.options.over_length == "truncate" else 0)
-            if self.options.over_length == "error":
+            counts.lost_tokens += length - (limit if over == "truncate" else 0)
+            if over == "error":
                 mend = "raise it, or --data.over_length drop"
                 raise UserError(f"{row.where}: {length} tokens, over training.max_length {limit}; {mend}")
             labels = row.labels[:limit]
-            trained = len(labels) - labels.count(-100) if self.options.over_length == "truncate" else 0
+            trained = len(labels) - labels.count(-100) if over == "truncate" else 0
             row = row._replace(input_ids=row.input_ids[:limit], labels=labels, trained=trained)
         if not row.trained:
             counts.dropped += 1
@@ -171,17 +172,12 @@ class _Part:
         copy = fingerprint(chat)
         if self.signs and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
             self.signed[row.where] = _signature(chat), copy
-        for column, value in zip(self.batch.values(), (row.input_ids, row.labels, row.where, copy), strict=True):
-            column.append(value)
+        values = {"input_ids": row.input_ids, "labels": row.labels, "where": row.where, "fingerprint": copy}
+        self.writer.write(values, writer_batch_size=BATCH)
         return row
-
-    def flush(self) -> None:
-        self.writer.write_batch(self.batch)
-        self.batch = {name: [] for name in self.batch}
 
     def finish(self, reading: Reading) -> None:
         self.writer.finalize()
-        self.writer.close()
         counts, lengths = self.counts, self.lengths
         counts.all_tokens = sum(lengths)
         counts.length_99 = int(np.percentile(lengths, 99, method="higher")) if lengths else 0
@@ -197,22 +193,17 @@ def _write(folder: Path, paths: dict, options: DataOptions, tokenizer, args) -> 
     parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length, len(paths) > 1) for part in paths}
     share = options.validation if isinstance(options.validation, float) else None
     started = told = time.monotonic()
-    rows = 0
     for name in ["train"] if share else parts:
         reading = Reading()
-        chats = stream_chats(paths[name], reading, options.system == "merge")
-        for batch, encoded in _encoded(_documents(chats, reading, encoder, options.train_on), encoder):
-            for (chat, document), row in zip(batch, encoded, strict=True):
-                part = name if not share or not held_out(chat, share, args.seed) else "validation"
-                kept = parts[part].add(chat, document, row)
-                if kept and part == "train":
-                    parity.compare(chat, document, kept)
-            for each in parts.values():
-                each.flush()
-            rows += len(batch)
-            if time.monotonic() - told > 10:
+        documents = _documents(stream_chats(paths[name], reading, options.system == "merge"), reading, encoder, options)
+        for number, ((chat, document), row) in enumerate(_encoded(documents, encoder), start=1):
+            part = name if not share or not held_out(chat, share, args.seed) else "validation"
+            kept = parts[part].add(chat, document, row)
+            if kept and part == "train":
+                parity.compare(chat, document, kept)
+            if number % BATCH == 0 and time.monotonic() - told > 10:
                 told = time.monotonic()
-                say(f"prepared {rows:,} rows, {rows / (told - started):,.0f} a second")
+                say(f"prepared {number:,} rows, {number / (told - started):,.0f} a second")
         for part in parts if share else [name]:
             parts[part].finish(reading)
         if options.on_bad_row == "error":
@@ -223,31 +214,28 @@ def _write(folder: Path, paths: dict, options: DataOptions, tokenizer, args) -> 
     return {part: [dataclasses.asdict(parts[part].counts), found[part]] for part in parts}
 
 
-def _documents(chats, reading: Reading, encoder: Encoder, train_on: str) -> Iterator[tuple[Chat, Document]]:
+def _documents(chats, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple[Chat, Document]]:
     """Each chat with each of its training rows; chats that the template cannot carry go to `reading`."""
     for chat in chats:
         try:
-            for document in encoder.documents(chat, train_on):
+            for document in encoder.documents(chat, options.train_on):
                 yield chat, document
         except BadRow as error:
             reading.add_bad(chat.where, error, chat.line)
 
 
-def _encoded(documents, encoder: Encoder) -> Iterator[tuple[list, list[Encoded]]]:
-    """Yield (batch, its rows as token ids): one batch is tokenised in a thread, outside Python's lock, while the next
-    one is read and rendered."""
+def _encoded(documents, encoder: Encoder) -> Iterator[tuple[tuple[Chat, Document], Encoded]]:
+    """Each document with its token ids: a batch is tokenised in a thread, outside Python's lock, while the next one is
+    read and rendered."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = None
+        waiting: list[tuple] = []
         while batch := list(islice(documents, BATCH)):
-            job = batch, pool.submit(encoder.encode_documents, [document for _, document in batch])
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = job
-        if waiting:
-            yield waiting[0], waiting[1].result()
-
-
-# What is looked for in rows while they are in hand.
+            waiting.append((batch, pool.submit(encoder.encode_documents, [document for _, document in batch])))
+            if len(waiting) > 1:
+                done, job = waiting.pop(0)
+                yield from zip(done, job.result(), strict=True)
+        for done, job in waiting:
+            yield from zip(done, job.result(), strict=True)
 
 
 class _PromptParity:
@@ -268,13 +256,9 @@ class _PromptParity:
         # a typed control token that was escaped is a real one to a server that reads text
         if self.left < 0 or self.findings or document.escaped:
             return
-        prompts = [
-            self.served.apply_chat_template(
-                chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
-            )
-            for index, message in enumerate(chat.messages)
-            if message["role"] == "assistant"
-        ]
+        asked = [chat.messages[:place] for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+        settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
+        prompts = [self.served.apply_chat_template(prompt, **settings) for prompt in asked]
         labels = row.labels
         starts = [place for place, label in enumerate(labels) if label != -100 and labels[place - 1] == -100]
         if any(row.input_ids[:start] not in prompts for start in starts):
@@ -312,31 +296,24 @@ def _signature(chat: Chat) -> RMinHash:
 # What is found in rows that are ready.
 
 
-def _lost_to_length(counts: Counts, part: str, options: DataOptions, args) -> list[Finding]:
-    all_rows = counts.rows + counts.dropped
-    rows, tokens = counts.over_length / all_rows, counts.lost_tokens / counts.all_tokens
-    if max(rows, tokens) <= options.max_over_length:
-        return []
-    over = f"{counts.over_length:,} of {all_rows:,} {part} rows are over training.max_length {args.max_length}"
-    fit = f"99 % of the rows fit in --training.max_length {counts.length_99}"
-    lost = f"{over}, and {tokens:.0%} of the tokens would be lost; {fit}, or take the loss: --data.max_over_length 1.0"
-    return [Finding("stop", lost)]
-
-
-def _marks(rows, counts: Counts, part: str, tokenizer) -> list[Finding]:
-    findings = []
+def _wrong_with(rows, counts: Counts, part: str, options: DataOptions, args, tokenizer) -> Iterator[tuple[str, str]]:
+    """(level, message) of what is wrong with prepared rows: lost to max_length, no end of a turn learnt, all learnt."""
+    all_rows, lost = counts.rows + counts.dropped, counts.lost_tokens / counts.all_tokens
+    if max(counts.over_length / all_rows, lost) > options.max_over_length:
+        over = f"{counts.over_length:,} of {all_rows:,} {part} rows are over training.max_length {args.max_length}"
+        fit = f"99 % of the rows fit in --training.max_length {counts.length_99}"
+        mend = "or take the loss: --data.max_over_length 1.0"
+        yield "stop", f"{over}, and {lost:.0%} of the tokens would be lost; {fit}, {mend}"
     if counts.no_stop:
         endless = f"{counts.no_stop:,} {part} rows have an answer whose last trained token ends no turn"
         mend = "put the end-of-turn token inside the template's {% generation %} marks"
-        findings.append(Finding("stop", f"{endless}, so the model would never learn to stop: {mend}"))
+        yield "stop", f"{endless}, so the model would never learn to stop: {mend}"
     if counts.trained_tokens == counts.tokens:
-        all_trained = f"every token of the {part} rows carries loss, prompts too; mark the answers alone"
-        findings.append(Finding("warn", all_trained))
+        yield "warn", f"every token of the {part} rows carries loss, prompts too; mark the answers alone"
     first, bos = rows[0], tokenizer.bos_token_id
     if bos is not None and first["input_ids"][:2] == [bos] * 2:
         twice = f"{first['where']}: begins with {tokenizer.bos_token} twice"
-        findings.append(Finding("stop", f"{twice}; remove it from the text or from the chat template"))
-    return findings
+        yield "stop", f"{twice}; remove it from the text or from the chat template"
 
 
 def _leave_out_copies(train: Prepared, validation: Prepared) -> Prepared:
@@ -359,15 +336,15 @@ def _leave_out_copies(train: Prepared, validation: Prepared) -> Prepared:
 
 
 def _nothing_left(counts: Counts, options: DataOptions, part: str, max_length: int) -> str:
+    nothing = f"no {part} row is left"
     if counts.over_length:
         over = f"{counts.over_length} are over training.max_length {max_length}; 99 % would fit in {counts.length_99}"
-        return f"no {part} row is left to use: {over}"
+        return f"{nothing} to use: {over}"
     if counts.bad:
-        bad = counts.bad[0]
-        return f"no {part} row is left to use: all {len(counts.bad)} are bad, such as {bad['where']}: {bad['error']}"
+        first = counts.bad[0]
+        return f"{nothing} to use: all {len(counts.bad)} are bad, such as {first['where']}: {first['error']}"
     if isinstance(options.validation, float):
-        share = f"with a share of {options.validation} no {part} row is left"
-        return f"data.validation: {share}; give another share, or a file"
+        return f"data.validation: with a share of {options.validation} {nothing}; give another share, or a file"
     return f"data.{part}: names no rows"
 
 
@@ -387,7 +364,7 @@ def _cached(key: str, write) -> dict:
         return kept
     if kept := _kept(folder):
         return kept
-    if folder.exists() and not _kept(folder):
+    if folder.exists() and not _kept(folder):  # asked twice: another process may have just made it
         say(f"rows are prepared again: those in {folder} are damaged")
         shutil.rmtree(folder, ignore_errors=True)
     temporary = folder.with_name(f"{key}.{platform.node()}.{os.getpid()}")
@@ -427,8 +404,8 @@ def _kept(folder: Path) -> dict | None:
 
 def _key(options: DataOptions, tokenizer, args, files: dict) -> str:
     """A digest of all that prepared rows depend on: files, template, tokenizer, settings, libraries, this package."""
-    no_rows = {"ledger": True, "samples": 0, "test": None, "max_over_length": 0.0}  # settings that change none
-    settings = [dataclasses.replace(options, **no_rows), args.max_length, args.seed]
+    that_make_rows = dataclasses.replace(options, ledger=True, samples=0, test=None, max_over_length=0.0)
+    settings = [that_make_rows, args.max_length, args.seed]
     versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
     digest = hashlib.sha256(repr([settings, versions, files]).encode())
     for module in sorted(Path(__file__).parent.glob("*.py")):

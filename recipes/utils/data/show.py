@@ -15,7 +15,9 @@ def token_pieces(tokenizer, input_ids: list[int], labels: list[int]) -> list[tup
 
     Trained control tokens (the end of a turn) count as trained: that they are learnt is what one looks for.
     """
-    pieces, held, held_kind = [], [], None
+    pieces: list[tuple[str, str]] = []
+    held: list[int] = []
+    held_kind = ""
     for token, label in zip(input_ids, labels, strict=True):
         added = tokenizer.added_tokens_decoder.get(token)
         kind = "trained" if label != -100 else ("special" if added and added.special else "context")

@@ -42,8 +42,8 @@ def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
     if prepends_blanks(tokenizer):
         tokenizer.backend_tokenizer.normalizer = None
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-        mended = "the base's legacy form puts a blank after every control token; mended, as mistral-common has it"
-        say(f"tokenizer: {mended}")
+        legacy = "the base's legacy form puts a blank after every control token"
+        say(f"tokenizer: {legacy}; mended, as mistral-common has it")
     model_type = read_json(Path(base) / "config.json").get("model_type")
     tokenizer.chat_template, reason = choose_chat_template(tokenizer, chat_template, model_type)
     return tokenizer, reason
@@ -99,13 +99,9 @@ def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=Fa
     """
     template = template or tokenizer.chat_template
     texts, spans = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=marks_answers(template),
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.special_tokens_map,
-    )
+        conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=marks_answers(template), **tokenizer.special_tokens_map,
+    )  # fmt: skip
     return texts[0], (spans[0] if spans else [])
 
 
@@ -133,19 +129,15 @@ def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
     Mistral's published templates differ among themselves in spaces; mistral-common's spaces are the reference there.
     A system message is compared in the prompt only: Hugging Face's v0.3 template loses it from a finished conversation.
     """
+
+    def text(template: str, messages: list[dict], prompt: bool) -> str | None:
+        try:
+            found = render(tokenizer, messages, None, prompt, template)[0]
+        except TemplateError:
+            return None
+        return found if spaces_matter else "".join(found.split())
+
     prompts = [USER], [USER, ANSWER, USER], [SYSTEM, USER]
     finished = [USER, ANSWER], [USER, ANSWER, USER, ANSWER]
-    for messages in (*prompts, *finished):
-        try:
-            expected = render(tokenizer, messages, None, messages in prompts, own)[0]
-        except TemplateError:
-            continue
-        try:
-            found = render(tokenizer, messages, None, messages in prompts, ours)[0]
-        except TemplateError:
-            return False
-        if not spaces_matter:
-            expected, found = "".join(expected.split()), "".join(found.split())
-        if expected != found:
-            return False
-    return True
+    probes = [*((messages, True) for messages in prompts), *((messages, False) for messages in finished)]
+    return all(text(own, *probe) in (None, text(ours, *probe)) for probe in probes)
