@@ -8,10 +8,13 @@ Scores and intervals are those of evaluate_adapter.py, for the runs that it has 
 first one; what was validated or tested on other rows is marked as not comparable.
 """
 
+import json
 import sys
+from argparse import ArgumentParser
+from fnmatch import filter as matching
 from pathlib import Path
 
-from recipes.utils.command_line import ArgumentParser, first_look, recipe_parser
+from recipes.utils.console import CommandLine, UserError, first_look, out, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -22,47 +25,142 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line())
+if __name__ == "__main__":
+    given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
-from recipes.utils.comparison import differing, read_runs
-from recipes.utils.comparison_table import columns_of, notes_of, print_runs, row_of, write_csv
-from recipes.utils.console import UserError, run, say
+import pandas
+from rich.table import Table
+
+from recipes.utils.evaluation import SCORES, compare, own_interval, read_rows, show, show_interval
+from recipes.utils.files import read_json, read_jsonl
 from recipes.utils.page import write_page
 
+# Follow from other settings or from the machine, or name the run itself.
+NOT_SETTINGS = [f"training.{name}" for name in ("output_dir", "bf16", "fp16", "use_cpu", "report_to")]
+METRICS = {"eval_loss": "min", "tokens_per_second": "median", "peak_memory_gb": "max", "seconds": "max"}
+RESULTS = {"best_validation_loss": ("validation loss", ".4f"), "tokens_per_second": ("tokens/s", ",.0f"),
+           "peak_memory_gb": ("memory, GB", ".2f"), "seconds": ("time, s", ",.0f")}  # fmt: skip
+SHOWN = ("loss", "token_accuracy", "exact_match", "rouge_l", "chrf", "valid_json", "stopped")
+NOTES = {
+    "train": "{}: trained on other rows than {}, so more than its settings differ",
+    "validation": "† {}: other validation rows than {}, so its validation loss is not comparable",
+    "test": "† {}: other test rows than {}, so its scores are not comparable",
+}
+ACROSS = 4  # runs that stand beside each other on a terminal
 
-def compare_runs(runs=None, html=None, csv=None) -> list[dict]:
-    """Print the runs in the folders `runs` (those in runs/ without it) as one table, and return it: a dict a run, by what
-    its figures are called, as text. `html` and `csv` are files to write it to; the CSV has plain numbers.
 
-    Raises:
-        UserError: for a folder that holds no run.
-    """
+def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
+    """Print the runs in the folders `runs` (those in runs/ without it) as one table, and return it: a dict a run, by
+    what its figures are called, as text. `html` and `csv` are files to write it to; the CSV has plain numbers. Raises
+    `UserError` for a folder that holds no run."""
     folders = [Path(folder) for folder in runs or sorted(path.parent for path in Path("runs").glob("*/run.json"))]
     if not folders:
         raise UserError("no run under runs/; name the folders of runs")
     for path in (html, csv):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: there is no such folder")
-    found = read_runs(folders)
-    keys = differing(found)
-    table = [row_of(one, found, keys) for one in found]
-    notes = notes_of(found)
+    found, names = [read(folder) for folder in folders], [folder.resolve().name for folder in folders]
+    for one, name in zip(found, names, strict=True):
+        one["name"] = name if names.count(name) == 1 else one["run"]
+        data = [(part, rows, found[0]["data"].get(part)) for part, rows in one["data"].items()]
+        one["other"] = [part for part, own, first in data if own and first and own != first]
+    settings = pandas.DataFrame([one["settings"] for one in found], dtype=object)
+    values = settings.map(lambda value: json.dumps(value, default=str), na_action="ignore")
+    # of the 4-bit base, among the runs that have one
+    keys = [key for key in settings if values[key].nunique(dropna=key.startswith("quantization.")) > 1]
+    table = pandas.DataFrame([row_of(one, found[0], keys) for one in found])
+    table = table[[name for name in table if name in ("run", "validation loss") or table[name].any()]]
     print_runs(table)
+    notes = [NOTES[part].format(one["name"], found[0]["name"]) for one in found for part in one["other"]]
     for note in notes:
         say(note)
+    rows = [line[(line != "") | (line.index == "validation loss")].to_dict() for _, line in table.iterrows()]
     if csv:
-        write_csv(Path(csv), found, keys)
+        numbers = pandas.DataFrame([one["numbers"] | {"not_comparable": " ".join(one["other"])} for one in found])
+        pandas.concat([pandas.DataFrame(found)[["run", "status"]], settings[keys], numbers], axis=1).to_csv(
+            csv, index=False
+        )
         say(f"written: {csv}")
     if html:
-        write_page(Path(html), "compare_runs.html", table=table, columns=columns_of(table), notes=notes)
+        write_page(Path(html), "compare_runs.html", table=rows, columns=list(table), notes=notes)
         say(f"written: {html}")
-    return table
+    return rows
 
 
-def main(argv: list[str]) -> None:
-    compare_runs(**vars(command_line().parse_args(argv)))
+def read(folder: Path) -> dict:
+    """Of a run: `settings`, `numbers` (losses in nats, tokens a second, GB, seconds; scores with 95 % intervals), its
+    `rows` as they were scored, and what `data` it had."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder}: is no run folder (it has no run.json)")
+    record, scored = read_json(folder / "run.json"), folder / "evaluation" / "predictions.jsonl"
+    settings = {key: record[key] for key in ("method", "seed", "device")}
+    for section in ("model", "data", "lora", "quantization", "training"):
+        settings |= {f"{section}.{key}": value for key, value in record.get(section, {}).items()}
+    settings |= {"model.revision": record["commit"]} if record.get("commit") else {}
+    settings |= {"train rows": record["rows"]["train"]["rows"]}
+    metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(METRICS), dtype=float)
+    numbers = metrics.agg(METRICS).rename({"eval_loss": "best_validation_loss"}).dropna().to_dict()
+    numbers |= {"seconds": record["train"]["train_runtime"]} if "train" in record else {}
+    data, rows = {part: known_by(record, part) for part in ("train", "validation")}, []
+    if scored.is_file() and (rows := read_rows(scored).get("adapter", [])):
+        written = read_json(scored.with_name("metrics.json"))
+        for name in [name for name in SCORES if name in written["adapter"]]:
+            low, high = own_interval(rows, name) or (None, None)
+            numbers |= {name: written["adapter"][name], f"{name}_low": low, f"{name}_high": high}
+        data["test"] = [written["of"]["rows_sha256"], sum(row["tokens"] for row in rows), len(rows)]
+    one = {"run": str(folder), "status": record["status"], "numbers": numbers, "rows": rows, "data": data}
+    return one | {"settings": {key: value for key, value in settings.items() if key not in NOT_SETTINGS}}
+
+
+def known_by(record: dict, part: str) -> list | None:
+    """Hashes of the files of `part`, and counts: of tokens too, since a loss a token depends on what the tokens are."""
+    counts, paths, files = record["rows"].get(part), record["data"][part], record["data_sha256"]
+    share = [paths, record["seed"]] if isinstance(paths, float) else []
+    paths = record["data"]["train"] if share else paths
+    names = [str(Path(path)) for path in ([paths] if isinstance(paths, str) else paths or ())]
+    hashes = {str(files.get(path)) for name in names for path in matching(files, name) or [name]}
+    return counts and [*sorted(hashes), *share, counts["rows"], counts["trained_tokens"]]
+
+
+def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
+    """A line of the table; "" is what the run has not."""
+    numbers, short = one["numbers"], [key.split(".", 1)[-1] for key in keys]
+    row = {"run": one["name"] + ("" if one["status"] == "finished" else f" ({one['status']})")}
+    for key, name in zip(keys, short, strict=True):
+        value = one["settings"].get(key)
+        text = "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        row[name if short.count(name) == 1 else key] = text
+    marks = {part: " †" * (part in one["other"]) for part in NOTES}
+    texts = {label: format(numbers[name], form) if name in numbers else "" for name, (label, form) in RESULTS.items()}
+    row["validation loss"] = texts.pop("validation loss") + marks["validation"]
+    for name in SHOWN:
+        value, low, high = (numbers.get(name + end) for end in ("", "_low", "_high"))
+        interval = "" if low is None else f" ({show(name, low)} to {show(name, high)})"
+        label = "test loss" if name == "loss" else SCORES[name].label
+        row[label] = "" if value is None else show(name, value) + interval + marks["test"]
+    alike = one is not first and one["rows"] and first["rows"] and "test" not in one["other"]
+    found = compare(one["rows"], first["rows"]) if alike else {}
+    judged = [(name, found[name]) for name in ("loss", "exact_match") if name in found]
+    words = [f"{SCORES[name].label} {score['verdict']} ({show_interval(name, score)})" for name, score in judged]
+    row |= {f"against {first['name']}": "; ".join(words), **texts}
+    return row | {"not comparable": ", ".join(f"other {part} rows" for part in one["other"])}
+
+
+def print_runs(table: pandas.DataFrame) -> None:
+    """A line a run where they fit the terminal; else a column a run, some at a time."""
+    parts, starts = [table], range(0, len(table), ACROSS)
+    if sum(4 + max(len(name), table[name].str.len().max()) for name in table) > out.width:
+        parts = [table[start : start + ACROSS].set_index("run").T.reset_index(names="") for start in starts]
+    for part in parts:
+        shown = Table(*part, box=None, padding=(0, 2), header_style="bold")
+        for line in part.to_numpy():
+            shown.add_row(*line)
+        out.print(shown, markup=False)
+
+
+def main(given: CommandLine) -> None:
+    compare_runs(given.options["runs"], given.options["html"], given.options["csv"])
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

@@ -1,8 +1,7 @@
 """Tune settings: train once for each of several values, and say which did best on the validation rows.
 
     python recipes/sweep.py configs/mistral.yaml --lora.lora_alpha 16,32,64
-    python recipes/sweep.py configs/mistral.yaml --lora.lora_alpha 16,32,64 --training.learning_rate 1e-4..4e-4 --trials 12
-    python recipes/sweep.py configs/qwen2.yaml --qlora --lora.r 8,16 --training.num_train_epochs 1
+    python recipes/sweep.py configs/mistral.yaml --qlora --lora.r 8,16 --training.learning_rate 1e-4..4e-4 --trials 12
 
 Lists alone are tried in every combination; with a range (low..high) Optuna's TPE chooses --trials points. Every other
 flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. Trials that do worse than
@@ -10,109 +9,189 @@ the median of those before them at the same step are stopped early (--no-pruning
 stopped goes on where it was: give the same command again.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from argparse import ArgumentParser
 from pathlib import Path
 
-from recipes.utils.command_line import ArgumentParser, first_look, parse, recipe_parser
-
-TRIALS = 20  # where a range leaves it open how many there are
+from recipes.utils.console import STOPPED, USER_ERROR, CommandLine, UserError, first_look, read_flags, recipe_parser
+from recipes.utils.console import run_main, say
 
 
 def command_line() -> ArgumentParser:
     parser = recipe_parser(__doc__)
     parser.add_argument("config", help="a YAML file, such as configs/mistral.yaml")
     parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
-    parser.add_argument(
-        "--trials", type=int, help=f"how many; all combinations of lists, {TRIALS} where a range is searched"
-    )
+    parser.add_argument("--trials", type=int, help="how many; all combinations of lists, 20 where a range is searched")
     parser.add_argument("--folder", metavar="DIR", help="where the trials go; runs/CONFIG-METHOD-sweep without it")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="run every trial to its end")
     parser.add_argument("--seed", type=int, default=0, help="of the points that are drawn in ranges (0)")
     return parser
 
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(command_line(), data=False)
+if __name__ == "__main__":
+    given = first_look(command_line(), data_files=False)  # answered before the imports below, which take seconds
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
 from recipes.compare_runs import compare_runs
 from recipes.utils.config import load_config
-from recipes.utils.console import UserError, run, say
-from recipes.utils.search_space import corners, grid, split_flags
-from recipes.utils.trials import done, open_study, run_trial
-
-import optuna
-from optuna.trial import TrialState
+from recipes.utils.files import locked, read_jsonl
 
 RECIPES = Path(__file__).parent
+FIRST = 4  # trials that are run to the end, to know what is usual
+LOOK_EVERY = 0.5  # seconds
 
 
 def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=True, seed=0) -> dict:
-    """Run the sweep and return the best trial: {"trial" (folder), "params", "validation_loss" (nats a token), "command"}.
+    """Run the sweep and return the best trial: {"trial" (folder), "params", "validation_loss" (nats), "command"}.
 
     `flags` are keys of the config with their values: "16,32,64", "1e-4..4e-4", or one value that all trials share.
-
-    Raises:
-        UserError: for values that the config does not take, a config that never evaluates, a `folder` that holds another
-            sweep, or if no trial came to an end.
-    """
-    # 1. What is tried, and whether the config takes it.
+    Raises `UserError` for values that the config does not take, a config that never evaluates, a `folder` that holds
+    another sweep, or if no trial came to an end."""
+    # 1. What is tried, and whether the config takes it: each value of a list, both ends of a range.
     method = "qlora" if qlora else "lora"
-    space, fixed = split_flags(flags)
+    space = {key: found for key, value in flags.items() if (found := distribution(key, value))}
+    fixed = {key: value for key, value in flags.items() if key not in space}
     if not space:
         raise UserError("nothing to tune: give a key several values, such as --lora.lora_alpha 16,32,64")
     if "training.output_dir" in flags:
         raise UserError("--training.output_dir: each trial has its own; the sweep's folder is --folder")
-    checked = [load_config(config, fixed | values, method, new_run=False) for values in corners(space)]
-    if any(one.training.get("eval_strategy", "no") == "no" for one in checked):
-        raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
-    combinations = grid(space)
-    trials = trials or (len(combinations) if combinations else TRIALS)
-    trials = min(trials, len(combinations)) if combinations else trials
+    values = {key: getattr(found, "choices", None) or (found.low, found.high) for key, found in space.items()}
+    first = fixed | {key: ends[0] for key, ends in values.items()}
+    for change in [{key: value} for key, ends in values.items() for value in ends]:
+        if load_config(config, first | change, method).training.get("eval_strategy", "no") == "no":
+            raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
+    lists = all(isinstance(found, CategoricalDistribution) for found in space.values())
+    grid = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())] if lists else []
+    trials = min(trials or len(grid), len(grid)) if grid else trials or 20
 
     # 2. The study, in a database in the sweep's folder: new, or one that was stopped.
     folder = Path(folder or f"runs/{Path(config).stem}-{method}-sweep")
-    study = open_study(folder, {"config": str(config), "method": method, "space": repr(space), "fixed": fixed}, pruning)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as afterwards:
+        afterwards.enter_context(locked(folder))
+        afterwards.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        afterwards.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST) if pruning else optuna.pruners.NopPruner()
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / 'sweep.db'}", study_name="sweep", load_if_exists=True, pruner=pruner
+        )
+        of = [str(config), method, repr(space), fixed]
+        if study.user_attrs.get("of", of) != of:
+            raise UserError(f"{folder}: holds a sweep of other values; give its command again, or another --folder")
+        study.set_user_attr("of", of)
 
-    # 3. Trial by trial. What they draw depends on the trials before alone, so a stop changes nothing.
-    while (number := done(study)) < trials:
-        if combinations and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial(combinations[number])
-        study.sampler = optuna.samplers.TPESampler(seed=seed + number)
-        trial, trial_folder = study.ask(space), folder / f"trial-{number + 1:03}"
-        command = _command(config, method, fixed | trial.params)
-        say(f"trial {number + 1} of {trials}: {shlex.join(_words(trial.params))}")
-        run_trial(study, trial, trial_folder, command)
+        # 3. Trial by trial. What one draws depends on those before alone, so a stop changes nothing.
+        script = ["python", os.path.relpath(RECIPES / f"sft_{method}.py"), str(config)]
+        while (number := sum(map(is_done, study.trials))) < trials:
+            if grid and not study.get_trials(states=(TrialState.WAITING,)):
+                study.enqueue_trial(grid[number])
+            study.sampler = optuna.samplers.TPESampler(seed=seed + number)
+            trial = study.ask(space)
+            say(f"trial {number + 1} of {trials}: {shlex.join(words(trial.params))}")
+            train(study, trial, folder / f"trial-{number + 1:03}", [*script, *words(fixed | trial.params)])
 
     # 4. Side by side, and the command that makes the best one again.
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not finished:
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise UserError(f"no trial came to an end; see {folder}/*.log")
     compare_runs([path.parent for path in sorted(folder.glob("trial-*/run.json"))])
-    best, command = study.best_trial, shlex.join(_command(config, method, fixed | study.best_trial.params))
-    name = best.user_attrs["folder"]
-    say(
-        f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {command}\nnext:  python recipes/evaluate_adapter.py {name}"
-    )
-    return {"trial": name, "params": best.params, "validation_loss": best.value, "command": command}
+    best, name = study.best_trial, study.best_trial.user_attrs["folder"]
+    again = shlex.join([*script, *words(fixed | best.params)])
+    say(f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {again}")
+    say(f"next:  python recipes/evaluate_adapter.py {name}")
+    return {"trial": name, "params": best.params, "validation_loss": best.value, "command": again}
 
 
-def _command(config, method: str, settings: dict) -> list[str]:
-    script = os.path.relpath(RECIPES / f"sft_{method}.py")
-    return ["python", script, str(config), *_words(settings)]
+def distribution(key: str, text) -> BaseDistribution | None:
+    """One of a list (16,32,64), or a number of a range (1e-4..4e-4): whole where both ends are, else on a logarithmic
+    scale above zero, as learning rates want. None for a single value."""
+    if not isinstance(text, str) or not ("," in text or ".." in text):
+        return None
+    parts = text.split("," if "," in text else "..")
+    values = [read_flags([f"--{key}={part.strip()}"])[key] for part in parts]
+    if "," in text:
+        return CategoricalDistribution(list(dict.fromkeys(values)))
+    if [type(value) in (int, float) for value in values] != [True, True]:
+        return None
+    if values[0] >= values[1]:
+        raise UserError(f"--{key} {text}: the first number must be below the second")
+    whole = all(isinstance(value, int) for value in values)
+    return IntDistribution(*values) if whole else FloatDistribution(*values, log=values[0] > 0)
 
 
-def _words(settings: dict) -> list[str]:
+def words(settings: dict) -> list[str]:
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return [word for key, text in texts.items() for word in (f"--{key}", text)]
 
 
-def main(argv: list[str]) -> None:
-    options, keys = parse(command_line(), argv)
-    sweep(options.pop("config"), keys, **options)
+def is_done(trial) -> bool:
+    """True for a trial that ended by itself, by pruning, or by an error that another try would meet again."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
+
+
+def train(study: optuna.Study, trial: optuna.Trial, folder: Path, command: list[str]) -> None:
+    """Train into `folder`, report each evaluation to Optuna while it goes on, and tell it the result. Raises
+    `KeyboardInterrupt` where this process or the trial's was told to stop."""
+    trial.set_user_attr("folder", str(folder))
+    resume = any(folder.glob("checkpoint-*/trainer_state.json"))
+    if folder.exists() and not resume:  # stopped before its first checkpoint
+        with locked(folder):
+            shutil.rmtree(folder)
+    log, started, losses, pruned = folder.with_suffix(".log"), time.monotonic(), {}, False
+    command = [sys.executable, *command[1:], "--training.output_dir", str(folder), *["--resume"] * resume]
+    with open(log, "a") as file:  # in a session of its own, so that the terminal does not stop it as well
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        running = True
+        while running and not pruned:
+            time.sleep(LOOK_EVERY)
+            running = process.poll() is None  # asked before the last look, so that nothing is missed
+            for line in read_jsonl(folder / "metrics.jsonl"):
+                if "eval_loss" in line and line["step"] not in losses and not pruned:
+                    losses[line["step"]] = line["eval_loss"]
+                    say(f"  step {line['step']}: validation loss {line['eval_loss']:.4f}")
+                    trial.report(line["eval_loss"], line["step"])
+                    pruned = trial.should_prune()
+        if not pruned and process.returncode in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+            raise KeyboardInterrupt  # it was told to stop, not this process
+    except KeyboardInterrupt:
+        say("stopped; to go on, give the same command again")
+        raise
+    finally:
+        process.terminate()
+        process.wait()
+    seconds = f"{time.monotonic() - started:,.0f} s"
+    if pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
+    elif process.returncode == 0 and losses:
+        study.tell(trial, min(losses.values()))
+        say(f"  best {min(losses.values()):.4f}, {seconds}")
+    else:
+        reason = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        trial.set_user_attr("error", reason)
+        study.tell(trial, state=TrialState.FAIL)
+        if process.returncode == USER_ERROR:
+            raise UserError(reason.removeprefix("error: "))
+        say(f"  failed with status {process.returncode}: {reason}; see {log}")
+
+
+def main(given: CommandLine) -> None:
+    options = {name: value for name, value in given.options.items() if name != "traceback"}
+    sweep(flags=given.flags, **options)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

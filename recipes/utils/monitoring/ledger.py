@@ -1,0 +1,129 @@
+"""Which rows are wrong? The loss of each training row at each epoch, kept from the passes that train it.
+
+A row that the model cannot predict when it predicts the others is wrong, or alone of its kind ("Dataset Cartography",
+Swayamdipta et al., 2020, arXiv 2009.10795, which takes the mean over the epochs).
+"""
+
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from recipes.utils.console import UserError, say
+from recipes.utils.data import document_hash, locate
+from recipes.utils.files import append_jsonl, file_hash, keep_steps, read_json, read_jsonl
+
+LEDGER = "ledger.jsonl"
+TOGETHER = 16  # rows that a median is taken over
+
+
+class Ledger(TrainerCallback):
+    """Writes `folder`/ledger.jsonl: an object each time a row was trained on, `step` (the optimizer step that it went
+    into), `epoch` (from 1), `where` (file:line; rows[index] without one), `loss` (nats a trained token, mean) and
+    `tokens` (trained ones). `rows` is a Dataset with `input_ids`, by which a row is found again once it is packed.
+
+    Every process keeps its own micro-batches; the first one writes them all, before each checkpoint and at the end of
+    an epoch. After a resume the lines of steps past the checkpoint go. A line says what cannot be kept.
+    """
+
+    def __init__(self, folder: Path, rows, on: bool = True):
+        self.path, self.rows, self.places = Path(folder) / LEDGER, rows, {}
+        self.on, self.hook, self.notes = on, None, set()
+        self.step, self.pending = [], []  # [(hash of the token ids, nats, tokens)] of this step; with step and epoch
+        if on and not (hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())):
+            self.on = False
+            self._note("none is kept, since its rows are no Dataset of token ids")
+
+    def see(self, batch) -> None:
+        """Keep what a `MicroBatch` says of its documents."""
+        self.step += zip(map(document_hash, batch.documents), batch.nll.tolist(), batch.trained.tolist(), strict=True)
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        from recipes.utils.training import observe  # here: who reads a ledger needs no trainer
+
+        if self.on:
+            self.hook = observe(model, self.see)
+        if self.on and state.is_world_process_zero:
+            if "where" not in self.rows.column_names:
+                self.rows = self.rows.add_column("where", [f"rows[{index}]" for index in range(len(self.rows))])
+            self.places = locate(self.rows)
+            keep_steps(self.path, state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.on and not self.step:
+            self._note("the loss goes round TRL's fused LM head, so that of single rows is not known")
+        self.pending += [(state.global_step, math.ceil(state.epoch), *seen) for seen in self.step]
+        self.step.clear()
+        if control.should_save:
+            self._write(state)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._write(state)
+
+    on_save = on_epoch_end
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(state)
+        if self.hook:
+            self.hook.remove()
+
+    def _write(self, state) -> None:
+        pending, self.pending = gather_object(self.pending) if self.on else [], []
+        if state.is_world_process_zero and pending:
+            lines = []
+            for step, epoch, key, nll, tokens in pending:
+                where, loss = self.places.get(key), round(nll / tokens, 6)
+                lines.append({"step": step, "epoch": epoch, "where": where, "loss": loss, "tokens": tokens})
+            append_jsonl(self.path, [line for line in lines if line["where"]])
+            if not all(line["where"] for line in lines):
+                self._note("rows that were trained on otherwise than it was given them, such as cut ones, are left out")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            say(f"ledger: {text}")
+        self.notes.add(text)
+
+
+class Row(NamedTuple):
+    """What a ledger says of a row: `losses` is {epoch: nats a trained token}, `excess` is what rows are ranked by."""
+
+    where: str
+    losses: dict[int, float]
+    tokens: int
+    excess: float
+
+
+def read_ledger(folder: Path) -> list[Row]:
+    """The rows of a run's ledger, the worst first. Raises `UserError` where the run kept none, or where a data file is
+    not the one any more that the run was trained on, so that its lines may be others.
+
+    Rows are ranked by how far their loss is above the median of the rows trained on at the same time, in the mean over
+    the epochs: the loss itself falls as a run goes on, so that it would rank a row by when its turn was. Rows of the
+    same tokens share the first one's entry; the answers of a chat that is split have one each.
+    """
+    path = Path(folder) / LEDGER
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {LEDGER}; a run keeps one unless data.ledger is false")
+    record = path.with_name("run.json")
+    for name, digest in read_json(record).get("data_sha256", {}).items() if record.is_file() else ():
+        if Path(name).is_file() and file_hash(Path(name)) != digest:
+            raise UserError(f"{name}: has changed since the run in {folder}; the lines of its ledger may be others now")
+    lines = sorted(read_jsonl(path), key=lambda line: line["step"])
+    entries: dict[tuple[str, int], list[tuple]] = {}  # (where, tokens) -> [(epoch, loss, excess)]
+    start = 0
+    for end in range(1, len(lines) + 1):  # whole steps, as many as hold `TOGETHER` rows
+        if end == len(lines) or (end - start >= TOGETHER and lines[end]["step"] > lines[end - 1]["step"]):
+            usual = statistics.median(line["loss"] for line in lines[start:end])
+            for line in lines[start:end]:
+                seen = line["epoch"], line["loss"], line["loss"] - usual
+                entries.setdefault((line["where"], line["tokens"]), []).append(seen)
+            start = end
+    rows = []
+    for (where, tokens), times in entries.items():
+        # an epoch's last batch may be filled up with rows that it has seen
+        losses = {epoch: statistics.fmean(loss for at, loss, _ in times if at == epoch) for epoch, *_ in times}
+        rows.append(Row(where, losses, tokens, statistics.fmean(excess for *_, excess in times)))
+    return sorted(rows, key=lambda row: -row.excess)

@@ -1,0 +1,102 @@
+"""While it trains: one progress line on a terminal, a line now and then in a log, every figure in metrics.jsonl."""
+
+import atexit
+import sys
+import time
+from pathlib import Path
+
+import rich.progress
+from rich.table import Column
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from recipes.utils.console import out, say
+from recipes.utils.files import append_jsonl, keep_steps
+
+LINES_IN_A_LOG = 20
+BESIDE_THE_BAR = ("loss", "mean_token_accuracy", "tokens_per_second", "mfu")  # they fit a terminal of 80 columns
+SHOWN = {  # what is logged, and how a line has it: whatever is not there is left out
+    "loss": "  loss {:.4f}",
+    "mean_token_accuracy": "  accuracy {:.1%}",
+    "rewards/margins": "  reward margin {:.3f}",
+    "learning_rate": "  lr {:.1e}",
+    "tokens_per_second": "  {:,.0f} tokens/s",
+    "trained_tokens_per_second": ", {:,.0f} trained",
+    "padding_share": "  padding {:.0%}",
+    "mfu": "  MFU {:.0%}",
+    "peak_memory_gb": "  {:.1f} GB",
+    "gpu_utilization": "  GPU {} %",
+    "gpu_power_w": ", {:.0f} W",
+}
+
+
+class Progress(TrainerCallback):
+    """Shows progress, and writes `folder`/metrics.jsonl: an object a logging step or evaluation, of all that the
+    trainer logs then; docs/run_folder.md says what that is."""
+
+    in_place_of = (ProgressCallback, PrinterCallback)  # which a `Resumable` trainer leaves out, then
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder) / "metrics.jsonl"
+        self.bar = self.task = None
+        self.started, self.first_step, self.line_due = time.monotonic(), 0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero:
+            return
+        keep_steps(self.path, state.global_step)
+        if sys.stdout.isatty():
+            self.bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.completed}/{task.total}"),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                console=out,
+                expand=True,
+            )
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+            atexit.register(self.bar.stop)  # it hides the cursor, and a run that fails has no on_train_end
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.first_step:  # trackers take their time to begin
+            self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "train_runtime" in logs or not state.is_world_process_zero:
+            return
+        seconds = time.monotonic() - self.started
+        record = {"step": state.global_step, "epoch": state.epoch, "seconds": round(seconds, 3)}
+        record |= {name: value.item() if hasattr(value, "item") else value for name, value in logs.items()}
+        if "loss" in record:
+            a_step = seconds / max(1, state.global_step - self.first_step)  # evaluations and all
+            record["seconds_left"] = round(a_step * (state.max_steps - state.global_step), 1)
+        append_jsonl(self.path, [record])
+        if "eval_loss" in record:
+            of_evaluation = {name[len("eval_") :]: value for name, value in record.items() if name.startswith("eval_")}
+            self._print(state, "validation " + metrics_line(of_evaluation))
+        elif "loss" in record and self.bar:
+            self.bar.update(self.task, description=metrics_line(record, BESIDE_THE_BAR))
+        elif "loss" in record and state.global_step >= self.line_due:
+            self._print(state, metrics_line(record))
+            self.line_due = state.global_step + max(1, state.max_steps // LINES_IN_A_LOG)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.stop()
+
+    def _print(self, state, text: str) -> None:
+        say(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}")
+
+
+def metrics_line(logs: dict, names=tuple(SHOWN)) -> str:
+    """Those of `names` that `logs` has, and the time left where it is known."""
+    known = [name for name in SHOWN if name in names and isinstance(logs.get(name), int | float)]
+    line = "".join(SHOWN[name].format(logs[name]) for name in known if name != "padding_share" or logs[name] > 0.005)
+    if "seconds_left" in logs:
+        seconds = int(logs["seconds_left"])
+        line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+    return line.strip()

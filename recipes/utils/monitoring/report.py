@@ -1,0 +1,270 @@
+"""report.html: what a run was, how it went and what came of it, in one file that opens anywhere; its plots are SVG that
+takes the colours of the page: no script, no font, light and dark."""
+
+import io
+import math
+import re
+import statistics
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from transformers import TrainerCallback
+
+from recipes.utils.console import UserError, is_main_process, say
+from recipes.utils.files import read_json, read_jsonl
+from recipes.utils.monitoring.ledger import read_ledger
+from recipes.utils.page import write_page
+
+MODELS = ("base", "adapter", "merged")  # as evaluation names them
+WRONG, OTHERS, WORST = 8, 4, 20  # rows that are shown
+LONGEST = 3000  # characters of an answer that are compared and shown
+ALIKE = 0.4  # below this share of common words, marks would say no more than that it is another text
+CURVES = [  # title, unit, axis, {key of metrics.jsonl: name}
+    ("Loss", "nats a token", "log", {"loss": "training", "eval_loss": "validation"}),
+    ("Token accuracy", "", "share", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "validation"}),
+    ("Throughput", "tokens a second", "zero", {"tokens_per_second": "all", "trained_tokens_per_second": "trained on"}),
+    ("Memory", "GB", "zero", {"peak_memory_gb": "peak", "process_memory_gb": "process"}),
+    ("MFU", "", "zero share", {"mfu": "MFU"}),
+    ("GPU", "% of the time busy", "zero", {"gpu_utilization": "busy"}),
+    ("Gradient norm", "", "log", {"grad_norm": "gradient norm"}),
+    ("Learning rate", "", "zero", {"learning_rate": "learning rate"}),
+]
+# Stand-ins that matplotlib draws with, and the colours of the page that take their place.
+COLOURS = {"#010203": "var(--ink)", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--a)",
+           "#010207": "var(--b)", "#010208": "var(--c)"}  # fmt: skip
+INK, SOFT, LINE, *SERIES = COLOURS
+STYLE = {
+    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "xtick.color": LINE,
+    "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "text.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE,
+    "grid.linewidth": 0.6, "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.6,
+}  # fmt: skip
+POINTS = 200  # a curve: more could not be told apart
+
+
+class Report(TrainerCallback):
+    """Writes `folder`/report.html at each evaluation, so that a run can be looked at while it goes on, and when it is
+    left as a context manager, however the run ended."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = Path(folder), Path(folder) / "report.html"
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        refresh_report(self.folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        refresh_report(self.folder)
+
+
+def refresh_report(folder: Path) -> None:
+    """Write the report, or say in a line why there is none: a full disk, or a figure that nobody thought of, must not
+    cost the run."""
+    try:
+        if is_main_process():
+            write_report(folder)
+    except Exception as error:
+        say(f"warning: {Path(folder) / 'report.html'} could not be written: {type(error).__name__}: {error}")
+
+
+def write_report(folder: Path) -> None:
+    """Write `folder`/report.html from the files that are in `folder` by now."""
+    folder, evaluation = Path(folder), Path(folder) / "evaluation"
+    paths = folder / "run.json", evaluation / "metrics.json"
+    record, scores = (read_json(path) if path.is_file() else {} for path in paths)
+    metrics, ledger = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "ledger.jsonl")
+    answers = read_jsonl(evaluation / "predictions.jsonl")
+    try:
+        worst = read_ledger(folder)[:WORST]
+    except UserError:  # it kept none, or its data files have changed
+        worst = []
+    write_page(
+        folder / "report.html", "report.html", folder=folder.resolve().name, record=record, **scores.get("report", {}),
+        tiles=_tiles(record, metrics), curves=_curves(metrics), distributions=_distributions(record, answers, ledger),
+        examples=_examples(answers), samples=_samples(read_jsonl(folder / "samples.jsonl")), worst=worst,
+        longest=LONGEST,
+    )  # fmt: skip
+
+
+def _column(metrics: list[dict], key: str) -> tuple[list, list]:
+    """(steps, values) of the lines that have a value."""
+    having = [line for line in metrics if line.get(key) is not None]
+    return [line["step"] for line in having], [line[key] for line in having]
+
+
+def _tiles(record: dict, metrics: list[dict]) -> list[tuple[str, str]]:
+    """(figure, what it is) of the run as a whole."""
+    tiles = []
+    if losses := list(zip(*reversed(_column(metrics, "eval_loss")), strict=True)):
+        best, step = min(losses, key=lambda pair: (math.isnan(pair[0]), pair))
+        tiles.append((f"{best:.4f}", f"best validation loss, at step {step:,}"))
+    if metrics:
+        minutes, seconds = divmod(round(metrics[-1]["seconds"]), 60)
+        duration = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+        tiles.append((f"{metrics[-1]['step']:,}", f"steps, {metrics[-1]['epoch']:.2f} epochs"))
+        tiles.append((duration, "of training"))
+    for key, name in {"tokens_per_second": "tokens", "trained_tokens_per_second": "tokens trained on"}.items():
+        if values := _column(metrics, key)[1]:
+            tiles.append((f"{statistics.median(values):,.0f}", f"{name} a second, in the middle"))
+    if memory := _column(metrics, "peak_memory_gb")[1]:
+        tiles.append((f"{max(memory):.1f} GB", "peak memory"))
+    rows = record.get("rows", {}).get("train", {})
+    if tokens := rows.get("tokens"):
+        trained = f"{rows['trained_tokens'] / tokens:.0%} trained on"
+        tiles.append((f"{rows['rows']:,}", f"train rows, {tokens:,} tokens, {trained}"))
+    return tiles
+
+
+def _curves(metrics: list[dict]) -> list[Markup]:
+    plots = []
+    for title, unit, axis, keys in CURVES:
+        columns = {name: _column(metrics, key) for key, name in keys.items()}
+        if series := {name: column for name, column in columns.items() if column[0]}:
+            plots.append(curves(title, unit, series, axis))
+    return plots
+
+
+def _distributions(record: dict, answers: list[dict], ledger: list[dict]) -> list[Markup]:
+    plots = []
+    if lengths := record.get("rows", {}).get("train", {}).get("length_histogram"):
+        plots.append(bars("Length of train rows", "tokens", lengths["edges"], {"rows": lengths["rows"]}))
+    if ledger:
+        last = {line["where"]: line["loss"] for line in ledger}
+        plots.append(histogram("Loss of train rows, when last seen", "nats a token", {"rows": list(last.values())}))
+    if answers:
+        models = [name for name in MODELS if name in answers[0]][:2]
+        losses = {name: [line[name]["loss"] for line in answers] for name in models}
+        plots.append(histogram("Loss of test rows", "nats a token", losses))
+        generated = [line for line in answers if "answer" in line[models[0]]]
+        tokens = {name: [line[name]["answer_tokens"] for line in generated] for name in models}
+        tokens["expected"] = [line["expected_tokens"] for line in generated]
+        plots.append(histogram("Length of answers", "tokens", tokens))
+    return plots
+
+
+def _examples(answers: list[dict]) -> list[dict]:
+    """Rows with their answers marked: those that the tuned model got most wrong, then others as they come."""
+    generated = [line for line in answers if "answer" in line.get("adapter", {})]
+    ranked = sorted(generated, key=lambda line: line["adapter"]["chrf"])
+    wrong = [line for line in ranked if not line["adapter"]["exact_match"]][:WRONG]
+    others = [line for line in generated if line not in wrong][:OTHERS]
+    return [
+        line | {
+            "wrong": line in wrong,
+            "answers": [
+                (name, mark_differences(line["expected"], line[name]["answer"]), line[name])
+                for name in MODELS if name in line
+            ],
+        }
+        for line in wrong + others
+    ]  # fmt: skip
+
+
+def mark_differences(expected: str, answer: str) -> list[tuple[str, str]]:
+    """[(text, "same" | "extra" | "missing")]: `answer` in pieces, between them the words of `expected` it lacks."""
+    ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text.strip()[:LONGEST]) for text in (answer, expected))
+    matcher = SequenceMatcher(None, theirs, ours, autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return [("".join(ours), "extra")]
+    pieces = []
+    for kind, start, end, own_start, own_end in matcher.get_opcodes():
+        if kind != "equal":
+            pieces.append(("".join(theirs[start:end]), "missing"))
+        pieces.append(("".join(ours[own_start:own_end]), "same" if kind == "equal" else "extra"))
+    return [piece for piece in pieces if piece[0]]
+
+
+def _samples(lines: list[dict]) -> list[list[dict]]:
+    """The answers to each sampled prompt, the latest first."""
+    prompts: dict[str, list[dict]] = {}
+    for line in lines:
+        prompts.setdefault(line["where"], []).insert(0, line)
+    return list(prompts.values())
+
+
+def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: str = "") -> Markup:
+    """Lines over optimizer steps: `series` is {name: (steps, values)}. A curve of very many points is drawn as their
+    mean in stretches, with the range of values as a band. Words in `axis`: it begins at "zero", is "log" where values
+    span two powers of ten, is a "share", written in per cent."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, unit, "step")
+        for colour, (name, pair) in zip(SERIES, series.items(), strict=False):
+            steps, values = (np.asarray(numbers, float) for numbers in pair)
+            parts = np.array_split(np.arange(len(steps)), min(POINTS, len(steps)))
+            at, middle = ([numbers[part].mean() for part in parts] for numbers in (steps, values))
+            axes.plot(at, middle, color=colour, label=name, marker="o" if len(parts) <= 12 else None, markersize=3.5)
+            if len(steps) > POINTS:
+                low, high = ([end(values[part]) for part in parts] for end in (np.min, np.max))
+                axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+        every = np.concatenate([np.asarray(values, float) for _, values in series.values()])
+        every = every[np.isfinite(every)]
+        if "log" in axis and len(every) and every.min() > 0 and every.max() > 100 * every.min():
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        if "zero" in axis:
+            axes.set_ylim(bottom=0)
+        if "share" in axis:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+        elif len(every) and every.max() >= 1000:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return _svg(figure, title)
+
+
+def histogram(title: str, unit: str, series: dict[str, list[float]]) -> Markup:
+    """How many rows have which value, for each of `series`, over the same bins."""
+    finite = {name: np.asarray(values, float)[np.isfinite(values)] for name, values in series.items()}
+    every = np.concatenate(list(finite.values()))
+    edges = np.histogram_bin_edges(every, bins=24)
+    if (every == every.round()).all() and np.ptp(every) < 24:
+        edges = np.arange(every.min() - 0.5, every.max() + 1)
+    return bars(title, unit, list(edges), {name: np.histogram(values, edges)[0] for name, values in finite.items()})
+
+
+def bars(title: str, unit: str, edges: list[float], series: dict[str, list[int]]) -> Markup:
+    """The same for rows that are counted already: `series` is {name: rows from one of `edges` to the next}."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, "rows", unit)
+        for colour, (name, rows) in zip(SERIES, series.items(), strict=False):
+            axes.stairs(rows, edges, fill=True, color=colour, alpha=0.3, linewidth=0)
+            axes.stairs(rows, edges, color=colour, label=name, linewidth=1.4)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_ylim(bottom=0)
+        return _svg(figure, title)
+
+
+def _axes(title: str, y_label: str, x_label: str):
+    figure = Figure(figsize=(4.7, 2.75), layout="constrained")  # in points of 1/72 inch: text is read on a phone
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.tick_params(length=0)
+    axes.margins(x=0.01)
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> Markup:
+    if len(figure.axes[0].get_legend_handles_labels()[1]) > 1:
+        figure.axes[0].legend(loc="best", handlelength=1.2)
+    file = io.StringIO()
+    nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, colour)
+    ids = r"figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|\w+Collection"
+    text = re.sub(rf' id="({ids})_\d+"', "", text)
+    head = rf'<svg role="img" aria-label="{title}" viewBox="\1">'
+    text = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', head, text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
+    return Markup(re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text))

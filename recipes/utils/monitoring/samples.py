@@ -1,0 +1,71 @@
+"""At each evaluation, what the model answers to a few fixed validation prompts: one sees style change, and answers that
+run away."""
+
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback
+
+from recipes.utils.console import say
+from recipes.utils.data import Encoder
+from recipes.utils.files import append_jsonl, keep_steps
+from recipes.utils.model import generate_answers
+
+MOST_TOKENS = 128  # of an answer
+SHOWN = 100  # characters of an answer on the terminal
+
+
+class Samples(TrainerCallback):
+    """Writes `folder`/samples.jsonl: an object a prompt and evaluation, `step`, `where` (file:line), `prompt` (the text
+    as sent), `expected`, `answer` (greedy) and `stopped` (False where it did not end by itself within 128 tokens).
+
+    `count` prompts, spread over the rows of `validation` (what `prepare` made, or a Dataset of `input_ids` and
+    `labels`). The run is the same without: nothing is drawn at random, and the model goes back to its mode.
+    """
+
+    def __init__(self, folder: Path, validation, tokenizer, count: int):
+        self.path, self.encoder, self.prompts = Path(folder) / "samples.jsonl", Encoder(tokenizer), []
+        rows = getattr(validation, "rows", validation) if count else None
+        if {"input_ids", "labels"} <= set(getattr(rows, "column_names", None) or ()):
+            count = min(count, len(rows))
+            for place in (index * len(rows) // count for index in range(count)):
+                self.prompts.append((rows[place].get("where", f"rows[{place}]"), *split_prompt(rows[place])))
+        elif rows is not None:
+            say("samples: none, since the validation rows are no token ids with labels")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        machine = AcceleratorState()
+        if self.prompts and (getattr(machine, "fsdp_plugin", None) or machine.deepspeed_plugin):
+            self.prompts = []
+            say("samples: none, since a model that is spread over processes cannot answer in one of them")
+        elif self.prompts and state.is_world_process_zero:
+            keep_steps(self.path, state.global_step)
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        if not self.prompts or not state.is_world_process_zero:
+            return
+        was_training = model.training
+        devices = [model.device] if model.device.type == "cuda" else []
+        # As in a step of training: what is trained is float32 beside a base in 16 bit, and autocast joins them.
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        autocast = torch.autocast(model.device.type, half, enabled=args.bf16 or args.fp16)
+        with torch.random.fork_rng(devices), autocast:
+            answers = generate_answers(model, self.encoder, [prompt for _, prompt, _ in self.prompts], MOST_TOKENS)
+        model.train(was_training)
+        decode = self.encoder.tokenizer.decode
+        for (where, prompt, expected), answer in zip(self.prompts, answers, strict=True):
+            sample = {"step": state.global_step, "where": where, "prompt": decode(prompt)}
+            sample |= {"expected": decode(expected, skip_special_tokens=True), "answer": answer.text}
+            append_jsonl(self.path, [{**sample, "stopped": answer.stopped}])
+            text = " ".join(answer.text.split())
+            shown = text if len(text) <= SHOWN else text[:SHOWN] + "…"
+            say(f"  {Path(where).name}  {shown}{'' if answer.stopped else '  (did not stop)'}")
+
+
+def split_prompt(row: dict) -> tuple[list[int], list[int]]:
+    """(token ids up to the last trained answer of a prepared row, those of the answer)."""
+    labels = row["labels"]
+    end = max(place for place, label in enumerate(labels) if label != -100) + 1
+    start = max((place for place, label in enumerate(labels[:end]) if label == -100), default=-1) + 1
+    return row["input_ids"][:start], row["input_ids"][start:end]

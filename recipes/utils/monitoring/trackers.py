@@ -1,0 +1,77 @@
+"""Trackers (training.report_to) by the libraries' own integrations, which are never in the way of the run."""
+
+import copy
+import os
+import socket
+from functools import partialmethod
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from recipes.utils.console import UserError, say
+from recipes.utils.files import read_json
+
+
+class Trackers(TrainerCallback):
+    """Hands each event on to the trackers `names` ("wandb", "tensorboard" ...). The run there is named after `folder`,
+    and its settings hold what run.json does. One that fails is left out from there on, with a line that says why.
+    Raises `UserError` for one that is not installed."""
+
+    def __init__(self, names, folder: Path):
+        self.folder, self.args, self.close_wandb = Path(folder), None, None
+        try:
+            self.trackers = {name: INTEGRATION_TO_CALLBACK[name]() for name in names}
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"training.report_to: {error}") from error
+
+    def _event(self, event: str, args, state, control, **kwargs) -> None:
+        if event == "on_train_begin":  # the integrations send what args.to_dict says
+            record, self.args = self.folder / "run.json", copy.copy(args)
+            own = args.to_dict() | {"run": read_json(record) if record.is_file() else {}}
+            self.args.run_name, self.args.to_dict = args.run_name or self.folder.name, lambda: own
+        for name, tracker in list(self.trackers.items()):
+            try:
+                if event == "on_train_begin" and name == "tensorboard":
+                    tracker.logging_dir = tracker.logging_dir or str(self.folder / "tensorboard")
+                if event == "on_train_begin" and name == "wandb" and state.is_world_process_zero:
+                    self.close_wandb = open_wandb(self.args.run_name, self.folder)
+                getattr(tracker, event)(self.args or args, state, control, **kwargs)
+                if event == "on_train_end" and name == "wandb" and self.close_wandb:
+                    self.close_wandb()  # the next run of this process is another one
+            except Exception as error:
+                del self.trackers[name]
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                say(f"warning: {name} is left out from here on, training goes on: {reason}")
+
+
+for _name in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+    setattr(Trackers, _name, partialmethod(Trackers._event, _name))
+
+
+def open_wandb(name: str, folder: Path):
+    """Open wandb's run, offline where it would ask for a login or wait for a server; returns what closes it."""
+    import wandb
+
+    if wandb.run:  # the user's own
+        return None
+    why = why_offline(wandb) if os.environ.get("WANDB_MODE", "online") == "online" else None
+    project, place = os.environ.get("WANDB_PROJECT", "huggingface"), os.environ.get("WANDB_DIR", str(folder))
+    settings = wandb.Settings(silent=True) if why else None
+    wandb.init(project=project, name=name, dir=place, mode="offline" if why else None, settings=settings)
+    if why:
+        say(f"wandb: {why} wandb sync {Path(wandb.run.dir).parent}")
+    return wandb.finish
+
+
+def why_offline(wandb) -> str | None:
+    """Why a run cannot be online, up to the command that uploads it later; None where it can."""
+    if not wandb.login(prompt=False, verify=False):
+        return "there is no login on this machine, so the run is kept offline; later: wandb login, then:"
+    address = urlsplit(wandb.setup().settings.base_url)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
+    except OSError:
+        return f"{address.hostname} cannot be reached, so the run is kept offline; later:"
+    return None
