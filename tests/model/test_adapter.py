@@ -1,19 +1,37 @@
-"""Levers on speed leave the losses as they are."""
+"""An adapter: levers on speed leave the losses as they are; what is saved is whole, and found again."""
 
-from recipes.utils import model as model_module
-from recipes.utils.config_keys import ModelOptions
-from recipes.utils.console import UserError
-from recipes.utils.evaluation import generate_answers
-from recipes.utils.memory_trace import LoraConfig
-from recipes.utils.speed import speed_up
+import json
+import shutil
 
 import pytest
 import torch
-from conftest import TINY, read_jsonl
-from peft import get_peft_model
+from conftest import TINY, copy_run, read_jsonl, run_recipe
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_attention import packed, small_model
-from test_sft import adapter_of, same, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.utils.console import RunEnded, UserError
+from recipes.utils.data import Encoder
+from recipes.utils.model import (
+    ModelOptions,
+    adapter_shapes,
+    check_adapter,
+    check_initialisation,
+    check_linear,
+    generate_answers,
+    load_adapter,
+    load_adapter_tokenizer,
+    load_base,
+    newest_run,
+    prepare_adapter,
+    publish_base,
+    read_adapter,
+    read_run,
+    save_adapter,
+    set_scale,
+    stored_shapes,
+)
 
 
 def adapted(model, checkpointing=False):
@@ -34,14 +52,18 @@ def test_without_the_input_cast_a_run_is_the_same_bit_for_bit(config_file, tmp_p
     """In bfloat16, where PEFT would cast: losses, evaluations and the adapter."""
     path = config_file(model={"name_or_path": str(TINY / "base"), "dtype": "bfloat16"}, training={"max_steps": 4})
     found = []
-    for cast in (True, False):
-        overrides = {"model.adapter_input_cast": cast, "training.output_dir": str(tmp_path / f"cast-{cast}")}
-        folder = train(path, method, overrides=overrides)
+    for cast in ("true", "false"):
+        folder = tmp_path / f"cast-{cast}"
+        words = ["--model.adapter_input_cast", cast, "--training.output_dir", folder]
+        assert run_recipe(f"sft_{method}", path, *words) == 0
         lines = read_jsonl(folder / "metrics.jsonl")
-        found.append(([line.get("loss", line.get("eval_loss")) for line in lines], adapter_of(folder)))
-    assert found[0][0] == found[1][0]
-    assert same(found[0][1], found[1][1])
-    assert "adapter inputs uncast" in capsys.readouterr().out
+        losses = [line.get("loss", line.get("eval_loss")) for line in lines]
+        found.append((losses, load_file(folder / "adapter_model.safetensors")))
+    (one, adapter), (other, its) = found
+    assert one == other
+    assert adapter.keys() == its.keys()
+    assert all(torch.equal(adapter[name], its[name]) for name in adapter)
+    assert capsys.readouterr().out.count("speed: adapter inputs uncast") == 1
 
 
 def test_the_cast_is_what_costs_memory():
@@ -49,9 +71,7 @@ def test_the_cast_is_what_costs_memory():
     kept = []
     for cast in (True, False):
         model = adapted(small_model("mistral", "sdpa").to(torch.bfloat16))
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.float() if "lora_" in name else parameter.data
-        speed_up(model, ModelOptions(adapter_input_cast=cast))
+        prepare_adapter(model, ModelOptions(adapter_input_cast=cast))
         storages = {}
 
         def keep(tensor, storages=storages):
@@ -67,7 +87,7 @@ def test_the_cast_is_what_costs_memory():
 def test_generation_outside_of_autocast_still_casts():
     base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    speed_up(model, ModelOptions())
+    prepare_adapter(model, ModelOptions())
     assert model.generate(input_ids=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape[1] > 3
 
 
@@ -85,13 +105,14 @@ def losses(model):
 def test_answers_while_training_compile_nothing():
     """Each length of the cache would be compiled for, and beyond torch's limit training itself would go uncompiled."""
     torch._dynamo.reset()
-    tokenizer, _ = model_module.load_tokenizer(ModelOptions(str(TINY / "base")))
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer.chat_template = (TINY.parents[1] / "configs" / "chat_templates" / "qwen2.jinja").read_text()
     model = adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32))
-    speed_up(model, ModelOptions(compile_layers=True), "eager")
+    prepare_adapter(model, ModelOptions(compile_layers=True), "eager")
     losses(model)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
-    assert len(generate_answers(model, tokenizer, [[5, 6, 7], [8, 9]], 6)) == 2
+    assert len(generate_answers(model, Encoder(tokenizer), [[5, 6, 7], [8, 9]], 6)) == 2
     losses(model.train())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
@@ -101,10 +122,11 @@ BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("family", "checkpointing"), [("mistral", True), ("qwen2", False)])
-def test_compiled_layers_have_the_losses_and_names_of_plain_ones(family, checkpointing, backend):
+def test_compiled_layers_have_the_losses_and_names_of_plain_ones(family, checkpointing, backend, capsys):
     torch._dynamo.reset()
     plain, compiled = (adapted(small_model(family, "sdpa"), checkpointing) for _ in range(2))
-    assert "compiled" in speed_up(compiled, ModelOptions(compile_layers=True), backend)
+    prepare_adapter(compiled, ModelOptions(compile_layers=True), backend)
+    assert "decoder layers compiled" in capsys.readouterr().out
     torch._dynamo.utils.counters.clear()
     (one, gradients), (other, others) = losses(plain), losses(compiled)
     assert one == pytest.approx(other, abs=1e-4)
@@ -115,17 +137,191 @@ def test_compiled_layers_have_the_losses_and_names_of_plain_ones(family, checkpo
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
-def test_liger_where_it_cannot_run_is_refused_with_the_reason(config_file, monkeypatch):
-    with pytest.raises(UserError, match="on a GPU alone"):
-        train(config_file(training={"use_liger_kernel": True}))
+class Saver:
+    """What `save_adapter` asks of a trainer."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def save_model(self, folder):
+        self.model.save_pretrained(folder)
+        torch.save({}, f"{folder}/training_args.bin")
 
 
-def test_liger_that_is_not_installed_is_refused(config_file, monkeypatch):
-    from recipes.utils.config import load_config
+def test_an_adapter_is_saved_whole_or_not_at_all(tmp_path):
+    saver = Saver(adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)))
+    save_adapter(saver, tmp_path)
+    assert stored_shapes(tmp_path) == adapter_shapes(saver.model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
 
-    config = load_config(config_file(training={"use_liger_kernel": True}), {}, "lora")
-    config.training["use_cpu"] = False
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(model_module, "is_liger_kernel_available", lambda: False)
-    with pytest.raises(UserError, match="pip install liger-kernel"):
-        model_module.check_machine(config)
+    class Sharded(Saver):
+        """As a sharded run might: a tensor is empty, and another one is missing."""
+
+        def save_model(self, folder):
+            super().save_model(folder)
+            tensors = load_file(f"{folder}/adapter_model.safetensors")
+            first, second, *_ = tensors
+            del tensors[second]
+            save_file({**tensors, first: torch.empty(0)}, f"{folder}/adapter_model.safetensors")
+
+    (tmp_path / "sharded").mkdir()
+    with pytest.raises(RunEnded, match="is not whole; its checkpoints are kept"):
+        save_adapter(Sharded(saver.model), tmp_path / "sharded")
+    assert not (tmp_path / "sharded" / "adapter_config.json").exists()
+
+
+def test_what_is_trained_is_float32_whatever_the_base_is_in():
+    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.bfloat16)
+    lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.bfloat16}
+    prepare_adapter(model, ModelOptions())
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert model.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_an_adapter_names_the_base_that_it_is_on(tmp_path):
+    """Of one to go on from: the folder of its base, which PEFT can look into without asking the hub."""
+    model = adapted(load_base(TINY / "base", ModelOptions("someone/tiny", dtype="float32"), "sdpa"))
+    model.peft_config["default"].base_model_name_or_path = "someone/tiny"
+    model.peft_config["default"].revision = "0" * 40
+    prepare_adapter(model, ModelOptions())
+    config = model.peft_config["default"]
+    assert (config.base_model_name_or_path, config.revision) == (str(TINY / "base"), None)
+
+
+def test_a_snapshot_of_the_hub_is_named_as_the_hub_does(tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--tiny-it" / "snapshots" / ("ab" * 20)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(snapshot), "r": 4}))
+    (tmp_path / "README.md").write_text(f"base_model: {snapshot}\ntags:\n- base_model:adapter:{snapshot}\n")
+    publish_base(tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert found == {"base_model_name_or_path": "someone/tiny-it", "revision": "ab" * 20, "r": 4}
+    card = (tmp_path / "README.md").read_text()
+    assert card == "base_model: someone/tiny-it\ntags:\n- base_model:adapter:someone/tiny-it\n"
+    plain = json.dumps({"base_model_name_or_path": "examples/tiny/base", "revision": None})
+    (tmp_path / "adapter_config.json").write_text(plain)
+    publish_base(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == plain
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("pissa", "changes the base"),
+        ("pissa_niter_16", "changes the base"),
+        ("olora", "changes the base"),
+        ("eva", "eva needs a pass over the data"),
+        ("corda", "corda needs a pass over the data"),
+        ("lora_ga", "lora_ga needs a pass over the data"),
+        ("loftq", "loftq needs a base that it quantises itself"),
+    ],
+)
+def test_an_initialisation_that_is_not_carried_to_the_end_is_refused_with_its_reason(tmp_path, start, message):
+    with pytest.raises(UserError, match=rf"lora.init_lora_weights: .*{message}.*arXiv 2602.04998"):
+        check_initialisation({"init_lora_weights": start})
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
+    with pytest.raises(UserError, match=f"began with {start} and is no plain LoRA"):
+        check_adapter(str(tmp_path))
+    if start != "eva":  # which takes directions from the data and leaves the base as it is
+        with pytest.raises(UserError, match="not linear in its scale"):
+            check_linear(tmp_path, 0.5)
+    check_linear(tmp_path, 1.0)
+
+
+def test_other_initialisations_are_taken():
+    for start in (True, "gaussian", "orthogonal"):
+        check_initialisation({"init_lora_weights": start})
+    check_initialisation({})
+    check_adapter(None)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "LOHA"}]
+)
+def test_an_adapter_that_is_not_linear_in_its_scale_can_be_had_at_1_alone(tmp_path, settings):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **settings}))
+    check_linear(tmp_path, 1.0)
+    with pytest.raises(UserError, match=f"scale 0.5: this adapter \\({next(iter(settings))}"):
+        check_linear(tmp_path, 0.5)
+
+
+def test_a_scale_is_a_share_of_what_was_trained():
+    model = adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)).eval()
+    ids = torch.arange(60, 90)[None]
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=ids).logits
+    found = {}
+    for scale in (0.0, 1.0, 0.5, 1.0):
+        set_scale(model, scale)
+        with torch.no_grad():
+            found[scale] = model(input_ids=ids).logits
+    torch.testing.assert_close(found[0.0], base)
+    assert (found[0.5] - base).abs().max() > 1e-3
+    assert (found[1.0] - found[0.5]).abs().max() > 1e-3
+
+
+def test_a_pickled_or_absent_adapter_is_refused(tmp_path):
+    for function, message in (
+        (check_adapter, "is no adapter folder"),
+        (read_adapter, "is no run folder and no adapter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            function(str(tmp_path))
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickled weights are not loaded"):
+        check_adapter(str(tmp_path))
+    with pytest.raises(UserError, match="pickled ones are not loaded"):
+        read_adapter(tmp_path)
+
+
+def test_an_adapter_of_another_tool_is_read_by_its_own_config(lora_run, tmp_path):
+    folder = copy_run(lora_run, tmp_path)
+    expected = load_file(folder / "adapter_model.safetensors")
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "checkpoint-8")
+    record = read_adapter(folder)
+    assert (record["name"], record["method"], record["commit"]) == ("run", "lora", None)
+    assert record["model"]["dtype"] == "float32"
+    assert "data" not in record
+    live = load_adapter(folder, record)
+    assert isinstance(live, PeftModel)
+    found = {name.replace(".default", ""): tensor for name, tensor in live.state_dict().items() if "lora_" in name}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "generation" in load_adapter_tokenizer(folder, record).chat_template
+    moved = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "not/there"}
+    (folder / "adapter_config.json").write_text(json.dumps(moved))
+    with pytest.raises(UserError, match="not/there: the folder of the adapter's base is not there"):
+        read_adapter(folder)
+
+
+def test_a_checkpoint_is_read_by_its_runs_record(lora_run):
+    assert read_adapter(lora_run / "checkpoint-8") == read_adapter(lora_run) == read_run(lora_run)
+
+
+def test_a_run_that_has_not_finished_is_a_user_error(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"is no run folder \(it has no run.json\)"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"status": "stopped"}')
+    with pytest.raises(UserError, match="holds no adapter yet"):
+        read_run(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert read_run(tmp_path) == {"status": "stopped"}
+    assert "its run was taken up again and is stopped" in capsys.readouterr().out
+
+
+def test_without_a_path_the_newest_finished_run_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        newest_run()
+    finished = {"a": ("finished", "2026-01-02"), "b": ("finished", "2026-01-03"), "c": ("running", None)}
+    for name, (status, date) in finished.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"status": status, "finished": date}))
+    assert str(newest_run()) == "runs/b"
