@@ -11,118 +11,89 @@ Made to be copied: `cp recipes/sft_qlora.py my_run.py`, then change what you nee
 import sys
 from pathlib import Path
 
-from recipes.utils.command_line import first_look, training_parser
+from recipes.utils.console import CommandLine, first_look, run_main, say, training_parser
 
-if __name__ == "__main__":  # --help and slips are answered before the imports, which take seconds
-    first_look(training_parser(__doc__))
-
-from recipes.utils.adapter import keep_start, save_adapter, train_in_float32
-from recipes.utils.checkpoint import begin_from, save_whole
-from recipes.utils.config import Config, parse_command_line
-from recipes.utils.console import run, say
-from recipes.utils.disk import check_disk
-from recipes.utils.failures import settings_judged, stop_if_not_finite
-from recipes.utils.fit import settle_memory
-from recipes.utils.guards import check_model, check_rows, check_settings, heed
-from recipes.utils.model import check_machine, check_sharded, choose_attention, load_base_model, load_tokenizer
-from recipes.utils.monitor import watch
-from recipes.utils.prepare import prepare
-from recipes.utils.report import ReportWriter, refresh_report
-from recipes.utils.run_folder import discard_empty
-from recipes.utils.run_record import recorded
-from recipes.utils.run_table import print_run_table
-from recipes.utils.same_run import check_same_run, describe
-from recipes.utils.speed import speed_up
-from recipes.utils.stop import stoppable
+if __name__ == "__main__":
+    given = first_look(training_parser(__doc__))  # --help and slips are answered before the imports, which take seconds
 
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
+
+from recipes.utils.config import Config, read_config
+from recipes.utils.data import load_tokenizer, prepare
+from recipes.utils.model import choose_attention, load_base, prepare_adapter, save_adapter
+from recipes.utils.monitoring import Ledger, Progress, Report, Samples, Trackers
+from recipes.utils.training import Deadline, ResumableTrainer, begin, check_same_run, print_run, recorded
 
 
 def train_qlora(config: Config) -> Path:
     """Train a LoRA adapter on a 4-bit base as `config` says and return the folder that holds it."""
-    # 1. Settings: a section of the YAML holds the arguments of one library class.
-    check_machine(config)
-    attention, attention_reason = choose_attention(config.model, config.training["use_cpu"])
-    chosen = settle_memory(config, attention)
-    training_args = SFTConfig(**config.training)
-    lora_config = LoraConfig(**config.lora)
-    # The values of the QLoRA paper (arXiv 2305.14314): NF4, constants quantised too, products computed in 16 bit.
-    config.quantization = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": config.model.dtype,
-        **config.quantization,
-    }
-    quantization_config = BitsAndBytesConfig(**config.quantization)
+    with begin(config) as run:  # its folder, locked; its base, a folder or a snapshot of the hub; what to resume from
+        # 1. Settings: a section of the YAML holds the arguments of one library class.
+        args = SFTConfig(output_dir=str(run.folder), **config.training)
+        lora_config = LoraConfig(**config.lora)
+        # The values of the QLoRA paper (arXiv 2305.14314): NF4, constants quantised too, products computed in 16 bit.
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": config.model.dtype,
+            **config.quantization,
+        }
+        quantization_config = BitsAndBytesConfig(**quantization)
 
-    # 2. Data: JSONL files -> checked chats -> token ids, with labels on the answers alone; what cannot be right stops here.
-    tokenizer, template_reason = load_tokenizer(config.model)
-    train = prepare(config.data, training_args, tokenizer, "train")
-    validation = prepare(config.data, training_args, tokenizer, "validation")
-    findings, validation = check_rows(train, validation, config, tokenizer)
-    heed(findings, config)
+        # 2. Data: JSONL files -> checked chats -> token ids, labels on answers alone. What cannot be right stops here.
+        tokenizer = load_tokenizer(run.base, config.model.chat_template, config.model.trust_remote_code)
+        train, validation = prepare(config.data, tokenizer, args)
 
-    # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
-    model = load_base_model(config.model, attention, training_args.use_cpu, quantization_config)
-    heed(check_model(model, train.rows, tokenizer), config)
+        # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
+        attention = choose_attention(config.model, args.use_cpu)
+        model = load_base(run.base, config.model, attention, quantization_config, use_cpu=args.use_cpu)
 
-    # 4. Adapter: a new one, or one to go on from. Its weights are float32, whatever the base is in.
-    if config.model.adapter:
-        model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
+        # 4. Adapter: a new one, or one to go on from.
+        if config.model.adapter:
+            model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
 
-    # 5. Trainer: it packs the rows, and its fused head computes the loss without holding all logits.
-    with settings_judged(config.new_folders):
-        trainer = SFTTrainer(
+        # 5. Trainer: SFTTrainer packs the rows, and its fused head computes the loss without holding all logits. What
+        # Resumable adds: checkpoints complete or absent, a stop at signals, the rows of a loss that is not finite.
+        report = Report(run.folder)
+        trainer = ResumableTrainer(
             model=model,
-            args=training_args,
+            args=args,
             train_dataset=train.rows,
             eval_dataset=validation.rows if validation else None,
             processing_class=tokenizer,
             peft_config=lora_config,
+            callbacks=[  # what watches; leave out what you do not want
+                Progress(run.folder),
+                Ledger(run.folder, train.rows, config.data.ledger),
+                Samples(run.folder, validation, tokenizer, config.data.samples),
+                Trackers(config.trackers, run.folder),
+                Deadline(config.max_hours),
+                report,
+            ],
         )
-        check_sharded(trainer)
-        disk = check_disk(trainer)
-        made_of = describe(config, trainer, train, validation, attention)
-        accepted = check_same_run(config, trainer, made_of)
-    train_in_float32(trainer.model)
-    chosen["speed"] = speed_up(trainer.model, config.model)
-    watch(trainer, config, train, validation)
-    trainer.add_callback(ReportWriter(config.run_folder))
-    reasons = {
-        "attention": f"{attention} ({attention_reason})",
-        "chat template": template_reason,
-        **chosen,
-        "checkpoints": disk,
-    }
-    print_run_table(config, trainer, train.counts, validation.counts if validation else None, reasons)
-    heed(check_settings(training_args, len(trainer.train_dataset), train.counts), config)
-    if config.dry_run:
-        discard_empty(config.new_folders)
-        return config.run_folder
+        prepare_adapter(trainer.model, config.model)  # float32, whatever the base is in; the levers on speed
+        check_same_run(run, config, trainer, train, validation)  # a resume of something else is refused, by the setting
+        print_run(run, config, trainer, train, validation)  # the table, worked out, and what is unwise
+        if config.dry_run:
+            return run.folder
 
-    # 6. Train, so that nothing is lost but the steps since the last checkpoint: signals, divergence and full disks end
-    # the run with a whole one. The best checkpoint by validation loss is loaded at the end.
-    save_whole(trainer, made_of)
-    begin_from(trainer, config.resume, accepted)
-    stop_if_not_finite(trainer, train, validation)
-    start = keep_start(trainer.model, config.model.revision)
-    with recorded(config, trainer, train, validation, accepted) as results, stoppable(trainer, config.max_hours):
-        results["train"] = trainer.train(resume_from_checkpoint=config.resume).metrics
+        # 6. Train. However it ends, run.json says how, and nothing is lost but the steps since the last checkpoint.
+        with report, recorded(run, config, trainer, train, validation) as results:
+            results["train"] = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
 
-        # 7. Save the adapter with the tokenizer and the chat template that it was trained with.
-        save_adapter(trainer, start)
-        results["best_validation_loss"] = trainer.state.best_metric
-    say(f"\nadapter: {config.run_folder}\nreport:  {refresh_report(config.run_folder)}")
-    say(f"next:    python recipes/evaluate_adapter.py {config.run_folder}")
-    return config.run_folder
+            # 7. Save the best adapter by validation loss, with the tokenizer and the chat template of its training.
+            save_adapter(trainer, run.folder)
+    say(f"\nadapter: {run.folder}\nreport:  {report.path}")
+    say(f"next:    python recipes/evaluate_adapter.py {run.folder}")
+    return run.folder
 
 
-def main(argv: list[str]) -> None:
-    train_qlora(parse_command_line(argv, method="qlora", description=__doc__))
+def main(given: CommandLine) -> None:
+    train_qlora(read_config(given, method="qlora"))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main, given))

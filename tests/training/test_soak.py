@@ -20,8 +20,8 @@ def adapter(folder: Path) -> dict:
 
 
 def soak(config_file, tmp_path, method: str, kind: signal.Signals, kills: int, seed: int):
-    """Run until `kills` signals of a `kind` have hit, at random moments, with as many runs as that takes; each ends with
-    the adapter and the validation losses of a run that was let alone."""
+    """Run until `kills` signals of a `kind` have hit, at random moments, with as many runs as that takes; each ends
+    with the adapter and the validation losses of a run that was let alone."""
     path = config_file(lora={"lora_dropout": 0.1}, training=RUN)
     warm()
     alone = start(method, path, tmp_path / "alone")

@@ -1,24 +1,22 @@
-"""The two training recipes, run for real on the tiny base: LoRA, and Q-LoRA on NF4 weights."""
+"""The LoRA recipe, run for real on the tiny base; with the methods side by side where both must do the same."""
 
-import difflib
 import json
 import math
 import shutil
 
-from recipes import sft_lora, sft_qlora
-from recipes.utils.config import load_config
-from recipes.utils.console import UserError
-from recipes.utils.dataset import read_chats
-from recipes.utils.encoding import encode_chats
-from recipes.utils.evaluation import score_answers
-
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, chat, read_jsonl, real_rows, run_script, write_jsonl
+from conftest import DATA, ROOT, TINY, chat, read_jsonl, run_script, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes import sft_lora, sft_qlora
+from recipes.utils.config import load_config
+from recipes.utils.console import UserError
+from recipes.utils.data import Encoder, read_chats
+from recipes.utils.evaluation import score_answers
 
 RECIPES = {"lora": sft_lora.train_lora, "qlora": sft_qlora.train_qlora}
 
@@ -42,12 +40,12 @@ def trainers(monkeypatch):
     built = []
     for recipe in (sft_lora, sft_qlora):
 
-        class Kept(recipe.SFTTrainer):
+        class Kept(recipe.ResumableTrainer):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 built.append(self)
 
-        monkeypatch.setattr(recipe, "SFTTrainer", Kept)
+        monkeypatch.setattr(recipe, "ResumableTrainer", Kept)
     return built
 
 
@@ -78,23 +76,6 @@ def test_a_lora_run_leaves_a_complete_folder_and_a_lower_loss(config_file, capsy
     assert (folder / "checkpoint-16" / "adapter_model.safetensors").is_file()
 
 
-def test_qlora_trains_float32_adapters_on_nf4_layers(config_file, trainers):
-    import bitsandbytes
-
-    folder = train(config_file(), "qlora")
-    model = trainers[0].model
-    quantised = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert len(quantised) == 5 * 7
-    assert all(module.weight.quant_state.quant_type == "nf4" for module in quantised)
-    assert all(module.weight.quant_state.nested for module in quantised)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert trainable
-    assert {parameter.dtype for parameter in trainable} == {torch.float32}
-    assert {tensor.dtype for tensor in adapter_of(folder).values()} == {torch.float32}
-    losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config_file, tmp_path, method):
     """From the middle of a save interval's run, with dropout, evaluations and the best checkpoint loaded at the end."""
@@ -116,7 +97,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config_file, tmp
 
 
 def test_the_best_checkpoint_by_validation_loss_is_what_is_saved(config_file, tmp_path):
-    """Validation rows that the base can do already and forgets as it learns another task: the first save is the best."""
+    """Validation rows that the base can do already and forgets as it learns another task: the first save is best."""
     rows = [chat(f"Copy: {word}", word) for word in ("hello", "seven", "Anna", "blue train")]
     data = {"validation": str(write_jsonl(tmp_path / "copy.jsonl", rows))}
     folder = train(config_file(data=data, training={"learning_rate": 5e-3, "max_steps": 12}))
@@ -154,7 +135,7 @@ def test_the_trainer_gets_the_labels_that_were_made(config_file, trainers):
     train(path)
     trainer = trainers[0]
     chats = read_chats(yaml.safe_load(path.read_text())["data"]["train"])
-    expected = encode_chats(chats, AutoTokenizer.from_pretrained(trainer.args.output_dir))
+    expected = Encoder(AutoTokenizer.from_pretrained(trainer.args.output_dir)).encode(chats)
     assert [row["labels"] for row in trainer.train_dataset] == [row.labels for row in expected]
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     assert (batch["labels"] != -100).sum() == sum(label != -100 for row in expected[:2] for label in row.labels)
@@ -164,7 +145,7 @@ def test_the_first_loss_is_the_cross_entropy_of_the_base_on_the_answers(config_f
     """The whole path against plain arithmetic: no learning yet, one step over the whole file."""
     folder = train(config_file(training={"max_steps": 1, "per_device_train_batch_size": 48, "packing": False}))
     base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    rows = encode_chats(read_chats(str(folder.parent / "train.jsonl")), AutoTokenizer.from_pretrained(folder))
+    rows = Encoder(AutoTokenizer.from_pretrained(folder)).encode(read_chats(str(folder.parent / "train.jsonl")))
     total = count = 0
     for row in rows:
         labels = torch.tensor(row.labels[1:])
@@ -200,12 +181,6 @@ LORA_OPTIONS = [
     {"modules_to_save": ["lm_head"]},
     {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05},
 ]
-CHANGE_THE_BASE = [
-    {"init_lora_weights": "pissa"},
-    {"init_lora_weights": "pissa_niter_4"},
-    {"init_lora_weights": "olora"},
-    {"init_lora_weights": "pissa", "use_rslora": True},
-]
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["norm"]], ids=str)
@@ -222,39 +197,28 @@ def test_trained_modules_are_float32_on_a_base_in_16_bit_and_the_model_answers_a
     assert len(read_jsonl(folder / "samples.jsonl")) == 2
 
 
-@pytest.mark.parametrize("lora", LORA_OPTIONS + CHANGE_THE_BASE, ids=str)
+@pytest.mark.parametrize("lora", LORA_OPTIONS, ids=str)
 def test_what_loraconfig_has_works_and_reads_back_as_it_was_trained(config_file, lora):
     training = {"max_steps": 4, "learning_rate": 5e-3, "per_device_eval_batch_size": 8}
     folder = train(config_file(lora=lora, training=training))
     saved = json.loads((folder / "adapter_config.json").read_text())
-    if lora in CHANGE_THE_BASE:
-        assert saved["init_lora_weights"] is True
-        assert saved["r"] == 2 * 4
-    else:
-        assert all(saved[key] == value or sorted(saved[key]) == sorted(value) for key, value in lora.items())
+    assert all(saved[key] == value or sorted(saved[key]) == sorted(value) for key, value in lora.items())
     last_loss = [line["eval_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line][-1]
     base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = encode_chats(read_chats(str(folder.parent / "validation.jsonl")), tokenizer)
+    encoder = Encoder(tokenizer)
+    rows = encoder.encode(read_chats(str(folder.parent / "validation.jsonl")))
     torch.manual_seed(99)  # what reads back must not depend on a seed
     live = PeftModel.from_pretrained(base, folder)
-    assert score_answers(live, tokenizer, rows)[0] == pytest.approx(last_loss, rel=1e-4)
+    assert score_answers(live, encoder, rows)[0] == pytest.approx(last_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("lora", "method"),
-    [
-        ({"init_lora_weights": "eva"}, "lora"),
-        ({"init_lora_weights": "corda"}, "lora"),
-        ({"init_lora_weights": "loftq"}, "qlora"),
-        ({"init_lora_weights": "pissa"}, "qlora"),
-        ({"init_lora_weights": "pissa", "use_dora": True}, "lora"),
-        ({"init_lora_weights": "olora", "modules_to_save": ["lm_head"]}, "lora"),
-    ],
+    ("start", "method"), [("eva", "lora"), ("pissa", "lora"), ("olora", "lora"), ("loftq", "qlora")]
 )
-def test_an_initialisation_that_would_not_read_back_is_refused(config_file, lora, method, tmp_path):
+def test_an_initialisation_that_would_not_read_back_is_refused(config_file, start, method, tmp_path):
     with pytest.raises(UserError, match="init_lora_weights"):
-        train(config_file(lora=lora), method)
+        train(config_file(lora={"init_lora_weights": start}), method)
     assert not (tmp_path / "run").exists()
 
 
@@ -327,46 +291,26 @@ def test_a_second_run_into_the_folder_of_another_is_refused(config_file, method)
 
 def test_real_alpaca_rows_train_to_the_end(config_file):
     data = {
-        "train": str(real_rows("alpaca_train.jsonl")), "validation": str(real_rows("alpaca_validation.jsonl")),
+        "train": str(DATA / "alpaca_train.jsonl"), "validation": str(DATA / "alpaca_validation.jsonl"),
         "max_over_length": 1.0,
     }  # fmt: skip
-    folder = train(
-        config_file(
-            data=data,
-            training={
-                "max_length": 1024,
-                "max_steps": 3,
-                "eval_steps": 3,
-                "save_steps": 3,
-                "per_device_train_batch_size": 1,
-            },
-        )
-    )
+    steps = {"max_steps": 3, "eval_steps": 3, "save_steps": 3}
+    folder = train(config_file(data=data, training={"max_length": 1024, "per_device_train_batch_size": 1, **steps}))
     rows = json.loads((folder / "run.json").read_text())["rows"]
-    assert rows["train"]["rows"] + rows["train"]["dropped"] == 900
-    assert rows["train"]["rows"] > 300
+    assert rows["train"]["rows"] + rows["train"]["dropped"] == len(read_jsonl(DATA / "alpaca_train.jsonl"))
+    assert rows["train"]["rows"] > 10
 
 
 def test_real_sharegpt_rows_without_tools_train_to_the_end(config_file, tmp_path):
     rows = [
         row
-        for row in read_jsonl(real_rows("sharegpt_tools.jsonl"))
+        for row in read_jsonl(DATA / "sharegpt_tools.jsonl")
         if {turn["from"] for turn in row["conversations"]} <= {"human", "gpt", "system"} and row["tools"] == "[]"
     ]
-    assert len(rows) > 20
+    assert len(rows) >= 8
     data = {"train": str(write_jsonl(tmp_path / "sharegpt.jsonl", rows)), "validation": 0.3, "max_over_length": 1.0}
-    folder = train(
-        config_file(
-            data=data,
-            training={
-                "max_length": 2048,
-                "max_steps": 2,
-                "eval_steps": 2,
-                "save_steps": 2,
-                "per_device_train_batch_size": 1,
-            },
-        )
-    )
+    steps = {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    folder = train(config_file(data=data, training={"max_length": 2048, "per_device_train_batch_size": 1, **steps}))
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
@@ -379,16 +323,3 @@ def test_a_copied_recipe_and_config_run_from_outside_the_repository(config_file,
     assert result.returncode == 0, result.stderr
     assert (elsewhere / "out" / "adapter_model.safetensors").is_file()
     assert result.stderr == ""
-
-
-def test_the_two_recipes_differ_by_the_recorded_lines_alone():
-    """A fix in one recipe that is forgotten in the other fails here. To record a wanted difference:
-    `diff -U1 recipes/sft_lora.py recipes/sft_qlora.py | tail -n +3 > tests/what_qlora_adds.diff`."""
-    lora, qlora = ((ROOT / "recipes" / f"sft_{method}.py").read_text().splitlines() for method in ("lora", "qlora"))
-    found = [
-        line
-        for line in difflib.unified_diff(lora, qlora, lineterm="", n=0)
-        if line[0] in "+-" and line[:3] not in ("+++", "---")
-    ]
-    recorded = (ROOT / "tests" / "what_qlora_adds.diff").read_text().splitlines()
-    assert found == [line for line in recorded if line[0] in "+-"]

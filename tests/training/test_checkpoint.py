@@ -4,17 +4,16 @@ import json
 import os
 import shutil
 
-from recipes import sft_lora
-from recipes.utils import checkpoint as checkpoints
-from recipes.utils import console
-from recipes.utils.checkpoint import MANIFEST, fault, newest_complete
-from recipes.utils.config import load_config
-from recipes.utils.console import UserError
-
 import pytest
 import torch
-from conftest import read_jsonl, run_script
+from conftest import read_jsonl, run_recipe, run_script
 from safetensors.torch import load_file
+
+from recipes import sft_lora
+from recipes.utils.config import load_config
+from recipes.utils.console import UserError
+from recipes.utils.training import checkpoint as checkpoints
+from recipes.utils.training.checkpoint import MANIFEST, fault, newest_complete
 
 
 def train(path, **options):
@@ -22,13 +21,9 @@ def train(path, **options):
 
 
 @pytest.fixture(scope="module")
-def a_run(tmp_path_factory):
-    """A run of eight steps with checkpoints at 4 and 8, which no test changes."""
-    import conftest
-
-    folder = tmp_path_factory.mktemp("run")
-    path = conftest.config_file.__wrapped__(folder)()
-    return path, train(path)
+def a_run(lora_run):
+    """The config and the folder of a run of eight steps with checkpoints at 4 and 8, which no test changes."""
+    return lora_run.parent / "small.yaml", lora_run
 
 
 @pytest.fixture
@@ -91,14 +86,15 @@ def test_a_resume_says_what_it_passed_over_and_ends_like_the_whole_run(a_run, ru
 
 def test_a_checkpoint_of_another_tool_or_without_its_optimizer_is_refused(a_run, run_folder):
     newest = run_folder / "checkpoint-8"
+    overrides = {"training.output_dir": str(run_folder)}
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         shutil.copy(a_run[1] / "checkpoint-8" / MANIFEST, newest / MANIFEST)
         change_manifest(newest, lambda manifest, name=name: manifest["files"].pop(name))
         with pytest.raises(UserError, match="it holds no (optimizer state|scheduler|random state)"):
-            load_config(a_run[0], {"training.output_dir": str(run_folder)}, "lora", resume=str(newest))
+            train(a_run[0], overrides=overrides, resume=str(newest))
     (newest / MANIFEST).unlink()
     with pytest.raises(UserError, match="these recipes did not write it"):
-        load_config(a_run[0], {"training.output_dir": str(run_folder)}, "lora", resume=str(newest))
+        train(a_run[0], overrides=overrides, resume=str(newest))
 
 
 def test_a_resume_of_a_finished_run_takes_no_step_and_leaves_the_same_adapter(a_run, run_folder):
@@ -153,7 +149,7 @@ def test_a_write_that_fails_keeps_the_checkpoint_before_and_says_so(config_file,
     first = tmp_path / "first"
     shutil.copytree(whole / "checkpoint-4", first / "checkpoint-4")
     limit = (below + sizes[fails]) // 2
-    result = run_script("tests/with_a_file_limit.py", limit, path, "--training.output_dir", first, "--resume")
+    result = run_script("tests/training/with_a_file_limit.py", limit, path, "--training.output_dir", first, "--resume")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "checkpoint-8 could not be written" in result.stderr
     assert "--resume" in result.stderr
@@ -168,22 +164,8 @@ def test_a_write_that_fails_keeps_the_checkpoint_before_and_says_so(config_file,
 def test_too_little_disk_for_the_checkpoints_is_an_error_before_training(config_file, monkeypatch, tmp_path, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
-    assert console.run(sft_lora.main, [str(config_file(training={"save_total_limit": 1}))]) == 2
+    assert run_recipe("sft_lora", config_file(training={"save_total_limit": 1})) == 2
     errors = capsys.readouterr().err
     assert "2 checkpoints of 0.03 GB" in errors
     assert "0.05 GB are free" in errors
     assert not (tmp_path / "run").exists()
-
-
-def test_a_used_folder_is_refused_and_a_run_without_checkpoint_begins_again(config_file, tmp_path, capsys):
-    path = config_file()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "running", "started": "then", "versions": {}}))
-    with pytest.raises(UserError, match="holds a run already"):
-        load_config(path, {}, "lora")
-    (tmp_path / "run" / "checkpoint-4").mkdir()  # of a tool that does not stage
-    config = load_config(path, {}, "lora", resume="latest")
-    assert (config.resume, config.run_folder.resolve()) == (None, tmp_path / "run")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-4 is passed over" in shown
-    assert "begins at its first step" in shown

@@ -4,13 +4,11 @@ import os
 import subprocess
 import sys
 
-from recipes.utils.config import load_config
-from recipes.utils.console import UserError
-from recipes.utils.model import check_machine, check_sharded
-
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
+from conftest import ROOT, run_recipe
+
+from recipes import sft_lora
 
 SHARDED = """
 import os, torch, torch.distributed as dist
@@ -19,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import MistralConfig, MistralForCausalLM
 
-from recipes.utils.adapter import adapter_shapes
-from recipes.utils.failures import whole_norm
+from recipes.utils.model import adapter_shapes
+from recipes.utils.training.trainer import whole_norm
 
 dist.init_process_group("gloo")
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
@@ -69,21 +67,17 @@ def test_each_accelerate_config_is_read_by_accelerate(name):
     assert config.use_cpu is False
 
 
-def test_sharding_that_would_silently_be_something_else_is_refused(config_file, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    config = load_config(config_file(), {}, "lora")
-    with pytest.raises(UserError, match="plain data parallelism"):
-        check_machine(config)
-    config = load_config(config_file(), {}, "qlora")
-    config.training["use_cpu"] = False
-    with pytest.raises(UserError, match="--quantization.bnb_4bit_quant_storage float32"):
-        check_machine(config)
+def test_sharding_that_was_asked_for_and_is_not_in_use_is_refused(config_file, monkeypatch, capsys):
+    """On a CPU the library takes the wish for plain data parallelism, and says nothing."""
 
-    class Trainer:
-        is_fsdp_enabled = False
+    class Asked(sft_lora.ResumableTrainer):
+        def __init__(self, *args, **kwargs):
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+            super().__init__(*args, **kwargs)
 
-    with pytest.raises(UserError, match="is not in use"):
-        check_sharded(Trainer())
+    monkeypatch.setattr(sft_lora, "ResumableTrainer", Asked)
+    assert run_recipe("sft_lora", config_file()) == 2
+    assert "FSDP was asked for and is not in use" in capsys.readouterr().err
 
 
 def test_the_slurm_script_is_a_script():

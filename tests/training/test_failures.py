@@ -2,14 +2,13 @@
 
 import json
 
-from recipes import sft_lora
-from recipes.utils import console
-from recipes.utils.checkpoint import fault
-from recipes.utils.failures import documents_of
-
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import read_jsonl, run_recipe
+
+from recipes import sft_lora
+from recipes.utils.training.checkpoint import fault
+from recipes.utils.training.micro_batch import documents_of
 
 WORD = "Zanzibar"
 
@@ -19,7 +18,7 @@ def poisoned_word(monkeypatch):
     """From now on the base gives NaN for every document that begins as the marked row does."""
 
     def poison(path_to_rows, index, after=0):
-        class Poisoned(sft_lora.SFTTrainer):
+        class Poisoned(sft_lora.ResumableTrainer):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 bad = torch.tensor(kwargs[path_to_rows][index]["input_ids"])
@@ -35,7 +34,7 @@ def poisoned_word(monkeypatch):
 
                 embedding.register_forward_hook(spoil)
 
-        monkeypatch.setattr(sft_lora, "SFTTrainer", Poisoned)
+        monkeypatch.setattr(sft_lora, "ResumableTrainer", Poisoned)
 
     return poison
 
@@ -48,7 +47,7 @@ def test_a_nan_names_its_row_by_file_and_line_and_keeps_the_checkpoint(
     path = config_file(
         training={"packing": packing, "max_steps": 40, "load_best_model_at_end": False, "learning_rate": 1e-5}
     )
-    assert console.run(sft_lora.main, [str(path)]) == 3
+    assert run_recipe("sft_lora", path) == 3
     errors = capsys.readouterr().err
     assert errors.startswith("diverged: step ")
     assert "train.jsonl:31" in errors
@@ -67,7 +66,7 @@ def test_a_nan_in_an_evaluation_names_its_validation_row_and_is_never_the_best(
     config_file, tmp_path, poisoned_word, capsys
 ):
     poisoned_word("eval_dataset", 3)
-    assert console.run(sft_lora.main, [str(config_file())]) == 3
+    assert run_recipe("sft_lora", config_file()) == 3
     errors = capsys.readouterr().err
     assert "step 4: the validation loss" in errors
     assert "validation.jsonl:4" in errors
@@ -75,15 +74,15 @@ def test_a_nan_in_an_evaluation_names_its_validation_row_and_is_never_the_best(
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(config_file, tmp_path, monkeypatch, capsys):
-    class Exploding(sft_lora.SFTTrainer):
+    class Exploding(sft_lora.ResumableTrainer):
         def training_step(self, model, *args, **kwargs):
             loss = super().training_step(model, *args, **kwargs)
             if self.state.global_step == 5:
                 next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("inf"))
             return loss
 
-    monkeypatch.setattr(sft_lora, "SFTTrainer", Exploding)
-    assert console.run(sft_lora.main, [str(config_file())]) == 3
+    monkeypatch.setattr(sft_lora, "ResumableTrainer", Exploding)
+    assert run_recipe("sft_lora", config_file()) == 3
     assert "step 6: the loss or its gradient is not finite" in capsys.readouterr().err
     assert [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line][-1] == 5
 
@@ -91,24 +90,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config_file, tmp_pa
 def test_a_huge_learning_rate_ends_with_status_3_or_is_learnt_through_but_is_never_logged_as_zero(
     config_file, tmp_path
 ):
-    status = console.run(
-        sft_lora.main, [str(config_file(training={"learning_rate": 900.0, "max_steps": 8, "max_grad_norm": 0.0}))]
-    )
+    training = {"learning_rate": 900.0, "max_steps": 8, "max_grad_norm": 0.0}
+    status = run_recipe("sft_lora", config_file(training=training))
     losses = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert status == 3 or max(losses) > losses[0]
     assert all(loss > 0 for loss in losses)
 
 
 def test_out_of_memory_says_what_to_turn_down_with_this_runs_numbers(config_file, tmp_path, monkeypatch, capsys):
-    class Large(sft_lora.SFTTrainer):
+    class Large(sft_lora.ResumableTrainer):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 5:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(sft_lora, "SFTTrainer", Large)
+    monkeypatch.setattr(sft_lora, "ResumableTrainer", Large)
     path = config_file(training={"gradient_accumulation_steps": 3})
-    assert console.run(sft_lora.main, [str(path)]) == 1
+    assert run_recipe("sft_lora", path) == 1
     errors = capsys.readouterr().err
     assert "out of memory in the step after step 5, with micro-batches of 2 × 320 tokens" in errors
     mends = [line for line in errors.splitlines() if line.startswith("  ")]
@@ -119,17 +117,17 @@ def test_out_of_memory_says_what_to_turn_down_with_this_runs_numbers(config_file
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     monkeypatch.undo()
     flags = ["--training.per_device_train_batch_size", "1", "--training.gradient_accumulation_steps", "6"]
-    assert console.run(sft_lora.main, [str(path), "--resume", "--training.gradient_checkpointing", "true", *flags]) == 0
+    assert run_recipe("sft_lora", path, "--resume", "--training.gradient_checkpointing", "true", *flags) == 0
 
 
 def test_an_error_of_nobodys_stands_in_the_record_by_its_kind_alone(config_file, tmp_path, monkeypatch):
-    class Broken(sft_lora.SFTTrainer):
+    class Broken(sft_lora.ResumableTrainer):
         def training_step(self, *args, **kwargs):
             raise ZeroDivisionError("/home/somebody/secret")
 
-    monkeypatch.setattr(sft_lora, "SFTTrainer", Broken)
+    monkeypatch.setattr(sft_lora, "ResumableTrainer", Broken)
     with pytest.raises(ZeroDivisionError):
-        console.run(sft_lora.main, [str(config_file())])
+        run_recipe("sft_lora", config_file())
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["reason"]) == ("failed", "ZeroDivisionError")
 

@@ -3,14 +3,13 @@
 import json
 import shutil
 
+import pytest
+import torch
+from conftest import ROOT, TINY, read_jsonl, small_config, write_jsonl
+
 from recipes import sft_lora, sft_qlora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
-
-import conftest
-import pytest
-import torch
-from conftest import ROOT, TINY, read_jsonl, write_jsonl
 
 RECIPES = {"lora": sft_lora.train_lora, "qlora": sft_qlora.train_qlora}
 
@@ -24,7 +23,7 @@ def begun(tmp_path_factory):
     """A run of four steps, and its config."""
     folder = tmp_path_factory.mktemp("begun")
     training = {"max_steps": 4, "eval_steps": 4, "save_steps": 4, "gradient_accumulation_steps": 2}
-    path = conftest.config_file.__wrapped__(folder)(training=training)
+    path = small_config(folder, training=training)
     return path, train(path)
 
 
@@ -162,7 +161,7 @@ def test_an_adapter_of_other_shapes_is_refused_even_with_accept_changes(begun, t
 
 
 def test_another_quantisation_is_refused_by_its_name(tmp_path):
-    path = conftest.config_file.__wrapped__(tmp_path)(training={"max_steps": 2, "eval_steps": 2, "save_steps": 2})
+    path = small_config(tmp_path, training={"max_steps": 2, "eval_steps": 2, "save_steps": 2})
     train(path, method="qlora")
     with pytest.raises(UserError, match=r"quantization\.bnb_4bit_use_double_quant: true in the checkpoint, false now"):
         train(path, {"quantization.bnb_4bit_use_double_quant": False}, method="qlora", resume="latest")
@@ -172,9 +171,8 @@ def test_another_quantisation_is_refused_by_its_name(tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_run_is_run_again_from_its_record_with_the_same_adapter(tmp_path, method):
-    path = conftest.config_file.__wrapped__(tmp_path)(
-        training={"max_steps": 4, "eval_steps": 4, "save_steps": 4}, lora={"lora_dropout": 0.1}
-    )
+    training = {"max_steps": 4, "eval_steps": 4, "save_steps": 4}
+    path = small_config(tmp_path, training=training, lora={"lora_dropout": 0.1})
     first = train(path, method=method)
     second = train(first / "run.json", {"training.output_dir": str(tmp_path / "again")}, method=method)
     adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (first, second)]

@@ -1,4 +1,4 @@
-"""What the model was given and what it answered, for each micro-batch that it is trained on: no extra pass."""
+"""What the model was given and what it answered, micro-batch by micro-batch and document by document: no extra pass."""
 
 from typing import NamedTuple
 
@@ -14,9 +14,10 @@ class MicroBatch(NamedTuple):
     slots: int  # positions that were computed, padding included
 
 
-def observe(model, *listeners) -> None:
+def observe(model, *listeners):
     """Call each of `listeners` with a `MicroBatch` after every forward pass of training through TRL's fused LM head,
-    which returns the log-probability of each label. Evaluation and generation are passed over."""
+    which returns the log-probability of each label. Evaluation and generation are passed over. Returns a handle whose
+    `remove()` ends it."""
 
     def hook(module, args, inputs, outputs):
         if module.training and inputs.get("fused_lm_head"):
@@ -24,7 +25,7 @@ def observe(model, *listeners) -> None:
             for listener in listeners:
                 listener(batch)
 
-    model.register_forward_hook(hook, with_kwargs=True)
+    return model.register_forward_hook(hook, with_kwargs=True)
 
 
 def read(inputs: dict, outputs) -> MicroBatch:
@@ -41,13 +42,12 @@ def read(inputs: dict, outputs) -> MicroBatch:
     starts, lengths = spans(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"))
     trained = np.add.reduceat(trained.ravel(), starts)
     nll = np.add.reduceat(nll.ravel(), starts)
-    # A row without a trained token is never made: such a stretch is padding.
-    kept = np.flatnonzero(trained)
+    kept = np.flatnonzero(trained)  # a row without a trained token is never made: such a stretch is padding
     documents = [ids.ravel()[starts[index] : starts[index] + lengths[index]] for index in kept]
     return MicroBatch(documents, nll[kept], trained[kept], ids.size)
 
 
-def spans(input_ids, position_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
+def spans(input_ids, position_ids=None, attention_mask=None) -> tuple[np.ndarray, np.ndarray]:
     """(where each document of a micro-batch begins among its positions, all rows in one; its tokens). Where packed rows
     are padded, each position of the padding counts as one more document.
 
@@ -56,14 +56,15 @@ def spans(input_ids, position_ids, attention_mask) -> tuple[np.ndarray, np.ndarr
     """
     rows, length = input_ids.shape
     if position_ids is None:
-        return np.arange(rows) * length, attention_mask.sum(1).cpu().numpy()
+        lengths = np.full(rows, length) if attention_mask is None else attention_mask.sum(1).cpu().numpy()
+        return np.arange(rows) * length, lengths
     starts = np.flatnonzero(position_ids.cpu().numpy() == 0)
     return starts, np.diff(starts, append=rows * length)
 
 
-def documents_of(input_ids, position_ids, attention_mask) -> list[np.ndarray]:
-    """The token ids of each document of a micro-batch, as they were before packing and padding; arguments as in `spans`."""
+def documents_of(input_ids, position_ids=None, attention_mask=None) -> list[np.ndarray]:
+    """The token ids of each document of a micro-batch, as they were before packing and padding; see `spans`."""
     ids = input_ids.cpu().numpy().ravel()
-    there = np.ones(ids.size, bool) if attention_mask is None else attention_mask.cpu().numpy().ravel().astype(bool)
+    used = np.ones(ids.size, bool) if attention_mask is None else attention_mask.cpu().numpy().ravel().astype(bool)
     starts, lengths = spans(input_ids, position_ids, attention_mask)
-    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True) if there[start]]
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True) if used[start]]

@@ -6,17 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+
+import psutil
+import pytest
+from conftest import ROOT, read_jsonl, run_recipe
+from transformers import TrainerCallback
 
 from recipes import sft_lora
-from recipes.utils import console, stop
-from recipes.utils.checkpoint import fault
 from recipes.utils.config import load_config
 from recipes.utils.console import RunEnded
-
-import pytest
-from conftest import ROOT, read_jsonl
-from transformers import TrainerCallback
+from recipes.utils.training import Deadline
+from recipes.utils.training.checkpoint import fault
 
 LONG = {"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000}
 
@@ -54,12 +54,12 @@ def signal_at(monkeypatch):
     """Add a `SignalAt` to the trainer of the next run."""
 
     def plan(*when):
-        class Signalled(sft_lora.SFTTrainer):
+        class Signalled(sft_lora.ResumableTrainer):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self.add_callback(SignalAt(*when))
 
-        monkeypatch.setattr(sft_lora, "SFTTrainer", Signalled)
+        monkeypatch.setattr(sft_lora, "ResumableTrainer", Signalled)
 
     return plan
 
@@ -85,7 +85,7 @@ def test_a_second_ctrl_c_ends_at_once(config_file, tmp_path, monkeypatch, capsys
     """Both within one step: the first lets it finish, the second does not."""
     finished = []
 
-    class Interrupted(sft_lora.SFTTrainer):
+    class Interrupted(sft_lora.ResumableTrainer):
         def training_step(self, *args, **kwargs):
             for _ in range(2 * (self.state.global_step == 5)):
                 os.kill(os.getpid(), signal.SIGINT)
@@ -93,8 +93,8 @@ def test_a_second_ctrl_c_ends_at_once(config_file, tmp_path, monkeypatch, capsys
             finished.append(self.state.global_step)
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(sft_lora, "SFTTrainer", Interrupted)
-    assert console.run(sft_lora.main, [str(config_file())]) == 1
+    monkeypatch.setattr(sft_lora, "ResumableTrainer", Interrupted)
+    assert run_recipe("sft_lora", config_file()) == 1
     assert finished[-1] == 4
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
@@ -119,7 +119,7 @@ def test_each_signal_stops_at_the_next_end_of_a_step_or_within_an_evaluation(
 ):
     before = signal.getsignal(number)
     signal_at(event, step, number)
-    assert console.run(sft_lora.main, [str(config_file())]) == 75
+    assert run_recipe("sft_lora", config_file()) == 75
     folder = tmp_path / "run"
     assert max(int(path.name[11:]) for path in folder.glob("checkpoint-*")) == stops_at
     assert fault(folder / f"checkpoint-{stops_at}") is None
@@ -135,23 +135,22 @@ def test_an_evaluation_that_a_stop_put_off_is_made_up_at_the_resume(
     path = config_file(lora={"lora_dropout": 0.1})
     with monkeypatch.context():
         signal_at("on_step_begin", 3, signal.SIGTERM)
-        assert console.run(sft_lora.main, [str(path)]) == 75
+        assert run_recipe("sft_lora", path) == 75
         monkeypatch.undo()
     folder = tmp_path / "run"
     assert not any("eval_loss" in line for line in read_jsonl(folder / "metrics.jsonl"))
-    assert console.run(sft_lora.main, [str(path), "--resume"]) == 0
+    assert run_recipe("sft_lora", path, "--resume") == 0
     assert "evaluation that the stop has put off comes first" in capsys.readouterr().out
     assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line] == [4, 8]
     whole = tmp_path / "whole"
-    assert console.run(sft_lora.main, [str(path), "--training.output_dir", str(whole)]) == 0
+    assert run_recipe("sft_lora", path, "--training.output_dir", whole) == 0
     assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
 def test_max_hours_stops_with_a_whole_checkpoint(config_file, tmp_path):
-    config = load_config(config_file(training=LONG), {}, "lora")
-    config.max_hours = (time.time() - stop.psutil.Process().create_time() + 8) / 3600  # from the start of this process
+    hours = (time.time() - psutil.Process().create_time() + 8) / 3600  # from the start of this process
     with pytest.raises(RunEnded, match="stopped by --max-hours"):
-        sft_lora.train_lora(config)
+        sft_lora.train_lora(load_config(config_file(training=LONG), {}, "lora", max_hours=hours))
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert fault(checkpoint) is None
     assert checkpoint.name != "checkpoint-5000"
@@ -159,8 +158,6 @@ def test_max_hours_stops_with_a_whole_checkpoint(config_file, tmp_path):
 
 @pytest.mark.parametrize(("step", "save", "stops"), [(1, 10, False), (1, 60, True), (70, 1, True)])
 def test_a_deadline_leaves_time_for_a_step_and_two_saves(step, save, stops):
-    asked = stop.Stop.__new__(stop.Stop)
-    asked.asked_by, asked.longest_step, asked.longest_save = None, step, save
-    asked.deadline = time.time() + 100
-    asked.trainer = SimpleNamespace(args=SimpleNamespace(world_size=1))
-    assert asked._agreed() is stops
+    deadline = Deadline(1)
+    deadline.end, deadline.longest_step, deadline.longest_save = time.time() + 100, step, save
+    assert deadline.is_near() is stops

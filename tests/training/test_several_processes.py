@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 
-from recipes.utils.checkpoint import fault
-
 import psutil
 import pytest
 import torch
 from conftest import ROOT, read_jsonl
 from forks import log_of, start_several, warm
 from safetensors.torch import load_file
+
+from recipes.utils.training.checkpoint import fault
 
 RUN = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 8}
 TWO = ["--training.per_device_train_batch_size", "1"]

@@ -1,0 +1,424 @@
+"""A run: its folder, what it is made of, whether a resume is the same run, and run.json, which says how it ended."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
+
+from recipes.utils.config import Config, check_machine
+from recipes.utils.console import RunEnded, UserError, is_main_process, say
+from recipes.utils.data import Finding, Prepared
+from recipes.utils.files import DISK_FULL, locked, read_json, write_json, write_jsonl
+from recipes.utils.model import adapter_shapes, check_base, commit_of, find_base, stored_shapes
+from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
+from recipes.utils.training.table import device_name
+
+FORMAT = 2  # of run folders: what a resume can go on from
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+# Arguments of the trainer that leave each step's arithmetic as it is; all others are compared at a resume.
+FREE = """
+    activation_checkpointing activation_offloading batch_eval_metrics bf16_full_eval dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    dataset_num_proc ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout debug disable_tqdm do_eval do_predict
+    do_train eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_packing eval_steps
+    eval_strategy eval_use_gather_object fp16_full_eval gradient_accumulation_steps gradient_checkpointing
+    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+    include_num_input_tokens_seen label_names length_column_name load_best_model_at_end local_rank log_level
+    log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps logging_strategy
+    output_dir per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project push_to_hub
+    remove_unused_columns report_to resume_from_checkpoint run_name save_on_each_node save_only_model save_steps
+    save_strategy save_total_limit skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id
+    trackio_static_space_id use_cache
+    """.split()  # noqa: SIM905
+MAY_GROW = ("training.num_train_epochs", "training.max_steps")
+ON_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedulers that step when it evaluates
+NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
+DATA_KEYS = ("over_length", "train_on", "system", "control_tokens")
+
+
+@dataclasses.dataclass
+class Run:
+    """What is decided once a run begins."""
+
+    folder: Path
+    base: Path  # the folder that the base is loaded from
+    commit: str | None  # of a base from the hub
+    checkpoint: str | None = None  # to go on from
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    accepted: list[str] = dataclasses.field(default_factory=list)  # changes that a resume was allowed
+    description: dict = dataclasses.field(default_factory=dict)  # of all that decides what a step computes
+
+
+@contextlib.contextmanager
+def begin(config: Config) -> Iterator[Run]:
+    """Take the run's folder, which is locked in here, and find its base; a folder without a file goes in the end.
+
+    A folder that holds a run is never written over, but by `--resume` of that run; the run goes on from its newest
+    complete checkpoint, with the commit of the base that it began with. Without one it begins again in its folder, so
+    that a job which was killed early needs nobody.
+
+    Raises:
+        UserError: for what this machine cannot do; if a given folder holds a run or is in use, a checkpoint that was
+            named is not complete, or the base cannot be had.
+    """
+    check_machine(config)
+    with contextlib.ExitStack() as afterwards:
+        folder, checkpoint = _on_first(config, lambda: _take_folder(config, afterwards))
+        record = folder / "run.json"
+        before = read_json(record) if checkpoint and record.is_file() else {}
+        model, asked = config.model, before.get("model", {})
+        same = (asked.get("name_or_path"), asked.get("revision")) == (model.name_or_path, model.revision)
+        commit = before.get("commit") if same else None
+        if is_main_process():
+            commit = commit_of(find_base(model, commit))
+        commit = _on_first(config, lambda: commit)
+        run = Run(folder, find_base(model, commit), commit, checkpoint)
+        check_base(run.base, model, config.training["use_cpu"], config.use_cpu_asked)
+        yield run
+
+
+def _on_first(config: Config, decide: Callable[[], Any]) -> Any:
+    """What `decide()` returns in the first process, in all of them; a `UserError` that it raises there, too."""
+    decision: list = [None, None]
+    if is_main_process():
+        try:
+            decision[0] = decide()
+        except UserError as error:
+            decision[1] = error
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not torch.distributed.is_initialized():
+            PartialState(cpu=config.training["use_cpu"])
+        torch.distributed.broadcast_object_list(decision)
+    if decision[1]:
+        raise decision[1]
+    return decision[0]
+
+
+def _take_folder(config: Config, afterwards: contextlib.ExitStack) -> tuple[Path, str | None]:
+    """(the run's folder, the checkpoint to go on from); the folder is held until `afterwards`."""
+    given, default = config.output_dir, f"runs/{config.name}-{config.method}"
+    if given and Path(given).exists() and not Path(given).is_dir():
+        raise UserError(f"training.output_dir: {given} is a file, not a folder")
+    if config.resume:
+        return _find_checkpoint(config, given, default, afterwards)
+    numbered = itertools.chain([default], (f"{default}-{number}" for number in itertools.count(2)))
+    for folder in map(Path, [given] if given else numbered):
+        with contextlib.ExitStack() as attempt:
+            try:
+                attempt.enter_context(_held(folder))
+            except UserError:
+                if given:
+                    raise
+                continue
+            if not _holds_a_run(folder):
+                afterwards.push(attempt.pop_all())
+                return folder, None
+    raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
+
+
+def _find_checkpoint(config: Config, given: str | None, default: str, afterwards) -> tuple[Path, str | None]:
+    checkpoint: Path | None = None
+    if config.resume and config.resume != "latest":
+        checkpoint = Path(config.resume)
+        if given and Path(given).resolve() != checkpoint.resolve().parent:
+            raise UserError(f"--resume: {checkpoint} is not in training.output_dir {given}; leave one of the two out")
+        if why := fault(checkpoint) if checkpoint.is_dir() else "there is no such folder":
+            raise UserError(f"--resume: {checkpoint}: {why}; --resume alone takes the newest complete checkpoint")
+        folder = checkpoint.parent
+        afterwards.enter_context(_held(folder))
+    else:
+        begun = [Path(given)] if given else [Path(default), *Path("runs").glob(f"{Path(default).name}-*")]
+        folder = max(begun, key=_last_written)
+        afterwards.enter_context(_held(folder))
+        checkpoint, passed_over = newest_complete(folder)
+        for line in passed_over:
+            say(f"resume: {line}")
+        if checkpoint is None:
+            say(f"resume: there is no complete checkpoint in {folder}; the run begins at its first step")
+        else:
+            say(f"resume: going on from {checkpoint}")
+    record = folder / "run.json"
+    if "made_of" in (read_manifest(checkpoint) if checkpoint else {}) or (
+        record.is_file() and read_json(record).get("format") != FORMAT
+    ):
+        raise UserError(f"--resume: {folder} was begun by an older version of these recipes; begin a new run")
+    return folder, str(checkpoint) if checkpoint else None
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make `folder`, with its parents, and lock it; what holds nothing in the end goes again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _holds_a_run(folder: Path) -> bool:
+    names = ("run.json", "adapter_config.json")
+    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*"))
+
+
+def _last_written(folder: Path) -> float:
+    """When the run in `folder` was begun, taken up or ended last."""
+    record = folder / "run.json"
+    return record.stat().st_mtime if record.is_file() else 0.0
+
+
+# Is it the same run?
+
+
+def check_same_run(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
+    """Describe the run, and at a resume compare that with the checkpoint's description.
+
+    Raises:
+        UserError: naming each setting that is not the same, unless `--accept-changes` was given; and always for an
+            adapter of other shapes, or another number of processes.
+    """
+    run.description = _describe(config, trainer, train, validation)
+    if run.checkpoint is None:
+        return
+    before, now = read_manifest(Path(run.checkpoint))["run"], run.description
+    if before is None:
+        say(f"resume: nobody has recorded what {run.checkpoint} is made of, so nothing is compared")
+        return
+    changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
+    if "rows" in changed and len(changed.keys() & {"data.train", "chat template", "tokenizer", "training.max_length"}):
+        del changed["rows"]  # that is why
+    if "validation rows" in changed and len(changed) > 1:
+        del changed["validation rows"]
+    if "micro-batch" in changed and "effective batch" not in changed and "processes" not in changed:
+        was, is_now = changed.pop("micro-batch")
+        order = "at the same effective batch: sums are taken in another order"
+        say(f"resume: micro-batches of {is_now} rows, not {was}, {order}")
+    for key in MAY_GROW:
+        if key in changed and changed[key][1] > changed[key][0] > 0:
+            was, is_now = changed.pop(key)
+            say(f"resume: {key} {is_now}, not {was}: the learning rate follows the longer schedule from here on")
+    lines = [f"{key}: {_short(was)} in the checkpoint, {_short(is_now)} now" for key, (was, is_now) in changed.items()]
+    if "processes" in changed:
+        raise UserError(
+            f"--resume: {lines[list(changed).index('processes')]}; rows are dealt out by process, so go on with as "
+            "many as it was begun with"
+        )
+    listed = "\n  ".join(lines or ["the adapter's shapes"])
+    if stored_shapes(Path(run.checkpoint)) != adapter_shapes(trainer.model):
+        raise UserError(
+            f"--resume: {run.checkpoint} holds another adapter; put these back, or begin a new run:\n  {listed}"
+        )
+    if lines and not config.accept_changes:
+        raise UserError(
+            f"--resume: this is not the run that {run.checkpoint} is of:\n  {listed}\nput them back, begin a new run, "
+            "or go on all the same with --accept-changes"
+        )
+    for line in lines:
+        say(f"resume: accepted: {line}")
+    run.accepted = lines
+
+
+def _describe(config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
+    """{setting: value} of all that decides what a step computes, as JSON has it. Data, template, tokenizer and base are
+    digests of their content; the base's is of 256 numbers of each of its weights."""
+    args, tokenizer, model = trainer.args, trainer.processing_class, trainer.model
+    micro, processes = args.per_device_train_batch_size, args.world_size
+    free = FREE if args.lr_scheduler_type not in ON_EVALUATIONS else [key for key in FREE if key[:5] != "eval_"]
+    validated = config.data.validation
+    if validation and not isinstance(validated, float):
+        validated = _digest(" ".join(validation.files.values()))
+    description = {
+        "data.train": _digest(" ".join(train.files.values())),
+        "data.validation": validated,
+        **{f"data.{key}": getattr(config.data, key) for key in DATA_KEYS},
+        "chat template": _digest(tokenizer.chat_template or ""),
+        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
+        "base weights": _base_digest(model),
+        "model.dtype": config.model.dtype,
+        "model.adapter": config.model.adapter,
+        "model.compile_layers": config.model.compile_layers,
+        "attention": model.config._attn_implementation,
+        **{f"quantization.{key}": value for key, value in _quantization(model).items()},
+        **{f"lora.{key}": value for key, value in model.peft_config["default"].to_dict().items()
+           if key not in NOT_OF_THE_ADAPTER},
+        **{f"training.{key}": value for key, value in args.to_dict().items() if key not in free},
+        "effective batch": micro * args.gradient_accumulation_steps * processes,
+        "micro-batch": micro,
+        "processes": processes,
+        "sharded": trainer.is_fsdp_enabled,
+        "rows": _rows_digest(train.rows),
+        "validation rows": _rows_digest(validation.rows) if validation else None,
+    }  # fmt: skip
+    return json.loads(json.dumps(description, default=lambda it: sorted(it) if isinstance(it, set) else str(it)))
+
+
+def _short(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _rows_digest(rows) -> str:
+    """Of the token ids and labels of all rows in order, or of all that they have: what is trained on, however it came
+    about."""
+    digest, names = hashlib.sha256(), ["input_ids", "labels"]
+    if not set(names) <= set(rows.column_names):
+        for batch in rows.iter(1000):
+            digest.update(json.dumps(batch, default=str).encode())
+        return digest.hexdigest()[:16]
+    for batch in rows.select_columns(names).with_format("arrow").iter(1000):
+        for name in names:
+            column = batch[name].combine_chunks()
+            digest.update(np.asarray(column.flatten()).tobytes() + np.asarray(column.value_lengths()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _base_digest(model) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            start = parameter.detach().flatten()[:256].contiguous()
+            digest.update(name.encode() + start.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _quantization(model) -> dict:
+    """The arguments of BitsAndBytesConfig that the base was loaded with; none for one in 16 bit."""
+    settings = getattr(model.config, "quantization_config", None)
+    known = [key for key in inspect.signature(BitsAndBytesConfig).parameters if "4bit" in key or "skip" in key]
+    return {key: settings.to_dict()[key] for key in known} if settings else {}
+
+
+# run.json
+
+
+@contextlib.contextmanager
+def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> Iterator[dict]:
+    """Keep run.json true: `running` while the body runs, then how it ended: `finished`, `stopped`, `diverged` or
+    `failed`. Yields a dict for the results to be written at the end.
+
+    What the body raises goes on; running out of memory, or of disk, becomes a `RunEnded` that says what to do. Rows
+    that were skipped go to bad_rows.jsonl.
+    """
+    parts = [part for part in (train, validation) if part]
+    record, path = _record(run, config, trainer, train, validation), run.folder / "run.json"
+    results: dict = {}
+
+    def write(**more) -> None:
+        if is_main_process():
+            write_json(path, {**record, **more})
+
+    write()
+    bad = {row["where"]: row for part in parts for row in part.counts.bad}.values()
+    if bad and is_main_process():
+        write_jsonl(run.folder / "bad_rows.jsonl", bad)
+    try:
+        yield results
+    except BaseException as error:
+        ended = error
+        if isinstance(error, torch.OutOfMemoryError):
+            ended = RunEnded("failed", out_of_memory(config, trainer))
+        elif isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
+            full = f"{run.folder}: cannot be written: {error}; make room on the disk, then --resume"
+            ended = RunEnded("failed", full)
+        word = ended.word if isinstance(ended, RunEnded) else "failed"
+        how = str(ended) if isinstance(ended, RunEnded) else type(error).__name__  # whose message may hold paths
+        with contextlib.suppress(OSError):
+            write(status=word, ended=_now(), step=trainer.state.global_step, reason=how)
+        if ended is error:
+            raise
+        raise ended from error
+    write(status="finished", finished=_now(), best_validation_loss=trainer.state.best_metric, **results)
+
+
+def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
+    """What the run is made of; after a resume, with when it began and how often it was taken up again."""
+    parts = {"train": train, "validation": validation} if validation else {"train": train}
+    sections, findings = config.sections(), [finding for part in parts.values() for finding in part.findings]
+    training = {key: value for key, value in sections["training"].items() if not key.endswith("token")}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    rows = {name: {**dataclasses.asdict(part.counts), "bad": len(part.counts.bad)} for name, part in parts.items()}
+    record = {
+        "format": FORMAT,
+        "status": "running",
+        "method": config.method,
+        "name": config.name,
+        "started": _now(),
+        **sections,
+        "commit": run.commit,
+        "training": {"output_dir": str(run.folder), **training},
+        "quantization": _quantization(trainer.model),
+        "versions": versions | {"python": platform.python_version()},
+        "device": device_name(config.training["use_cpu"]),
+        "processes": trainer.args.world_size,
+        "data_sha256": {file: digest for part in parts.values() for file, digest in part.files.items()},
+        "rows": rows,
+        "seed": trainer.args.seed,
+        "findings": [finding._asdict() for finding in [*findings, *run.findings]],
+        "description": run.description,
+    }
+    before = run.folder / "run.json"
+    if run.checkpoint and before.is_file():
+        old = read_json(before)
+        again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}
+        record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
+        changed = [f"{name} {old['versions'].get(name)}, now {now}" for name, now in record["versions"].items()
+                   if old["versions"].get(name) != now]  # fmt: skip
+        if changed:
+            say(f"resume: other versions than the run was begun with: {'; '.join(changed)}")
+    return record
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def out_of_memory(config: Config, trainer) -> str:
+    """What to turn down, in the order of what it costs, with this run's numbers; ready to paste."""
+    args = trainer.args
+    micro, accumulation, length = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_length
+    evaluating = not trainer.model.training
+    mends = []
+    if evaluating and args.per_device_eval_batch_size > 1:
+        mends.append("--training.per_device_eval_batch_size 1        costs little time")
+    if not (args.gradient_checkpointing or args.activation_checkpointing):
+        shrink = "saved activations shrink; about 1.4 times the time"
+        mends.append(f"--training.gradient_checkpointing true         {shrink}")
+    if micro > 1:
+        half = f"--training.per_device_train_batch_size {micro // 2}"
+        more = f"--training.gradient_accumulation_steps {micro * accumulation // (micro // 2)}"
+        mends.append(f"{half} {more}    the same effective batch of {micro * accumulation}")
+    if config.lora.get("lora_dropout"):
+        mends.append("--lora.lora_dropout 0    another run: begin it anew")
+    if config.method == "lora":
+        mends.append("recipes/sft_qlora.py in the place of sft_lora.py: the base in 4 bit; another run: begin it anew")
+    mends.append(f"--training.max_length {length // 2} (now {length}): longer rows are dropped; another run")
+    memory = f" Peak: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB." if torch.cuda.is_available() else ""
+    listed = "\n".join(f"  {number}. {mend}" for number, mend in enumerate(mends, 1))
+    when = f"{'in an evaluation after' if evaluating else 'in the step after'} step {trainer.state.global_step}"
+    return (
+        f"out of memory {when}, with micro-batches of {micro} × {length} tokens.{memory} In this order:\n{listed}\n"
+        f"then go on with: python recipes/sft_{config.method}.py CONFIG --resume"
+    )

@@ -1,0 +1,137 @@
+"""Before it trains: the table, worked out, and what is unwise."""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+from recipes.utils.config import Config
+from recipes.utils.console import UserError, print_table
+from recipes.utils.data import Counts, Finding, Prepared, report_findings
+from recipes.utils.model import check_tokens
+from recipes.utils.training.trainer import checkpoint_bytes
+
+
+def print_run(run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
+    """Print what is about to be trained on what, and what is unwise in settings and base. Of rows that `prepare` did
+    not make, what it counts is left out. Raises `UserError` where the disk has no room for the checkpoints."""
+    args, counts, processes = trainer.args, train.counts, trainer.args.world_size
+    packed = len(trainer.train_dataset)
+    steps, an_epoch = steps_of(args, packed)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch = f"{micro} rows × {accumulation} accumulation × {processes} process{'es' * (processes > 1)}"
+    batch += f" = {micro * accumulation * processes} rows, {len(train.rows) / an_epoch:.1f} chats a step"
+    adapter = trainer.model.peft_config["default"]
+    targets = adapter.target_modules
+    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    if config.model.adapter:
+        targets += f"; goes on from {config.model.adapter} with its settings, not those of the section `lora`"
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in counts.shapes.items())
+    ignored = f"; ignored keys: {', '.join(counts.ignored_keys)}" if counts.ignored_keys else ""
+    split = "of them are one answer of a chat: in its row it would not follow the prompt that inference sends"
+    tokens, filled = None, ""
+    if counts.tokens:
+        share = f"{counts.trained_tokens / counts.tokens:.0%}: {config.data.train_on} answers"
+        tokens = f"{counts.tokens:,}, trained on {counts.trained_tokens:,} ({share})"
+        filled = f", {counts.tokens / (packed * args.max_length):.1%} filled" if args.packing else ""
+    table = {
+        "model": config.model.name_or_path + (f" at {run.commit[:12]}" if run.commit else ""),
+        "precision": config.model.dtype + (", base in 4 bit" if config.method == "qlora" else ""),
+        "device": device_name(args.use_cpu) + (f" × {processes}" if processes > 1 else ""),
+        "checkpoints": check_disk(args, trainer.model, steps),
+        "files": f"{shapes} rows{ignored}" if shapes else None,
+        "rows": f"{len(train.rows):,} train, {len(validation.rows) if validation else 0:,} validation",
+        "split": f"{counts.split:,} {split}" if counts.split else None,
+        "not used": _left_out(counts, validation.counts if validation else Counts(), args, config.data.over_length),
+        "tokens": tokens,
+        "packing": f"{packed:,} rows of {args.max_length}{filled}" if getattr(args, "packing", False) else "off",
+        "effective batch": batch,
+        "steps": f"{steps:,} ({an_epoch:,} an epoch)",
+        "adapter": f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}",
+        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        "output": run.folder,
+    }
+    print_table(f"{config.name} · {config.method}", table)
+    findings = check_settings(args, packed, len(train.rows))
+    if {"input_ids", "labels"} <= set(train.rows.column_names):
+        findings += check_tokens(trainer.model, train.rows, trainer.processing_class)
+    run.findings += findings
+    report_findings(findings)
+
+
+def steps_of(args, rows: int) -> tuple[int, int]:
+    """(optimizer steps of the run, of an epoch) for `rows` rows, packed ones where packing is on."""
+    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)), an_epoch
+
+
+def device_name(use_cpu: bool) -> str:
+    """What the run computes on."""
+    threads = torch.get_num_threads()
+    if use_cpu or not torch.cuda.is_available():
+        return f"CPU, {threads} thread{'s' * (threads > 1)}"
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
+
+
+def check_disk(args, model, steps: int) -> str:
+    """A line that says what the run's checkpoints need of the disk: as many as are kept, the best one, and the one that
+    is being written. Raises `UserError` if there is less."""
+    folder, size = Path(args.output_dir), checkpoint_bytes(model, args)
+    interval = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
+    saves = {"no": 0, "steps": math.ceil(steps / interval), "epoch": math.ceil(args.num_train_epochs)}
+    kept = saves.get(args.save_strategy.value, 1)
+    kept = min(kept, args.save_total_limit + args.load_best_model_at_end) if args.save_total_limit else kept
+    needed = (kept + (kept > 0)) * size
+    held = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
+    free = shutil.disk_usage(folder).free + held
+    if needed > free:
+        raise UserError(
+            f"{folder}: {kept} checkpoints of {size / 1e9:.2f} GB and the one that is being written need "
+            f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: --training.save_total_limit 2, or another disk "
+            "with --training.output_dir"
+        )
+    return f"{kept} of {size / 1e9:.2f} GB at most; {free / 1e9:,.0f} GB free" if kept else "none"
+
+
+def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
+    """Findings about settings that are fine each on their own: `args` is the SFTConfig, `packed_rows` the rows that the
+    trainer draws from, `rows` those before packing."""
+    found = []
+    steps, an_epoch = steps_of(args, packed_rows)
+    if args.learning_rate < 5e-5 and isinstance(args, SFTConfig):  # preferences want far less
+        rate = f"learning rate {args.learning_rate:g} is one for full fine-tuning; an adapter learns little there"
+        found.append(f"{rate}: --training.learning_rate 2e-4")
+    warmup = args.get_warmup_steps(steps)
+    if warmup >= steps > 1:
+        long = f"the warm-up of {warmup} steps is as long as the run of {steps}, so the learning rate is never reached"
+        found.append(f"{long}: --training.warmup_steps 0.03")
+    if steps < 100:
+        a_step = max(1, int(packed_rows * args.num_train_epochs / args.world_size) // 100)
+        micro = min(a_step, args.per_device_train_batch_size)
+        more = f"--training.per_device_train_batch_size {micro}"
+        more += f" --training.gradient_accumulation_steps {a_step // micro}"
+        more += " --training.packing false" if a_step == 1 and getattr(args, "packing", False) else ""
+        more = "--training.max_steps -1" if 0 < args.max_steps < 100 else more
+        few = f"few steps: {steps}, each with {rows / an_epoch:.1f} chats; an adapter wants 100 or more"
+        found.append(f"{few}. This gives more: {more}")
+    if args.save_strategy == "no":
+        found.append("no checkpoint is kept: a run that is stopped begins anew: --training.save_strategy steps")
+    return [Finding("warn", message) for message in found]
+
+
+def _left_out(train: Counts, validation: Counts, args, over_length: str) -> str | None:
+    """What is in the files and is not learnt from, so that nothing is lost in silence."""
+    lost = []
+    for part, counts in (("train", train), ("validation", validation)):
+        if counts.over_length:
+            done = {"drop": "dropped", "truncate": "cut"}[over_length]
+            lost.append(f"{counts.over_length:,} {part} rows over max_length {args.max_length} ({done})")
+        if counts.bad:
+            lost.append(f"{len(counts.bad):,} bad {part} rows (listed in bad_rows.jsonl)")
+    if train.trimmed:
+        lost.append(f"{train.trimmed:,} rows end without an answer (trimmed)")
+    return "; ".join(lost) or None

@@ -1,0 +1,141 @@
+"""How fast it trains, and how busy the machine is."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from trl.trainer.utils import get_peak_flops
+
+from recipes.utils.console import say
+from recipes.utils.training.micro_batch import MicroBatch
+
+
+class Throughput:
+    """Counts the tokens of the micro-batches that it is shown, against the time that went by while training.
+
+    The clock stands still while the run evaluates, answers samples or writes a checkpoint. `dtype` is what the products
+    are computed in: "bfloat16", "float16" or "float32".
+    """
+
+    def __init__(self, accelerator, model, dtype: str):
+        self.accelerator, self.model = accelerator, model
+        self.flops: Flops | None = None  # counted at the first micro-batch: a model without a head shows none
+        self.on_gpu = accelerator.device.type == "cuda"
+        # TRL's table of dense rates, from the makers' data sheets; None for a GPU that is not in it, and for float32. A
+        # part of a GPU (MIG) bears the name of the whole.
+        name = torch.cuda.get_device_name() if self.on_gpu else None
+        self.peak = get_peak_flops(name, dtype) if name and "MIG" not in name else None
+        self.counts = np.zeros(4)  # positions, tokens, trained tokens, FLOPs
+        self.seconds = self.mark = self.highest = 0.0
+        self.paused, self.left_out = True, False
+        self.process = psutil.Process()
+
+    def see(self, batch: MicroBatch) -> None:
+        self.flops = self.flops or count_flops(self.model)
+        lengths, trained = np.array([len(ids) for ids in batch.documents]), batch.trained.sum()
+        self.counts += (batch.slots, lengths.sum(), trained, self.flops.of(lengths, trained))
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def step_begins(self) -> None:
+        if self.paused:
+            self.paused, self.mark = False, time.monotonic()
+
+    def step_ends(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+
+    def figures(self) -> dict[str, float]:
+        """Figures since the last call, of all processes together; those of the machine are this process's own. Where no
+        micro-batch was shown, only the latter, and a line says so once.
+
+        Every process must call it: they add up their counts.
+        """
+        counts = torch.tensor(self.counts, dtype=torch.float32, device=self.accelerator.device)
+        slots, tokens, trained, flops = self.accelerator.reduce(counts, "sum").tolist()
+        seconds, self.counts, self.seconds = max(self.seconds, 1e-9), np.zeros(4), 0.0
+        if not slots:
+            if not self.left_out:
+                say("tokens a second and MFU are left out: this loss does not go through TRL's fused LM head")
+            self.left_out = True
+            return self.machine()
+        figures = {
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens_per_second": trained / seconds,
+            "padding_share": 1 - tokens / slots,
+            "flops_per_second": flops / seconds,
+        }
+        if self.peak:
+            figures["mfu"] = flops / seconds / (self.peak * self.accelerator.num_processes)
+        return figures | self.machine()
+
+    def machine(self) -> dict[str, float]:
+        """Memory and use of this process's GPU, or of the process where there is none."""
+        if self.on_gpu:
+            return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9, **self._gpu()}
+        memory = self.process.memory_info().rss / 1e9
+        self.highest = max(self.highest, memory)
+        cpu = self.process.cpu_percent()  # since the last call
+        return {"peak_memory_gb": self.highest, "process_memory_gb": memory, "cpu_percent": cpu}
+
+    def _gpu(self) -> dict[str, float]:
+        """What NVML says of the GPU; nothing where it cannot be asked (in some containers, on parts of a GPU)."""
+        try:
+            return {
+                "gpu_utilization": torch.cuda.utilization(),
+                "gpu_power_w": torch.cuda.power_draw() / 1000,
+                "gpu_temperature_c": torch.cuda.temperature(),
+            }
+        except Exception as error:  # pynvml has an exception of its own for each refusal
+            say(f"GPU utilisation, power and temperature are not shown: {error}")
+            self._gpu = dict  # type: ignore[method-assign]
+            return {}
+
+
+class Flops(NamedTuple):
+    """FLOPs of training: `token` for each token, `label` more for each token with a label, `pair` more for each pair of
+    a token and one that it attends to (half the square of a document's length, less outside of a sliding window)."""
+
+    token: int
+    label: int
+    pair: int
+    window: int | None  # tokens that one attends to at most
+
+    def of(self, lengths: np.ndarray, labels: int) -> float:
+        """FLOPs of documents of these `lengths` with `labels` labelled tokens in all."""
+        beyond = (lengths - self.window).clip(min=0) if self.window else 0 * lengths
+        pairs = ((lengths**2 - beyond**2) / 2).sum()
+        return float(self.token * lengths.sum() + self.label * labels + self.pair * pairs)
+
+
+def count_flops(model) -> Flops:
+    """The FLOPs of training `model`, recomputation left out, as MFU is defined (PaLM, arXiv 2204.02311, appendix B).
+
+    Each weight of a linear layer takes 2 FLOPs a token forward and 2 for the gradient of its input; one that is trained
+    takes 2 more for its own. So with N frozen weights, r of the adapter and H of the head: 4N + 6r a token, and 4H a
+    labelled token, since only those go through TRL's fused head (6H where it is trained). Attention takes 4 FLOPs a
+    pair, head and dimension forward (query by key, weight by value), twice that backward. The gradient of the first
+    layer's input, which nobody needs, is counted: 1 part in the number of layers at most.
+    """
+
+    def each(module) -> int:
+        return 6 if module.weight.requires_grad else 4
+
+    head = model.get_output_embeddings()
+    skipped = {id(module) for module in head.modules()}
+    token = 0
+    for name, module in model.named_modules():
+        # original_module: the untrained copy that PEFT keeps of a module that is trained whole
+        if isinstance(module, torch.nn.Linear) and id(module) not in skipped and "original_module" not in name:
+            token += each(module) * module.in_features * module.out_features  # a 4-bit weight is stored packed
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Flops(
+        token=token,
+        label=each(head) * config.hidden_size * config.vocab_size,
+        pair=3 * 4 * config.num_attention_heads * size * config.num_hidden_layers,
+        window=getattr(config, "sliding_window", None),
+    )

@@ -1,0 +1,442 @@
+"""A trainer that survives: it stops at signals and deadlines with a checkpoint, keeps none by halves, and steps on no
+loss that is not finite, but ends with the rows that it came from.
+
+`Resumable` goes before any trainer of TRL: `class MyTrainer(Resumable, DPOTrainer)`.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from recipes.utils.console import RunEnded, UserError, is_main_process, say
+from recipes.utils.data import document_hash, locate
+from recipes.utils.files import read_json
+from recipes.utils.model import publish_base
+from recipes.utils.training.checkpoint import clear, fault, newest_complete, publish, read_manifest, step_of
+from recipes.utils.training.micro_batch import documents_of, read
+from recipes.utils.training.throughput import Throughput
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SLOW_DISK = 50e6  # bytes a second; for the first save, which nobody has timed yet
+ROWS_NAMED = 10
+# A gradient norm beyond it is no direction: clipped, it leaves nothing of the other rows' gradients in float32; not
+# clipped, Adam's second moment stands still for thousands of steps.
+ABSURD_NORM = 1e10
+JUDGES = ("training.metric_for_best_model", "training.greater_is_better", "data.validation", "validation rows")
+
+if TYPE_CHECKING:  # what a type checker takes the mixin's trainer for
+    from trl import SFTTrainer as _Trainer
+else:
+    _Trainer = object
+
+
+class Resumable(_Trainer):
+    """What a trainer of TRL lacks to be killed and taken up again.
+
+    The rows of `train_dataset` and `eval_dataset` are named where they have `input_ids` and `where` (file:line). What
+    the libraries raise about settings that only they can judge (a target module that the model lacks) is a `UserError`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        # before packing, which leaves no more of a row than its token ids
+        self._rows = {"train": kwargs.get("train_dataset"), "validation": kwargs.get("eval_dataset")}
+        self._events: _Events | None = None  # while it trains
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self._seen: list[tuple[np.ndarray, float | None]] = []  # their documents, with the loss where it is known
+        self._counted = False  # this micro-batch
+        try:
+            super().__init__(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
+            raise UserError(f"the settings cannot be used: {str(error).splitlines()[0]}") from error
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
+            raise UserError("FSDP was asked for and is not in use: launch with configs/accelerate/fsdp2.yaml as it is")
+        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        self._throughput = Throughput(self.accelerator, self.model, dtype)
+        self.model.register_forward_hook(self._look, with_kwargs=True)
+        for callback in list(self.callback_handler.callbacks):
+            for other in getattr(callback, "in_place_of", ()):
+                self.remove_callback(other)
+
+    def _send_telemetry(self):
+        """Nothing is told to anybody."""
+
+    # Training, from its beginning or a checkpoint, to its end or a stop.
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """Train; `resume_from_checkpoint` is a folder, or True for the newest complete checkpoint in args.output_dir.
+
+        SIGTERM, SIGINT, SIGUSR1 and a `Deadline` end it after the step in hand, with a checkpoint and `RunEnded` of the
+        word `stopped`; a second SIGINT ends it at once.
+        """
+        folder, checkpoint = Path(self.args.output_dir), resume_from_checkpoint or None
+        if checkpoint is True:
+            newest, passed_over = newest_complete(folder)
+            for line in passed_over:
+                say(f"resume: {line}")
+            if newest is None:
+                raise UserError(f"{folder}: holds no complete checkpoint")
+            checkpoint = str(newest)
+        if self.args.should_save:
+            clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
+        self._events = events = _Events(self, checkpoint)
+        self.add_callback(events)  # the last one: it knows what the others have asked for
+        try:
+            with _handled(events.ask):
+                return super().train(checkpoint, trial, ignore_keys_for_eval)
+        except StopHere as reason:
+            if not events.saved:  # it was evaluating, for which the loader of the rows had drawn a number
+                torch.random.set_rng_state(events.random_state)
+                self._save_checkpoint(self.model, None)
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise stopped(reason, self.args, self.state) from None
+        finally:
+            self.remove_callback(events)
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:  # a finished run that is taken up: the library would make one step more
+            self.control.should_training_stop = True
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model, trial):
+        """Write the checkpoint under another name, and rename it when it is on the disk.
+
+        trainer_state.json names no best checkpoint, which would be a path of this machine: a resume finds it by its
+        step. Raises `RunEnded` where a checkpoint cannot be written; the one before it stays.
+        """
+        args, state, folder, limit = self.args, self.state, Path(self.args.output_dir), self.args.save_total_limit
+        staging, name = folder / ".saving", f"checkpoint-{state.global_step}"
+        if args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        args.output_dir, args.save_total_limit = str(staging), None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has written its part
+            state.best_model_checkpoint = None
+            if args.should_save:
+                state.save_to_json(str(staging / name / "trainer_state.json"))
+                (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+                if (staging / name / "adapter_config.json").is_file():
+                    publish_base(staging / name)
+                made_of = {
+                    "processes": args.world_size,
+                    "evaluation_due": bool(self._events and self._events.evaluation_due),
+                    "run": _description(folder),
+                }
+                publish(staging / name, folder / name, made_of)
+                shutil.rmtree(staging)
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        # torch and safetensors have errors of their own for a full disk
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise RunEnded(
+                "failed",
+                f"{folder / name} could not be written: {str(error).splitlines()[0]}\nThe checkpoint before it is "
+                "whole, and nothing half-written is left; make room on the disk, then run again with --resume",
+            ) from error
+        finally:
+            args.output_dir, args.save_total_limit = str(folder), limit
+        self.accelerator.wait_for_everyone()
+        best = folder / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if args.should_save:
+            rotate_checkpoints(str(folder), limit, state.best_model_checkpoint)
+
+    # What the model was given and what it answered.
+
+    def _look(self, module, args, inputs, outputs):
+        """The forward hook: keep the documents of a micro-batch, and the loss of each where the fused head tells."""
+        if inputs.get("fused_lm_head"):
+            batch = read(inputs, outputs)
+            documents = list(zip(batch.documents, batch.nll.tolist(), strict=True))
+            if not module.training:
+                self._seen += [document for document in documents if not math.isfinite(document[1])]
+                return
+            # A second pass without gradients is DPO's reference; the only one is beside a loss over full logits.
+            if torch.is_grad_enabled() or not self._counted:
+                self._throughput.see(batch)
+                self._counted = True
+            self._seen += documents
+        elif module.training and isinstance(inputs.get("input_ids"), torch.Tensor):
+            given = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+            self._seen += [(ids, None) for ids in documents_of(*given)]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs.update(self._throughput.figures())
+        super().log(logs, start_time)
+
+    # Numbers that are not finite.
+
+    def training_step(self, *args, **kwargs):
+        self._counted = False
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient norm before clipping, which would make zeros of all gradients beside an infinite one.
+
+        Raises `RunEnded` of the word `diverged` if it, or a loss of this step, is not finite. In float16 an infinite
+        gradient is normal (the scaler skips the step), so there the loss alone counts.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm, step = whole_norm(grad_norm), self.state.global_step + 1
+        finite = torch.stack([loss.float().mean() for loss in self._losses]).isfinite().all()
+        what = f"step {step}: the loss or its gradient is not finite"
+        if not self.args.fp16:
+            finite &= (norm <= ABSURD_NORM).to(finite.device)
+            if ABSURD_NORM < norm < math.inf:
+                what = f"step {step}: the gradient norm is {norm.item():.1e}"
+        self._end_unless(finite, what, "train")
+        self._losses, self._seen = [], []
+        return grad_norm
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._seen = []
+        result = super().evaluation_loop(*args, **kwargs)
+        losses = [value for name, value in result.metrics.items() if name.endswith("_loss")]
+        finite = torch.tensor(all(map(math.isfinite, losses)), device=self.args.device)
+        self._end_unless(finite, f"step {self.state.global_step}: the validation loss is not finite", "validation")
+        return result
+
+    def _end_unless(self, finite: torch.Tensor, what: str, part: str) -> None:
+        """Raise `RunEnded` in every process if `finite` is false in one of them, with the rows of `part` to suspect."""
+        several = self.args.world_size > 1
+        if several:
+            finite = finite.int()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if finite:
+            return
+        odd = [ids for ids, loss in self._seen if loss is not None and not math.isfinite(loss)]
+        places = _places(self._rows[part])
+        named = [sorted({places.get(document_hash(ids), "") for ids in documents} - {""})
+                 for documents in (odd, [ids for ids, _ in self._seen])]  # fmt: skip
+        if several:
+            gathered: list = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, named)
+            named = [sorted({row for rows in gathered for row in rows[kind]}) for kind in (0, 1)]
+        rows = named[0] or named[1]  # finite losses with a gradient that is not: all of the step's
+        more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+        kept = ", ".join(sorted(path.name for path in Path(self.args.output_dir).glob("checkpoint-*"))) or "none"
+        raise RunEnded(
+            "diverged",
+            f"{what}, from these rows: {', '.join(rows[:ROWS_NAMED]) or 'unknown'}{more}\nThe step was not taken; "
+            f"kept: {kept}. Look at the rows (recipes/inspect_data.py), lower --training.learning_rate, or see that "
+            "the base suits model.dtype",
+        )
+
+
+class ResumableTrainer(Resumable, SFTTrainer):
+    """TRL's SFTTrainer, resumable."""
+
+
+class Deadline(TrainerCallback):
+    """Ends training with a checkpoint before `max_hours` are over, counted from the start of this process; None never
+    does. A resumable trainer asks it; to any other it does the same by itself."""
+
+    def __init__(self, max_hours: float | None):
+        self.end = psutil.Process().create_time() + max_hours * 3600 if max_hours else math.inf
+        self.longest_step = self.longest_save = 0.0
+        self.began, self.asked, self.reached = time.monotonic(), False, False
+
+    def is_near(self) -> bool:
+        """True when it is one more step and two saves away."""
+        return time.time() + 2 * self.longest_step + 2 * self.longest_save > self.end
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.longest_save = checkpoint_bytes(model, args) / SLOW_DISK
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    on_evaluate = on_step_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.longest_step = max(self.longest_step, time.monotonic() - self.began)
+        if not self.asked and self.end < math.inf and agreed(self.is_near(), args):
+            control.should_save = self.reached = True
+        self.began = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.longest_save = max(self.longest_save, time.monotonic() - self.began)
+        if self.reached and not self.asked:
+            raise stopped("--max-hours", args, state)
+
+
+class StopHere(Exception):
+    """Leaves the trainer's loop; the reason is its message."""
+
+
+class _Events(TrainerCallback):
+    """What a `Resumable` does at the events of one call of `train`: take up `checkpoint` where it ended, and ask after
+    each step, evaluated batch and save whether to stop.
+
+    An evaluation that is due at a stop is put off, since a batch system does not wait for it: the checkpoint says so,
+    and the resumed run evaluates first and saves that checkpoint anew, as the run that was not stopped would have it.
+    """
+
+    def __init__(self, trainer: Resumable, checkpoint: str | None):
+        self.trainer, self.checkpoint = trainer, checkpoint
+        self.asked_by: str | None = None
+        self.saved = self.evaluation_due = False
+        self.random_state = torch.random.get_rng_state()
+
+    def ask(self, number, frame) -> None:
+        """The signal handler."""
+        if number == signal.SIGINT and self.asked_by:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        if not self.asked_by and is_main_process():  # not through rich, which may hold its lock just now
+            os.write(2, f"\n{name}: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n".encode())
+        self.asked_by = self.asked_by or name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._throughput.machine()  # the CPU's use is counted from one call to the next
+        if self.checkpoint is None:
+            return
+        checkpoint = Path(self.checkpoint)
+        state.compute_steps(args, state.max_steps)  # how often it logs, evaluates and saves would be the checkpoint's
+        self._find_best(checkpoint, args, state)
+        with contextlib.suppress(OSError, ValueError):  # of another tool, without a manifest
+            self.evaluation_due = read_manifest(checkpoint).get("evaluation_due", False)
+        if self.evaluation_due:
+            say("resume: the evaluation that the stop has put off comes first")
+            trainer._load_rng_state(self.checkpoint)
+            self.random_state = torch.random.get_rng_state()
+            trainer._determine_best_metric(trainer._evaluate(None, None), None)
+            self.evaluation_due = False
+            trainer._save_checkpoint(trainer.model, None)
+
+    def _find_best(self, checkpoint: Path, args, state) -> None:
+        """The best checkpoint so far, if that one is still whole and comparable."""
+        best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+        known = args.load_best_model_at_end and state.best_global_step
+        why = fault(best) if known and best != checkpoint else None
+        before, now = _description(checkpoint), _description(Path(args.output_dir))
+        if before and now and any(before.get(key) != now.get(key) for key in JUDGES):
+            why = "what is best is judged otherwise now"
+        if known and why:
+            say(f"resume: {best}, the best checkpoint so far, is not used: {why}")
+        if known and not why:
+            state.best_model_checkpoint = str(best)
+        else:
+            state.best_metric = state.best_global_step = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._throughput.step_begins()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._throughput.step_ends()
+        if self._stops():
+            at_the_end = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+            end_of_epoch = args.eval_strategy == "epoch" and at_the_end and args.eval_delay <= state.epoch
+            self.evaluation_due = control.should_evaluate or end_of_epoch
+            control.should_evaluate, control.should_save = False, True
+        self.random_state = torch.random.get_rng_state()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self._stops():
+            self.evaluation_due = True
+            raise StopHere(self.asked_by)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.trainer._throughput.pause()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer._throughput.pause()
+        if self._stops():
+            self.saved = True
+            raise StopHere(self.asked_by)
+
+    def _stops(self) -> bool:
+        """True in every process as soon as one of them was asked to stop, or its deadline is near."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, Deadline):
+                callback.asked = True
+                if callback.is_near():
+                    self.asked_by = self.asked_by or "--max-hours"
+        if agreed(self.asked_by is not None, self.trainer.args) and not self.asked_by:
+            self.asked_by = "a signal to another process"
+        return self.asked_by is not None
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable) -> Iterator[None]:
+    """`handler` answers the signals that ask to stop, as long as the body runs."""
+    here = threading.current_thread() is threading.main_thread()  # signals reach no other
+    before = {number: signal.signal(number, handler) for number in SIGNALS} if here else {}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
+
+def stopped(reason, args, state) -> RunEnded:
+    step = state.global_step
+    message = f"stopped by {reason} after step {step}: {args.output_dir}/checkpoint-{step} is complete"
+    return RunEnded("stopped", f"{message}; run again with --resume")
+
+
+def agreed(here: bool, args) -> bool:
+    """True in every process if `here` is true in one of them."""
+    if args.world_size > 1:
+        anywhere = torch.tensor(int(here), device=args.device)
+        torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+        return bool(anywhere.item())
+    return here
+
+
+def checkpoint_bytes(model, args) -> int:
+    """Bytes of one checkpoint: the float32 adapter, the optimizer's two moments of it (in 8 bit: two bytes), and small
+    files, generously."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable * (4 + (2 if "8bit" in args.optim else 8)) + (32 << 20)
+
+
+def whole_norm(norm) -> torch.Tensor:
+    """A gradient norm as a plain scalar tensor; sharded training gives one that is spread over the processes."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+
+
+def _description(folder: Path) -> dict | None:
+    """What the run in `folder`, or the checkpoint `folder`, is made of; None where nobody has recorded it."""
+    if (folder / "run.json").is_file():
+        return read_json(folder / "run.json").get("description")
+    with contextlib.suppress(OSError, ValueError):
+        return read_manifest(folder).get("run")
+    return None
+
+
+def _places(rows) -> dict[bytes, str]:
+    """{`document_hash`: file:line} of datasets whose rows have `input_ids` and `where`."""
+    places: dict[bytes, str] = {}
+    for dataset in rows.values() if isinstance(rows, dict) else [rows]:
+        if {"input_ids", "where"} <= set(getattr(dataset, "column_names", None) or ()):
+            places |= locate(dataset)
+    return places

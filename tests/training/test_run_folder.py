@@ -1,0 +1,140 @@
+"""Where a run goes: a folder of its own, numbered and locked; what it resumes from; nothing is left of nothing."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY, copy_run, run_recipe, small_config
+
+from recipes.utils.config import load_config
+from recipes.utils.console import UserError
+from recipes.utils.training import begin
+from recipes.utils.training.checkpoint import MANIFEST, _digest, publish
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A function: the config my.yaml in a folder of its own, which is the current one, with flags laid over it."""
+    monkeypatch.chdir(tmp_path)
+    path = small_config(tmp_path, "my")
+    path.write_text(path.read_text().replace(f"  output_dir: {tmp_path / 'run'}\n", ""))
+
+    def load(overrides=None, **flags):
+        return load_config("my.yaml", overrides or {}, "lora", **flags)
+
+    return load
+
+
+def a_run_in(folder, step=None):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "run.json").write_text(json.dumps({"format": 2, "status": "running", "started": "then"}))
+    if step:
+        Path(folder, f"checkpoint-{step}").mkdir()
+
+
+def test_the_default_run_folder_is_numbered_when_a_run_is_there(config):
+    for expected in ("runs/my-lora", "runs/my-lora-2", "runs/my-lora-3"):
+        with begin(config()) as run:
+            assert run.folder == Path(expected)
+            assert run.base == Path(os.path.relpath(TINY / "base"))
+            assert (run.checkpoint, run.commit) == (None, None)
+            a_run_in(run.folder)
+
+
+def test_two_runs_that_begin_at_once_take_two_folders(config):
+    with begin(config()) as first, begin(config()) as second:
+        assert (str(first.folder), str(second.folder)) == ("runs/my-lora", "runs/my-lora-2")
+        with pytest.raises(UserError, match=r"runs/my-lora: is in use by another process \(pid \d+\)"):
+            begin(config({"training.output_dir": "runs/my-lora"})).__enter__()
+        with pytest.raises(UserError, match="runs/my-lora: is in use by another process"):
+            begin(config({"training.output_dir": "runs/my-lora"}, resume="latest")).__enter__()
+
+
+def test_of_a_run_that_was_not_begun_nothing_stays(config, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    with begin(config()) as run:
+        assert run.folder.is_dir()
+    with pytest.raises(UserError, match="no such folder"):
+        begin(config({"model.name_or_path": "./nowhere"})).__enter__()
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "runs" / "kept").mkdir(parents=True)
+    with begin(config()):
+        pass
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["kept"]
+
+
+def test_an_explicit_folder_that_holds_a_run_is_refused_and_an_empty_one_is_taken(config, tmp_path):
+    (tmp_path / "used" / "checkpoint-10").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"used: holds a run already.*--resume"):
+        begin(config({"training.output_dir": "used"})).__enter__()
+    (tmp_path / "empty").mkdir()
+    with begin(config({"training.output_dir": "empty"})) as run:
+        assert run.folder == Path("empty")
+    assert (tmp_path / "empty").is_dir()
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        begin(config({"training.output_dir": "/etc/hostname"})).__enter__()
+
+
+def test_a_checkpoint_of_another_folder_is_refused(config, tmp_path):
+    (tmp_path / "a" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(UserError, match="leave one of the two out"):
+        begin(config({"training.output_dir": "b"}, resume="a/checkpoint-1")).__enter__()
+    with pytest.raises(UserError, match="there is no such folder"):
+        begin(config(resume="runs/my-lora/checkpoint-2")).__enter__()
+
+
+def test_resume_takes_the_run_of_the_config_that_was_written_last(config, capsys):
+    with begin(config(resume="latest")) as run:
+        assert (run.checkpoint, run.folder) == (None, Path("runs/my-lora"))
+    assert "the run begins at its first step" in capsys.readouterr().out
+    for number, name in enumerate(["runs/my-lora", "runs/my-lora-3", "runs/my-lora-2", "runs/other-lora"]):
+        a_run_in(name)
+        os.utime(Path(name, "run.json"), (number, number))
+    with begin(config(resume="latest")) as run:
+        assert (run.checkpoint, run.folder) == (None, Path("runs/my-lora-2"))
+
+
+def test_a_run_without_a_complete_checkpoint_begins_again(config, capsys):
+    a_run_in("out", step=4)  # of a tool that does not stage
+    with begin(config({"training.output_dir": "out"}, resume="latest")) as run:
+        assert (run.checkpoint, run.folder) == (None, Path("out"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-4 is passed over" in shown
+    assert "begins at its first step" in shown
+
+
+def test_a_run_of_an_older_format_is_refused_at_a_resume_in_one_line(lora_run, tmp_path, capsys):
+    """By its record, or, where that is not there, by its checkpoint's manifest."""
+    folder = copy_run(lora_run, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    del record["format"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert run_recipe("sft_lora", tmp_path / "small.yaml", "--resume") == 2
+    assert "was begun by an older version of these recipes; begin a new run" in capsys.readouterr().err
+    (folder / "run.json").unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest["made_of"] = manifest.pop("run")
+        del manifest["sha256"]
+        (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+    assert run_recipe("sft_lora", tmp_path / "small.yaml", "--resume") == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "was begun by an older version" in errors
+
+
+def test_a_copy_without_a_record_is_resumed_and_says_what_it_cannot_compare(lora_run, tmp_path, capsys):
+    """A recipe from which somebody has cut `recorded` and `check_same_run` leaves manifests without a description."""
+    folder = copy_run(lora_run, tmp_path)
+    (folder / "run.json").unlink()
+    for step in (4, 8):
+        staged = shutil.move(folder / f"checkpoint-{step}", tmp_path / "staged")
+        (staged / MANIFEST).unlink()
+        publish(Path(staged), folder / f"checkpoint-{step}", {"processes": 1, "evaluation_due": False, "run": None})
+    (folder / "checkpoint-8" / "optimizer.pt").unlink()
+    assert run_recipe("sft_lora", tmp_path / "small.yaml", "--resume") == 0
+    assert "nobody has recorded what" in " ".join(capsys.readouterr().out.split())
+    first, again = ((path / "adapter_model.safetensors").read_bytes() for path in (lora_run, folder))
+    assert first == again
