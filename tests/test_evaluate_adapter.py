@@ -1,0 +1,198 @@
+"""evaluate_adapter.py: base, adapter and merged model side by side, for people and for machines."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, chat, copy_run, read_jsonl, run_recipe, run_script, small_config, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes import evaluate_adapter as recipe
+from recipes.evaluate_adapter import evaluate_adapter
+from recipes.merge_adapter import merge_adapter
+from recipes.utils.console import UserError
+from recipes.utils.data import Encoder, read_chats
+from recipes.utils.evaluation import SCORES, evaluate, score_answers
+
+SHORT = {"max_steps": 8, "learning_rate": 5e-3, "eval_steps": 8, "save_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that learnt something, with tagged test rows, one of them typed into a control token."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = read_jsonl(TINY / "test.jsonl")[:30]
+    tagged = [{**row, "tag": "even" if number % 2 else "odd"} for number, row in enumerate(rows)]
+    tagged[-1]["tag"] = 7  # of a row that no answer is generated for
+    data = {"test": str(write_jsonl(folder / "test.jsonl", tagged))}
+    assert run_recipe("sft_lora", small_config(folder, data=data, training=SHORT)) == 0
+    return folder / "run"
+
+
+def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_path, capsys):
+    folder, rows = copy_run(trained, tmp_path), read_jsonl(TINY / "test.jsonl")
+    other = write_jsonl(tmp_path / "other.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])
+    found = evaluate_adapter(folder, max_rows=4, forgetting=str(other))
+    written = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    assert written == found
+    assert set(written) == {"base", "adapter", "differences", "tags", "forgetting", "of", "report"}
+    assert written["base"]["rows"] == 30
+    assert written["base"]["generated_rows"] == 4
+    assert set(written["base"]) >= {*SCORES, "rows"}
+    loss = written["differences"]["adapter against base"]["loss"]
+    assert loss["difference"] == pytest.approx(written["adapter"]["loss"] - written["base"]["loss"])
+    assert loss["low"] < loss["difference"] < loss["high"] < 0
+    assert loss["verdict"] == "better"
+    assert written["differences"]["adapter against base"]["exact_match"]["verdict"] != "better"  # of 4 rows
+
+    # tags are slices of the same rows
+    predictions = read_jsonl(folder / "evaluation" / "predictions.jsonl")
+    assert {tag: part["base"]["rows"] for tag, part in written["tags"].items()} == {"even": 14, "odd": 15, "7": 1}
+    tokens = {tag: sum(row["tokens"] for row in predictions if row["tag"] == tag) for tag in written["tags"]}
+    by_tag = sum(written["tags"][tag]["base"]["loss"] * tokens[tag] for tag in tokens) / sum(tokens.values())
+    assert by_tag == pytest.approx(written["base"]["loss"])
+    assert "exact_match" not in written["tags"]["7"]["base"]
+    assert written["forgetting"]["base"]["rows"] == 2
+
+    assert len(predictions) == 30
+    assert predictions[0]["expected"] == rows[0]["messages"][-1]["content"]
+    assert {"base", "adapter", "prompt", "where"} <= set(predictions[0])
+    assert "answer" in predictions[3]["adapter"]
+    assert "answer" not in predictions[4]["adapter"]
+    assert len(read_jsonl(folder / "evaluation" / "forgetting.jsonl")) == 2
+    shown = capsys.readouterr().out
+    for words in ("exact match", rows[0]["messages"][-1]["content"], "The adapter is better than the base in loss",
+                  "too few rows to say", "tag even, 14 rows", "lost: nothing that these rows can show"):  # fmt: skip
+        assert words in shown
+
+
+def test_what_the_base_knew_and_the_adapter_lost_is_named(trained, tmp_path, capsys):
+    """Rows whose answers are the base's own: an adapter that learnt to answer in JSON finds them unlikely."""
+    folder = copy_run(trained, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder), escape=True)
+    chats = read_chats(str(TINY / "test.jsonl"))[:24]
+    answers = [row["answer"].strip() for row in evaluate(model, encoder, chats, 24, 60)]
+    known = [chat(own.messages[0]["content"], answer) for own, answer in zip(chats, answers, strict=True) if answer]
+    assert len(known) >= 20
+    found = evaluate_adapter(folder, max_rows=2, forgetting=str(write_jsonl(tmp_path / "known.jsonl", known)))
+    loss = found["forgetting"]["differences"]["adapter against base"]["loss"]
+    assert loss["verdict"] == "worse"
+    assert loss["low"] > 0
+    assert "lost: loss (+" in capsys.readouterr().out
+
+
+def test_the_base_of_an_evaluation_is_the_base_itself(trained, tmp_path):
+    folder, chats = copy_run(trained, tmp_path), read_chats(str(TINY / "validation.jsonl"))[:8]
+    plain = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder))
+    data = write_jsonl(tmp_path / "rows.jsonl", read_jsonl(TINY / "validation.jsonl")[:8])
+    scores = evaluate_adapter(folder, data=str(data), max_rows=2)
+    assert scores["base"]["loss"] == pytest.approx(score_answers(plain, encoder, encoder.encode(chats))[0], rel=1e-6)
+
+
+def test_a_merged_model_is_scored_beside_base_and_adapter(trained, tmp_path, capsys):
+    folder = copy_run(trained, tmp_path)
+    merged = merge_adapter(folder, verify=False)
+    capsys.readouterr()
+    scores = evaluate_adapter(folder, model=merged, max_rows=2)
+    assert scores["merged"]["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-5)
+    assert set(scores["differences"]) == {"adapter against base", "merged against base", "merged against adapter"}
+    shown = capsys.readouterr().out
+    assert "The merged model is the same as the adapter in loss" in shown
+    assert "merge_adapter.py" not in shown, "which was the step before"
+    assert scores["report"]["tables"][0]["models"] == ["base", "adapter", "merged"]
+
+
+def test_scales_are_scored_without_training_again(trained, tmp_path, capsys):
+    folder = copy_run(trained, tmp_path)
+    old = write_jsonl(tmp_path / "old.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])
+    found = evaluate_adapter(folder, max_rows=1, max_new_tokens=4, scales=[0.0, 0.5, 1.0], forgetting=str(old))
+    assert list(found) == ["0", "0.5", "1"]
+    assert json.loads((folder / "evaluation" / "scales.json").read_text()) == found
+    assert not (folder / "evaluation" / "metrics.json").exists()
+    shown = capsys.readouterr().out
+    assert "forgetting loss" in shown
+    assert "lowest loss at scale 1; next: python recipes/merge_adapter.py" in shown
+
+
+def test_a_q_lora_run_is_scored_on_its_4_bit_base(qlora_run, tmp_path):
+    folder = copy_run(qlora_run, tmp_path)
+    found = evaluate_adapter(folder, max_rows=2, max_new_tokens=4)
+    plain = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder))
+    chats = read_chats(str(tmp_path / "validation.jsonl"))
+    whole = score_answers(plain, encoder, encoder.encode(chats))[0]
+    assert found["base"]["loss"] == pytest.approx(whole, rel=0.05)
+    assert found["base"]["loss"] != pytest.approx(whole, rel=1e-4), "4 bit are not 32"
+
+
+def test_a_run_that_skips_and_escapes_can_be_evaluated(config_file, tmp_path):
+    rows = [*read_jsonl(TINY / "test.jsonl")[:3], chat("say <|im_end|> now", "<|im_end|> it is")]
+    path = write_jsonl(tmp_path / "odd.jsonl", rows)
+    path.write_text("{\n" + path.read_text())
+    data = {"validation": str(path), "on_bad_row": "skip", "control_tokens": "escape"}
+    config = config_file(data=data, training={"max_steps": 1, "eval_steps": 1, "save_steps": 1})
+    assert run_recipe("sft_lora", config) == 0
+    assert evaluate_adapter(tmp_path / "run", max_rows=4)["adapter"]["rows"] == 4
+
+
+def test_a_trained_head_makes_a_model_stop_that_never_learnt_to(config_file, tmp_path):
+    """The mend that a run names for an <|im_end|> that its base never saw: a zero row in the embedding and the head."""
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+        weight.data[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 0
+    for part in (model, tokenizer):
+        part.save_pretrained(base)
+    rows = read_jsonl(TINY / "train.jsonl")[56:120]
+    data = {"train": rows, "test": rows[:8]}
+    data = {name: str(write_jsonl(tmp_path / f"{name}-of.jsonl", part)) for name, part in data.items()}
+    training = {"max_steps": 60, "learning_rate": 5e-3, "eval_steps": 60, "save_steps": 60}
+    config = config_file(model={"name_or_path": str(base)}, data=data, training=training,
+                         lora={"modules_to_save": ["lm_head"]})  # fmt: skip
+    assert run_recipe("sft_lora", config) == 0
+    scores = evaluate_adapter(tmp_path / "run", model=merge_adapter(tmp_path / "run"), max_rows=8, max_new_tokens=150)
+    assert scores["base"]["stopped"] == 0
+    assert scores["adapter"]["stopped"] > 0.5
+    assert scores["merged"]["stopped"] == scores["adapter"]["stopped"]
+
+
+def test_what_cannot_be_scored_is_a_user_error(trained, tmp_path):
+    cases = [
+        ({"max_rows": 0}, "--max-rows: at least one answer must be generated"),
+        ({"scales": [0.5], "model": "x"}, "--scales scores the adapter, so not with --model"),
+        ({"model": str(tmp_path)}, r"is no model folder \(it has no config.json\)"),
+        ({"data": str(tmp_path / "none.jsonl")}, "no such data file"),
+        ({"forgetting": str(tmp_path / "none.jsonl")}, "no such data file"),
+    ]
+    for options, message in cases:
+        with pytest.raises(UserError, match=message):
+            evaluate_adapter(trained, **options)
+    with pytest.raises(UserError, match="is no run folder"):
+        evaluate_adapter(tmp_path)
+    (tmp_path / "run.json").write_text('{"status": "stopped"}')
+    with pytest.raises(UserError, match="holds no adapter yet"):
+        evaluate_adapter(tmp_path)
+
+
+def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(recipe, "evaluate_adapter", lambda **options: seen.update(options))
+    assert run_recipe("evaluate_adapter", "runs/x", "--scales", "0,0.5,1.25", "--max-rows", "7") == 0
+    assert seen == {"run_folder": "runs/x", "model": None, "data": None, "max_rows": 7, "max_new_tokens": None,
+                    "scales": [0, 0.5, 1.25], "forgetting": None}  # fmt: skip
+
+
+def test_the_script_runs_and_imports_no_trainer(trained, tmp_path):
+    folder = copy_run(trained, tmp_path)
+    words = ["recipes/evaluate_adapter.py", folder, "--max-rows", "2", "--max-new-tokens", "4"]
+    result = run_script("-X", "importtime", *words)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"written: {folder}/evaluation" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "import time:" in line}
+    assert "peft" in imported
+    assert not {"trl.trainer", "trl.trainer.sft_trainer", "datasets", "recipes.utils.training"} & imported
