@@ -4,19 +4,16 @@ import json
 import random
 import shutil
 
-from recipes import inspect_data
-from recipes.utils import console
-from recipes.utils.console import UserError
-from recipes.utils.dataset import read_chats
-from recipes.utils.encoding import encode_chats
-from recipes.utils.ledger import read_ledger
-
 import pytest
 import torch
-from conftest import ROOT, TINY, chat, read_jsonl, run_script, write_jsonl
+from conftest import ROOT, TINY, chat, read_jsonl, run_recipe, run_script, write_jsonl
 from scipy.stats import rankdata
-from test_sft import adapter_of, same, train
+from trained import adapter_of, same, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.utils.console import UserError
+from recipes.utils.data import Encoder, read_chats
+from recipes.utils.monitoring import read_ledger
 
 LAYOUTS = {
     "packed": {"packing": True, "max_length": 320, "per_device_train_batch_size": 2},
@@ -32,7 +29,8 @@ def test_the_ledger_holds_the_cross_entropy_of_each_row_alone(config_file):
     path = config_file(training={**training, "save_strategy": "no"})
     folder = train(path)
     base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    rows = encode_chats(read_chats(str(folder.parent / "train.jsonl")), AutoTokenizer.from_pretrained(folder))
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder))
+    rows = encoder.encode(read_chats(str(folder.parent / "train.jsonl")))
     ledger = {row.where: row for row in read_ledger(folder)}
     assert ledger.keys() == {row.where for row in rows}
     for row in rows:
@@ -209,17 +207,17 @@ def test_inspect_data_shows_the_worst_rows_token_by_token(config_file, tmp_path,
     )
     folder = train(path)
     capsys.readouterr()
-    flags = [str(path), "--ledger", str(folder), "--rows", "2"]
-    assert console.run(inspect_data.main, flags) == 0
+    flags = [path, "--ledger", folder, "--rows", "2"]
+    assert run_recipe("inspect_data", *flags) == 0
     shown = capsys.readouterr().out
     worst = [row.where for row in read_ledger(folder)]
     assert all(where in shown for where in worst[:20])
     answer = rows[int(worst[0].rsplit(":", 1)[1]) - 1]["messages"][1]["content"]
     assert f"«{answer}<|im_end|>»" in shown[shown.rindex(worst[0]) :]
     page = tmp_path / "page.html"
-    assert console.run(inspect_data.main, [*flags, "--html", str(page)]) == 0
+    assert run_recipe("inspect_data", *flags, "--html", page) == 0
     assert f"<code>{worst[0]}</code>" in page.read_text()
     with open(tmp_path / "say.jsonl", "a") as file:
         file.write(json.dumps(rows[0]) + "\n")
-    assert console.run(inspect_data.main, flags) == 2
+    assert run_recipe("inspect_data", *flags) == 2
     assert "has changed since" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The report holds what the run's files hold, escapes what users and models wrote, needs no network, and never stops a run."""
+"""The report holds what the run's files hold, escapes what users and models wrote, needs no network, and never stops a
+run."""
 
 import json
 import math
@@ -6,17 +7,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from recipes.evaluate_adapter import evaluate_adapter
-from recipes.sft_lora import train_lora
-from recipes.utils.config import load_config
-from recipes.utils.plots import COLOURS, bars, curves, histogram
-from recipes.utils.report import ReportWriter, refresh_report, write_report
-from recipes.utils.text_marks import LONGEST, mark_differences
-
 import pytest
 from conftest import TINY, read_jsonl, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained import train
+
+from recipes.evaluate_adapter import evaluate_adapter
+from recipes.utils.monitoring import Report, refresh_report, write_report
+from recipes.utils.monitoring.report import COLOURS, LONGEST, bars, curves, histogram, mark_differences
 
 HOSTILE = "<script>alert(1)</script>&\"'{{ 7*7 }}</svg>"
 
@@ -61,23 +60,24 @@ def finished(tmp_path_factory):
     rows = read_jsonl(TINY / "train.jsonl")
     lines = [
         f"model: {{name_or_path: {TINY / 'base'}, dtype: float32}}",
-        f"data: {{train: {write_jsonl(folder / 'train.jsonl', rows[:16])}, validation: {write_jsonl(folder / 'val.jsonl', rows[16:20])}}}",
+        f"data: {{train: {write_jsonl(folder / 'train.jsonl', rows[:16])},",
+        f"  validation: {write_jsonl(folder / 'val.jsonl', rows[16:20])}}}",
         "lora: {r: 4, target_modules: all-linear}",
         f"training: {{output_dir: {folder / 'run'}, max_steps: 4, max_length: 320, per_device_train_batch_size: 2,",
         "  learning_rate: 5.0e-3, eval_strategy: steps, eval_steps: 2, save_steps: 2, logging_steps: 1}",
     ]
     (folder / "small.yaml").write_text("\n".join(lines))
-    seen, on_evaluate = [], ReportWriter.on_evaluate
+    seen, on_evaluate = [], Report.on_evaluate
 
     def keep(self, args, state, control, **kwargs):
         on_evaluate(self, args, state, control, **kwargs)
-        seen.append((self.run_folder / "report.html").read_text())
+        seen.append((self.path).read_text())
 
-    ReportWriter.on_evaluate = keep
+    Report.on_evaluate = keep
     try:
-        run = train_lora(load_config(folder / "small.yaml", {}, "lora"))
+        run = train(folder / "small.yaml")
     finally:
-        ReportWriter.on_evaluate = on_evaluate
+        Report.on_evaluate = on_evaluate
     evaluate_adapter(run, max_rows=2)
     return run, seen
 
@@ -125,8 +125,9 @@ def hostile(finished, tmp_path) -> Path:
     record["data_sha256"] = {HOSTILE: HOSTILE}
     record["findings"] = [{"level": "warn", "message": HOSTILE}]
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    part = {name: metrics[name] for name in ("base", "adapter", "differences")}
-    metrics |= {"tags": {HOSTILE: part}, "forgetting": {**part, "data": HOSTILE}}
+    (table,) = metrics["report"]["tables"]
+    metrics["report"]["tables"] += [{**table, "title": f"tag {HOSTILE}"}, {**table, "title": f"forgetting: {HOSTILE}"}]
+    metrics["report"]["verdicts"].append(HOSTILE)
     rows = read_jsonl(run / "evaluation" / "predictions.jsonl")
     for row in rows[:2]:  # which have answers
         row |= {"where": HOSTILE, "tag": HOSTILE, "prompt": [{"role": HOSTILE, "content": HOSTILE}] * 2}
@@ -181,17 +182,19 @@ def test_a_disk_error_is_one_line_and_leaves_the_old_report_whole(finished, tmp_
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    assert "No space left" in refresh_report(tmp_path)
-    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setattr("os.fsync", full)
+    refresh_report(tmp_path)
+    shown = capsys.readouterr().out
+    assert "No space left" in shown
+    assert shown.count("\n") == 1
     monkeypatch.undo()
     assert (tmp_path / "report.html").read_text() == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_training_goes_on_when_the_report_cannot_be_written(config_file, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.utils.report.write_page", lambda *args, **values: 1 / 0)
-    run = train_lora(load_config(config_file(training={"max_steps": 2, "eval_steps": 1, "save_steps": 1}), {}, "lora"))
+    monkeypatch.setattr("recipes.utils.monitoring.report.write_page", lambda *args, **values: 1 / 0)
+    run = train(config_file(training={"max_steps": 2, "eval_steps": 1, "save_steps": 1}))
     assert (run / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().out.count("report.html could not be written: ZeroDivisionError") >= 2
 
@@ -211,8 +214,9 @@ def test_the_worst_rows_of_the_ledger_come_first(finished, tmp_path):
 
 
 def test_plots_take_the_colours_of_the_page_and_name_their_series():
+    steps = list(range(1, 3001))
     plots = [
-        curves("Loss", "nats", {"training": (list(range(1, 3001)), [1 / n for n in range(1, 3001)]), "validation": ([1, 2], [0.5, 0.4])}, "log"),
+        curves("Loss", "nats", {"training": (steps, [1 / n for n in steps]), "validation": ([1], [0.5])}, "log"),
         histogram("Length", "tokens", {"base": [1, 2, 3], "adapter": [2.5, math.nan]}),
         bars("Length", "tokens", [0, 1, 2], {"rows": [3, 4]}),
     ]  # fmt: skip

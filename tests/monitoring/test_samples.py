@@ -1,16 +1,15 @@
 """Samples at each evaluation: the model's own greedy answers, and a run that is the same without them."""
 
-from recipes.utils.dataset import read_chats
-from recipes.utils.encoding import prompt_ids
-from recipes.utils.evaluation import generate_answers
-from recipes.utils.samples import split_prompt
-
 import pytest
 import torch
 from conftest import TINY, read_jsonl
 from peft import PeftModel
-from test_sft import adapter_of, same, train
+from trained import adapter_of, same, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.utils.data import Encoder, read_chats
+from recipes.utils.model import generate_answers
+from recipes.utils.monitoring.samples import split_prompt
 
 SHORT = {"max_steps": 6, "eval_steps": 3, "save_steps": 3}
 
@@ -36,9 +35,10 @@ def test_samples_are_what_the_adapter_of_that_step_answers(config_file, capsys):
     samples = [sample for sample in read_jsonl(folder / "samples.jsonl") if sample["step"] == 6]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chats = [read_chats(str(folder.parent / "validation.jsonl"))[index] for index in (0, 2, 5)]
-    prompts = [prompt_ids(chat.messages[:-1], tokenizer) for chat in chats]
+    encoder = Encoder(tokenizer)
+    prompts = [encoder.prompt_ids(chat.messages[:-1]) for chat in chats]
     base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    answers = generate_answers(PeftModel.from_pretrained(base, folder), tokenizer, prompts, 128)
+    answers = generate_answers(PeftModel.from_pretrained(base, folder), encoder, prompts, 128)
     for sample, chat, prompt, answer in zip(samples, chats, prompts, answers, strict=True):
         assert sample["where"] == chat.where
         assert sample["prompt"] == tokenizer.decode(prompt)
@@ -48,12 +48,12 @@ def test_samples_are_what_the_adapter_of_that_step_answers(config_file, capsys):
 
 
 def test_an_answer_that_runs_away_is_marked(config_file, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.utils.samples.MOST_TOKENS", 4)
+    monkeypatch.setattr("recipes.utils.monitoring.samples.MOST_TOKENS", 4)
     folder = train(config_file(data={"samples": 1}, training=SHORT))
     assert not any(sample["stopped"] for sample in read_jsonl(folder / "samples.jsonl"))
     assert capsys.readouterr().out.count("(did not stop)") == 2
 
 
 def test_the_last_trained_answer_is_what_is_asked_for():
-    row = {"where": "f:1", "input_ids": [1, 2, 3, 4, 5, 6, 7], "labels": [-100, 2, -100, -100, 5, 6, -100]}
-    assert split_prompt(row) == ("f:1", [1, 2, 3, 4], [5, 6])
+    row = {"input_ids": [1, 2, 3, 4, 5, 6, 7], "labels": [-100, 2, -100, -100, 5, 6, -100]}
+    assert split_prompt(row) == ([1, 2, 3, 4], [5, 6])
