@@ -37,12 +37,12 @@ if __name__ == "__main__":
     given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
 from recipes.utils.data import Encoder
-from recipes.utils.files import staged
 from recipes.utils.merge import (
     compare_with_adapter,
     make_modelfile,
     merge_weights,
     rows_to_compare,
+    staged,
     write_card,
     write_config,
     write_generation_config,

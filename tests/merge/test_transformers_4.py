@@ -5,15 +5,15 @@ import os
 import subprocess
 import sys
 
-from recipes.merge_adapter import merge_adapter
-from recipes.utils.encoding import prompt_ids
-from recipes.utils.evaluation import generate_answers
-
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_recipe
 from mistral_tokenizers import mistral_v1_legacy_tokenizer
-from test_merged_folder import load, saved, small_run
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.merge_adapter import merge_adapter
+from recipes.utils.data import Encoder, load_tokenizer
+from recipes.utils.merge import write_tokenizer
+from recipes.utils.model import generate_answers
 
 SCRIPT = """
 import json, sys, torch, transformers
@@ -26,7 +26,7 @@ if len(sys.argv) > 3:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype="auto")
     ids = torch.tensor([found["ids"]])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24)
-    found |= {"answer": output[0, ids.shape[1]:].tolist(), "dtype": str(model.dtype), "logits": model(ids).logits[0, -1].tolist()}
+    found |= {"answer": output[0, ids.shape[1]:].tolist(), "dtype": str(model.dtype)}
 print(json.dumps(found))
 """
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two apples,  please.\n"}]
@@ -53,32 +53,29 @@ def transformers_4(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_merged_folder_loads_and_answers_alike(tmp_path, transformers_4):
-    adapter = small_run(tmp_path, "lora")
-    merged = merge_adapter(adapter)
-    tokenizer, model = AutoTokenizer.from_pretrained(adapter), load(merged)
-    prompt = prompt_ids(QUESTION, tokenizer)
+def test_the_merged_folder_loads_and_answers_alike(tmp_path, config_file, transformers_4):
+    assert run_recipe("sft_lora", config_file(training={"learning_rate": 5e-3})) == 0
+    merged = merge_adapter(tmp_path / "run")
+    encoder = Encoder(AutoTokenizer.from_pretrained(tmp_path / "run"))
+    prompt = encoder.prompt_ids(QUESTION)
     found = transformers_4(merged, json.dumps(QUESTION), "generate")
     assert found["class"] == "Qwen2TokenizerFast"
     assert found["ids"] == prompt
     assert found["dtype"] == "torch.float32"
-    answer = generate_answers(model, tokenizer, [prompt], 24)[0]
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    answer = generate_answers(model, encoder, [prompt], 24)[0]
     assert len(found["answer"]) == answer.tokens
-    assert tokenizer.decode(found["answer"], skip_special_tokens=True) == answer.text
+    assert encoder.tokenizer.decode(found["answer"], skip_special_tokens=True) == answer.text
 
 
 @pytest.mark.slow
 def test_mistrals_mended_tokenizer_gives_the_trained_ids(tmp_path, transformers_4):
-    from recipes.utils import export
-    from recipes.utils.chat_template import TEMPLATES
-    from recipes.utils.config_keys import ModelOptions
-    from recipes.utils.model import load_tokenizer
-
-    base = saved(mistral_v1_legacy_tokenizer(), tmp_path / "base")
+    base, output = tmp_path / "base", tmp_path / "out"
+    mistral_v1_legacy_tokenizer().save_pretrained(base)
     (base / "config.json").write_text('{"model_type": "mistral"}')
-    trained, _ = load_tokenizer(ModelOptions(str(base), chat_template=str(TEMPLATES / "mistral_v1.jinja")))
-    (tmp_path / "out").mkdir()
-    export.write_tokenizer(base, tmp_path / "out", trained)
-    found = transformers_4(tmp_path / "out", json.dumps(QUESTION))
+    trained = load_tokenizer(base, str(ROOT / "configs" / "chat_templates" / "mistral_v1.jinja"))
+    output.mkdir()
+    write_tokenizer(base, output, trained)
+    found = transformers_4(output, json.dumps(QUESTION))
     assert found["class"] == "PreTrainedTokenizerFast"
-    assert found["ids"] == prompt_ids(QUESTION, trained)
+    assert found["ids"] == Encoder(trained).prompt_ids(QUESTION)
