@@ -5,22 +5,21 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+from conftest import ROOT, copy_run, run_recipe
+from transformers import AutoTokenizer
+
+from recipes import chat as recipe
 from recipes.chat import chat
 from recipes.merge_adapter import merge_adapter
-from recipes.utils.adapter_folder import load_adapter, read_adapter
 from recipes.utils.console import UserError
-from recipes.utils.encoding import prompt_ids
-from recipes.utils.evaluation import generate_answers
-
-import pytest
-from conftest import ROOT
-from test_merged_folder import small_run
-from transformers import AutoTokenizer
+from recipes.utils.data import Encoder
+from recipes.utils.model import generate_answers, load_adapter, read_adapter
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    return small_run(tmp_path_factory.mktemp("chat"), "lora")
+def adapter(lora_run, tmp_path_factory):
+    return copy_run(lora_run, tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,9 @@ def merged(adapter):
 
 
 def answer_of(adapter, messages, tokens=40) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    encoder = Encoder(AutoTokenizer.from_pretrained(adapter))
     live = load_adapter(adapter, read_adapter(adapter))
-    return generate_answers(live, tokenizer, [prompt_ids(messages, tokenizer)], tokens)[0].text
+    return generate_answers(live, encoder, [encoder.prompt_ids(messages)], tokens)[0].text
 
 
 def user(text):
@@ -40,10 +39,9 @@ def user(text):
 
 def test_each_answer_is_the_adapters_to_the_whole_conversation(adapter, merged, capsys):
     first = answer_of(adapter, [user("Two apples, please.")])
-    second = answer_of(
-        adapter, [user("Two apples, please."), {"role": "assistant", "content": first}, user("One more")]
-    )
-    expected = [user("Two apples, please."), {"role": "assistant", "content": first}, user("One more"), {"role": "assistant", "content": second}]  # fmt: skip
+    expected = [user("Two apples, please."), {"role": "assistant", "content": first}, user("One more")]
+    second = answer_of(adapter, expected)
+    expected.append({"role": "assistant", "content": second})
     capsys.readouterr()
     for folder in (adapter, merged):
         assert chat(folder, max_new_tokens=40, lines=["Two apples, please.\n", "\n", "One more\n"]) == expected
@@ -110,9 +108,34 @@ def test_a_folder_without_adapter_or_model_is_a_user_error(tmp_path):
         chat(tmp_path, lines=[])
 
 
+def test_a_conversation_that_the_template_cannot_carry_is_a_user_error(merged, tmp_path):
+    model = shutil.copytree(merged, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no system message here') }}")
+    with pytest.raises(UserError, match="cannot carry this conversation: no system message here"):
+        chat(model, lines=["Hello"])
+
+
+def test_an_adapter_of_another_tool_answers_and_what_is_said_goes_elsewhere(adapter, tmp_path, capfd):
+    """Its template is chosen for it, which standard output does not tell: a pipe gets the answers."""
+    first = answer_of(adapter, [user("Hello")], 8)
+    other = shutil.copytree(adapter, tmp_path / "other", ignore=shutil.ignore_patterns("run.json", "checkpoint-*"))
+    capfd.readouterr()
+    assert chat(other, max_new_tokens=8, lines=["Hello"])[-1]["content"] == first
+    assert capfd.readouterr().out == first + "\n"
+
+
+def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(recipe, "chat", lambda **options: seen.update(options))
+    assert run_recipe("chat", "runs/x", "--system", "Be brief.", "--temperature", "0.7") == 0
+    assert seen == {"path": "runs/x", "system": "Be brief.", "temperature": 0.7, "max_new_tokens": 512}
+
+
 def test_in_a_pipe_only_the_answer_is_printed(adapter):
-    result = subprocess.run(
-        [sys.executable, "recipes/chat.py", str(adapter), "--max-new-tokens", "20"], cwd=ROOT, input="hi\n",
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    words = [sys.executable, "-X", "importtime", "recipes/chat.py", str(adapter), "--max-new-tokens", "20"]
+    result = subprocess.run(words, cwd=ROOT, input="hi\n", capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout == answer_of(adapter, [user("hi")], 20) + "\n"
+    lines = result.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert [line for line in lines if not line.startswith("import time:")] == []
+    assert not {"trl.trainer", "datasets", "scipy.stats", "rouge_score", "recipes.utils.evaluation"} & imported

@@ -1,5 +1,9 @@
-"""Run a recipe where each attempt to reach another machine is told and fails: `python tests/without_network.py RECIPE ...`"""
+"""Run recipes where each attempt to reach another machine is told and fails.
 
+`python tests/without_network.py RECIPE WORD ... [--then RECIPE WORD ...]`; ends with the last one's exit status.
+"""
+
+import itertools
 import runpy
 import socket
 import sys
@@ -22,6 +26,12 @@ def refuse_name(host, *args, **kwargs):
 
 
 socket.socket.connect, socket.getaddrinfo = refuse, refuse_name
-recipe, *arguments = sys.argv[1:]
-sys.argv = [recipe, *arguments]
-runpy.run_path(recipe, run_name="__main__")
+status = None
+for then, words in itertools.groupby(sys.argv[1:], lambda word: word == "--then"):
+    if not then and not status:
+        sys.argv = list(words)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+sys.exit(status)

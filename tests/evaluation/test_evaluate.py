@@ -10,8 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.utils.console import UserError
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import evaluate, figures, read_rows, rows_to_score, score_answers, score_scales
-from recipes.utils.evaluation import sum_up, write_evaluation
+from recipes.utils.evaluation import (
+    evaluate,
+    figures,
+    read_rows,
+    rows_to_score,
+    score_answers,
+    score_scales,
+    sum_up,
+    write_evaluation,
+)
 from recipes.utils.model import generate_answers, load_adapter, read_run
 
 
@@ -82,7 +90,7 @@ def test_the_tokenizer_is_copied_once_for_all_rows_of_an_evaluation(base, monkey
 
 
 def test_exact_match_and_stopped_count_what_they_say(base):
-    """Rows whose expected answers are the model's own count as matches, the others not; a cut answer has not stopped."""
+    """Rows whose expected answers are the model's own count as matches, others do not; a cut answer has not stopped."""
     model, encoder, chats = base
     answers = [row["answer"] for row in evaluate(model, encoder, chats[:8], 8, 200)]
     own = [
@@ -100,7 +108,7 @@ def test_exact_match_and_stopped_count_what_they_say(base):
 
 def test_what_the_report_shows_stands_ready_in_metrics_json(base, tmp_path):
     """Sentences, and tables of texts: of all rows, of each tag, of the rows that the base is good at."""
-    model, encoder, chats = base
+    model, encoder, _ = base
     rows = [{**chat("Hello", "world"), "tag": "short"}, *read_jsonl(TINY / "test.jsonl")[:3]]
     own = read_chats(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     scored = {"base": evaluate(model, encoder, own, 2, 4), "adapter": evaluate(model, encoder, own, 2, 4)}
