@@ -283,6 +283,19 @@ def test_of_this_project_the_cache_depends_on_the_data_package_alone(tmp_path, m
     assert sorted(path for path in seen if path.suffix == ".py") == sorted(package.glob("*.py"))
 
 
+def test_an_edit_of_the_validation_file_leaves_the_train_rows_as_they_are(tmp_path, monkeypatch):
+    story = "Once upon a time there lived a miller who had three sons and a mill and a donkey and a cat " * 3
+    path, other = write_jsonl(tmp_path / "a.jsonl", [chat("Tell", story)]), tmp_path / "b.jsonl"
+    tokenizer, seen, encode = FAMILIES["qwen2"][0](), [], Encoder.encode_documents
+    monkeypatch.setattr(Encoder, "encode_documents", lambda *args: seen.extend(args[1]) or encode(*args))
+    for number in (1, 2):
+        write_jsonl(other, [chat("Tell", story + f"and {number} dogs")])
+        _, validation = both_parts(path, tokenizer, validation=str(other))
+        assert "b.jsonl:1 is nearly" in validation.findings[0].message
+        assert [document.where for document in seen].count(f"{path}:1") == 1
+    assert [document.where for document in seen].count(f"{other}:1") == 2
+
+
 @pytest.mark.parametrize("change", ["template", "max_length", "train_on"])
 def test_a_changed_setting_is_prepared_anew(tmp_path, change):
     tokenizer = FAMILIES["qwen2"][0]()
@@ -353,20 +366,21 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(result.stdout.split()[-1]) < 400
 
 
-@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "counts.json"])
+@pytest.mark.parametrize("name", ["train.arrow", "train.npy", "validation.npy", "counts.json"])
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_damaged_cache_entry_is_made_anew_and_said(tmp_path, monkeypatch, capsys, name, damage):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path, tokenizer = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")]), qwen2_5()
-    whole = [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=str(path))]
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {number}", "b") for number in range(20)])
+    tokenizer = qwen2_5()
+    whole = [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=0.5)]
     [entry] = (tmp_path / "cache" / "lora-recipes").iterdir()
     if damage == "cut":
         os.truncate(entry / name, (entry / name).stat().st_size // 2)
     else:
         (entry / name).unlink()
-    assert [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=str(path))] == whole
+    assert [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=0.5)] == whole
     assert "are damaged" in capsys.readouterr().out
-    both_parts(path, tokenizer, validation=str(path))
+    both_parts(path, tokenizer, validation=0.5)
     assert "damaged" not in capsys.readouterr().out
 
 

@@ -15,16 +15,17 @@ import re
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from rensa import RMinHash, RMinHashLSH
+from rensa import RMinHash
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError, say
@@ -32,15 +33,12 @@ from recipes.utils.data.chats import BadRow, Chat, DataOptions, Reading, data_fi
 from recipes.utils.data.encode import Document, Encoded, Encoder
 from recipes.utils.files import file_hash
 
-if TYPE_CHECKING:
-    import datasets
-
 BATCH = 1000  # rows
 ROWS_COMPARED = 200  # of the user's own, against what inference sends
 ROWS_SIGNED = 20_000  # of either part, to look for near copies; about two seconds
-CANDIDATES = 20  # looked at for each validation row
+CANDIDATES = 20  # train rows compared with each validation row
 NEAR = 0.8  # share of three-word runs that two chats have in common
-PERMUTATIONS = 128
+PERMUTATIONS, BAND = 128, 8  # hashes of a signature, and how many must agree for two rows to be compared
 UNUSED = 30 * 24 * 3600  # seconds until an entry of the cache goes
 NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
@@ -86,10 +84,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that SFTTrainer takes as they are: `input_ids`, `labels`, `where` (file:line) and `fingerprint` (of the
-    normalised text); what was counted, the SHA-256 of each file that they came from, and what was found."""
+    """A `Dataset` that SFTTrainer takes as it is, with `input_ids`, `labels`, `where` (file:line) and `fingerprint` (of
+    the normalised text); what was counted, the SHA-256 of each file that the rows came from, and what was found."""
 
-    rows: "datasets.Dataset"
+    rows: Any
     counts: Counts = field(default_factory=Counts)
     files: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -104,27 +102,27 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     Raises:
         UserError: listing bad rows as file:line, unless data.on_bad_row is skip; if no row is left; and see `report`.
     """
-    paths = {"train": options.train}
+    sources: list[tuple[list[str], str | list[str]]] = []  # parts, and the files that hold them
     if isinstance(options.validation, float):
         if not 0 < options.validation < 1:
             raise UserError(f"data.validation: {options.validation} is not a share between 0 and 1, nor a file")
-        paths["validation"] = options.train
-    elif options.validation is not None:
-        paths["validation"] = options.validation
-    named = {part: data_files(names) for part, names in paths.items()}
-    hashes = {path: file_hash(path) for path in {*named["train"], *named.get("validation", [])}}
-    files = {part: {str(path): hashes[path] for path in found} for part, found in named.items()}
-    key = _key(options, tokenizer, args, files)
-    entry = _cached(key, lambda folder: _write(folder, paths, options, tokenizer, args))
-    parts = {}
-    for part, (rows, counts, found) in entry.items():
-        if not counts.rows:
-            raise UserError(_nothing_left(counts, options, part, args.max_length))
-        findings = [Finding(*finding) for finding in _wrong_with(rows, counts, part, options, args, tokenizer)]
-        parts[part] = Prepared(rows, counts, files[part], findings + found)
+        sources.append((["train", "validation"], options.train))
+    else:
+        sources.append((["train"], options.train))
+        sources += [(["validation"], options.validation)] if options.validation is not None else []
+    parts, signatures = {}, {}
+    for names, paths in sources:
+        files = {str(path): file_hash(path) for path in data_files(paths)}
+        key = _key(names, files, options, tokenizer, args)
+        entry = _cached(key, partial(_write, names=names, paths=paths, options=options, tokenizer=tokenizer, args=args))
+        for part, (prepared, signatures[part]) in entry.items():
+            if not prepared.rows:
+                raise UserError(_nothing_left(prepared.counts, options, part, args.max_length))
+            found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
+            parts[part] = dataclasses.replace(prepared, files=files, findings=found)
     train, validation = parts["train"], parts.get("validation")
     if validation:
-        validation = _leave_out_copies(train, validation)
+        validation = _without_copies(train, validation, signatures)
     if report:
         report_findings([*train.findings, *(validation.findings if validation else [])])
     return train, validation
@@ -136,17 +134,17 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
 class _Part:
     """The train or the validation rows while they are prepared."""
 
-    def __init__(self, path: Path, options: DataOptions, max_length: int, signs: bool):
+    def __init__(self, path: Path, options: DataOptions, max_length: int):
         from datasets import Features, List, Value
         from datasets.arrow_writer import ArrowWriter
 
-        self.options, self.max_length, self.signs = options, max_length, signs
-        ids = List(Value("int32"))
-        features = {"input_ids": ids, "labels": ids, "where": Value("string"), "fingerprint": Value("int64")}
-        self.writer = ArrowWriter(features=Features(features), path=str(path))
+        self.path, self.options, self.max_length = path, options, max_length
+        ids, self.columns = List(Value("int32")), ("input_ids", "labels", "where", "fingerprint")
+        types = ids, ids, Value("string"), Value("int64")
+        self.writer = ArrowWriter(features=Features(zip(self.columns, types, strict=True)), path=str(path))
         self.counts = Counts()
         self.lengths: list[int] = []  # of all rows, in tokens
-        self.signed: dict[str, tuple[RMinHash, int]] = {}  # file:line: (signature, fingerprint)
+        self.signed: dict[str, list[int]] = {}  # file:line: [the row's number, its signature]
 
     def add(self, chat: Chat, document: Document, row: Encoded) -> Encoded | None:
         """Keep the row, and return it as it is kept; None if it is dropped."""
@@ -166,18 +164,20 @@ class _Part:
         if not row.trained:
             counts.dropped += 1
             return None
+        compared = self.options.validation is not None and len(self.signed) < ROWS_SIGNED
+        if compared and row.where not in self.signed:
+            self.signed[row.where] = [counts.rows, *_signature(chat)]
         counts.rows += 1
         counts.tokens += len(row.input_ids)
         counts.trained_tokens += row.trained
-        copy = fingerprint(chat)
-        if self.signs and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
-            self.signed[row.where] = _signature(chat), copy
-        values = {"input_ids": row.input_ids, "labels": row.labels, "where": row.where, "fingerprint": copy}
-        self.writer.write(values, writer_batch_size=BATCH)
+        values = row.input_ids, row.labels, row.where, fingerprint(chat)
+        self.writer.write(dict(zip(self.columns, values, strict=True)), writer_batch_size=BATCH)
         return row
 
-    def finish(self, reading: Reading) -> None:
+    def finish(self, reading: Reading) -> dict:
+        """Complete the files of the part; its counts."""
         self.writer.finalize()
+        np.save(self.path.with_suffix(".npy"), np.array(list(self.signed.values()), np.uint32))
         counts, lengths = self.counts, self.lengths
         counts.all_tokens = sum(lengths)
         counts.length_99 = int(np.percentile(lengths, 99, method="higher")) if lengths else 0
@@ -185,33 +185,31 @@ class _Part:
         counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
         counts.shapes, counts.ignored_keys = dict(reading.shapes), sorted(reading.ignored_keys)
         counts.trimmed, counts.blank, counts.bad = reading.trimmed, reading.blank, reading.bad
+        return dataclasses.asdict(counts)
 
 
-def _write(folder: Path, paths: dict, options: DataOptions, tokenizer, args) -> dict:
-    """Write the rows of each part to an Arrow file in `folder`, and return {part: [counts, findings]}."""
-    encoder, parity = Encoder(tokenizer, options.control_tokens == "escape"), _PromptParity(tokenizer)
-    parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length, len(paths) > 1) for part in paths}
+def _write(folder: Path, names: list[str], paths, options: DataOptions, tokenizer, args) -> dict:
+    """Write the rows that `paths` hold to an Arrow file a part in `folder`, and return {part: [counts, findings]}."""
+    reading, encoder = Reading(), Encoder(tokenizer, options.control_tokens == "escape")
     share = options.validation if isinstance(options.validation, float) else None
-    started = told = time.monotonic()
-    for name in ["train"] if share else parts:
-        reading = Reading()
-        documents = _documents(stream_chats(paths[name], reading, options.system == "merge"), reading, encoder, options)
-        for number, ((chat, document), row) in enumerate(_encoded(documents, encoder), start=1):
-            part = name if not share or not held_out(chat, share, args.seed) else "validation"
-            kept = parts[part].add(chat, document, row)
-            if kept and part == "train":
-                parity.compare(chat, document, kept)
-            if number % BATCH == 0 and time.monotonic() - told > 10:
-                told = time.monotonic()
-                say(f"prepared {number:,} rows, {number / (told - started):,.0f} a second")
-        for part in parts if share else [name]:
-            parts[part].finish(reading)
-        if options.on_bad_row == "error":
-            reading.raise_if_bad()
-    found = {"train": parity.findings}
-    if "validation" in parts:
-        found["validation"] = _near_copies(parts["train"].signed, parts["validation"].signed)
-    return {part: [dataclasses.asdict(parts[part].counts), found[part]] for part in parts}
+    parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length) for part in names}
+    found: dict[str, list[Finding]] = {part: [] for part in names}
+    documents = _documents(stream_chats(paths, reading, options.system == "merge"), reading, encoder, options)
+    served, started = None, time.monotonic()
+    told = started
+    for number, ((chat, document), row) in enumerate(_encoded(documents, encoder), start=1):
+        part = names[held_out(chat, share, args.seed)] if share else names[0]
+        kept = parts[part].add(chat, document, row)
+        # a typed control token that was escaped is a real one to a server that reads text
+        if kept and part == "train" and number <= ROWS_COMPARED and not found[part] and not document.escaped:
+            served = served or _as_saved(tokenizer)
+            found[part] = _without_parity(chat, kept, served)
+        if number % BATCH == 0 and time.monotonic() - told > 10:
+            told = time.monotonic()
+            say(f"prepared {number:,} rows, {number / (told - started):,.0f} a second")
+    if options.on_bad_row == "error":
+        reading.raise_if_bad()
+    return {part: [parts[part].finish(reading), found[part]] for part in names}
 
 
 def _documents(chats, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple[Chat, Document]]:
@@ -238,101 +236,95 @@ def _encoded(documents, encoder: Encoder) -> Iterator[tuple[tuple[Chat, Document
             yield from zip(done, job.result(), strict=True)
 
 
-class _PromptParity:
-    """Holds each trained answer of the first rows against the prompts that inference sends, through the tokenizer as it
-    will be saved; `findings` has the first answer that follows none of them."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.left, self.findings = tokenizer, ROWS_COMPARED, []
-
-    @cached_property
-    def served(self):
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            return AutoTokenizer.from_pretrained(folder)
-
-    def compare(self, chat: Chat, document: Document, row: Encoded) -> None:
-        self.left -= 1
-        # a typed control token that was escaped is a real one to a server that reads text
-        if self.left < 0 or self.findings or document.escaped:
-            return
-        asked = [chat.messages[:place] for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
-        settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
-        prompts = [self.served.apply_chat_template(prompt, **settings) for prompt in asked]
-        labels = row.labels
-        starts = [place for place, label in enumerate(labels) if label != -100 and labels[place - 1] == -100]
-        if any(row.input_ids[:start] not in prompts for start in starts):
-            odd = f"{chat.where}: the training row does not begin with the tokens that inference sends for its prompt"
-            self.findings.append(Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree"))
+def _as_saved(tokenizer):
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
-def _near_copies(train: dict, validation: dict) -> list[Finding]:
-    """Validation rows that are nearly a train row, by MinHash over runs of three words; both are {where: (signature,
-    fingerprint)}. Copies, whose fingerprints are equal, are not among them."""
-    index, places = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=16), list(train)
-    for number, where in enumerate(places):
-        index.insert(number, train[where][0])
-    pairs = []
-    for where, (signature, copy) in validation.items():
-        candidates = [places[number] for number in index.query(signature)[:CANDIDATES]]
-        near = [(signature.jaccard(train[other][0]), other) for other in candidates if train[other][1] != copy]
-        if near and max(near)[0] >= NEAR:
-            pairs.append((max(near)[0], where, max(near)[1]))
-    if not pairs:
+def _without_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
+    """A finding where a trained answer follows none of the prompts that inference sends, by the tokenizer `served`."""
+    asked = [chat.messages[:place] for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+    settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
+    prompts = [served.apply_chat_template(prompt, **settings) for prompt in asked]
+    labels = row.labels
+    starts = [place for place, label in enumerate(labels) if label != -100 and labels[place - 1] == -100]
+    if all(row.input_ids[:start] in prompts for start in starts):
         return []
-    shown = "; ".join(f"{a} is nearly {b} ({share:.0%})" for share, a, b in sorted(pairs, reverse=True)[:3])
-    part = f" (of the first {ROWS_SIGNED:,} rows)" if len(train) == ROWS_SIGNED else ""
-    flatter = "validation rows" + part + " are nearly train rows, so their scores flatter"
-    return [Finding("warn", f"{len(pairs):,} {flatter}: {shown}")]
+    odd = f"{chat.where}: the training row does not begin with the tokens that inference sends for its prompt"
+    return [Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree")]
 
 
-def _signature(chat: Chat) -> RMinHash:
+def _bands(signature: np.ndarray) -> list[tuple[int, bytes]]:
+    return [(start, signature[start : start + BAND].tobytes()) for start in range(1, PERMUTATIONS, BAND)]
+
+
+def _signature(chat: Chat) -> list[int]:
+    """MinHash over runs of three words."""
     words = re.findall(r"\w+", " ".join(m["content"] for m in chat.messages if m["role"] != "system").casefold())
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
     signature.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
-    return signature
+    return signature.digest()
 
 
 # What is found in rows that are ready.
 
 
-def _wrong_with(rows, counts: Counts, part: str, options: DataOptions, args, tokenizer) -> Iterator[tuple[str, str]]:
-    """(level, message) of what is wrong with prepared rows: lost to max_length, no end of a turn learnt, all learnt."""
+def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, tokenizer) -> Iterator[Finding]:
+    """Rows lost to max_length, answers that end no turn, prompts that carry loss, a beginning twice."""
+    counts = prepared.counts
     all_rows, lost = counts.rows + counts.dropped, counts.lost_tokens / counts.all_tokens
     if max(counts.over_length / all_rows, lost) > options.max_over_length:
         over = f"{counts.over_length:,} of {all_rows:,} {part} rows are over training.max_length {args.max_length}"
         fit = f"99 % of the rows fit in --training.max_length {counts.length_99}"
         mend = "or take the loss: --data.max_over_length 1.0"
-        yield "stop", f"{over}, and {lost:.0%} of the tokens would be lost; {fit}, {mend}"
+        yield Finding("stop", f"{over}, and {lost:.0%} of the tokens would be lost; {fit}, {mend}")
     if counts.no_stop:
         endless = f"{counts.no_stop:,} {part} rows have an answer whose last trained token ends no turn"
         mend = "put the end-of-turn token inside the template's {% generation %} marks"
-        yield "stop", f"{endless}, so the model would never learn to stop: {mend}"
+        yield Finding("stop", f"{endless}, so the model would never learn to stop: {mend}")
     if counts.trained_tokens == counts.tokens:
-        yield "warn", f"every token of the {part} rows carries loss, prompts too; mark the answers alone"
-    first, bos = rows[0], tokenizer.bos_token_id
+        yield Finding("warn", f"every token of the {part} rows carries loss, prompts too; mark the answers alone")
+    first, bos = prepared.rows[0], tokenizer.bos_token_id
     if bos is not None and first["input_ids"][:2] == [bos] * 2:
         twice = f"{first['where']}: begins with {tokenizer.bos_token} twice"
-        yield "stop", f"{twice}; remove it from the text or from the chat template"
+        yield Finding("stop", f"{twice}; remove it from the text or from the chat template")
 
 
-def _leave_out_copies(train: Prepared, validation: Prepared) -> Prepared:
+def _without_copies(train: Prepared, validation: Prepared, signatures: dict[str, np.ndarray]) -> Prepared:
     """The validation rows without those whose text is in training but for case, space and punctuation."""
-    known = np.isin(validation.rows["fingerprint"], train.rows["fingerprint"])
-    if not known.any():
-        return validation
-    places = ", ".join(validation.rows[int(index)]["where"] for index in np.flatnonzero(known)[:3])
-    copies = f"{known.sum():,} of {len(known):,} validation rows are in training, exactly or but for case, space and"
-    findings = [Finding("drop", f"{copies} punctuation: {places}")]
-    if known.all():
+    copied = np.isin(validation.rows["fingerprint"], train.rows["fingerprint"])
+    findings = [*validation.findings, *_near_copies(train, validation, signatures, copied)]
+    if not copied.any():
+        return dataclasses.replace(validation, findings=findings)
+    places = ", ".join(validation.rows[int(index)]["where"] for index in np.flatnonzero(copied)[:3])
+    copies = f"{copied.sum():,} of {len(copied):,} validation rows are in training"
+    findings.append(Finding("drop", f"{copies}, exactly or but for case, space and punctuation: {places}"))
+    if copied.all():
         nothing = "data.validation: every row is in training, so nothing would be measured"
         findings.append(Finding("stop", f"{nothing}; use other rows, or a share: --data.validation 0.05"))
-    return dataclasses.replace(
-        validation,
-        rows=validation.rows.select(np.flatnonzero(~known)),
-        counts=dataclasses.replace(validation.counts, rows=int((~known).sum())),
-        findings=[*validation.findings, *findings],
-    )
+    counts = dataclasses.replace(validation.counts, rows=int((~copied).sum()))
+    return Prepared(validation.rows.select(np.flatnonzero(~copied)), counts, validation.files, findings)
+
+
+def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: np.ndarray) -> Iterator[Finding]:
+    """Validation rows that are nearly a train row: where a band of their signatures is the same, as locality-sensitive
+    hashing has it, the share of equal hashes is the share of common runs (Broder 1997)."""
+    known, pairs = defaultdict(list), []
+    for number, signature in enumerate(signatures["train"]):
+        for band in _bands(signature):
+            known[band].append(number)
+    for signature in signatures["validation"]:
+        found = dict.fromkeys(number for band in _bands(signature) for number in known.get(band, ()))
+        others = signatures["train"][list(found)[:CANDIDATES]]
+        near = max(((float((signature[1:] == other[1:]).mean()), int(other[0])) for other in others), default=(0.0, 0))
+        if near[0] >= NEAR and not copied[signature[0]]:
+            pairs.append((near[0], validation.rows[int(signature[0])]["where"], train.rows[near[1]]["where"]))
+    if pairs:
+        shown = "; ".join(f"{a} is nearly {b} ({share:.0%})" for share, a, b in sorted(pairs, reverse=True)[:3])
+        part = f" (of the first {ROWS_SIGNED:,} rows)" if len(signatures["train"]) == ROWS_SIGNED else ""
+        flatter = f"{len(pairs):,} validation rows{part} are nearly train rows, so their scores flatter"
+        yield Finding("warn", f"{flatter}: {shown}")
 
 
 def _nothing_left(counts: Counts, options: DataOptions, part: str, max_length: int) -> str:
@@ -352,7 +344,7 @@ def _nothing_left(counts: Counts, options: DataOptions, part: str, max_length: i
 
 
 def _cached(key: str, write) -> dict:
-    """{part: (rows, counts, findings)} of the cache's entry `key`. Where there is none, or a damaged one,
+    """{part: (`Prepared`, signatures)} of the cache's entry `key`. Where there is none, or a damaged one,
     `write(folder)` makes the files; one process of a machine does, and the others wait for it."""
     import datasets
 
@@ -394,18 +386,22 @@ def _kept(folder: Path) -> dict | None:
     try:
         for part, (counts, found) in json.loads((folder / "counts.json").read_text(encoding="utf-8")).items():
             rows = Dataset.from_file(str(folder / f"{part}.arrow"))
-            parts[part] = rows, Counts(**counts), [Finding(*each) for each in found]
-    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
+            prepared = Prepared(rows, Counts(**counts), findings=[Finding(*each) for each in found])
+            parts[part] = prepared, np.load(folder / f"{part}.npy")
+    except (OSError, ValueError, EOFError):  # pyarrow's errors are ValueErrors
         return None
     with contextlib.suppress(OSError):  # in a cache that one may only read
         os.utime(folder)  # used today
     return parts
 
 
-def _key(options: DataOptions, tokenizer, args, files: dict) -> str:
+def _key(names: list[str], files: dict[str, str], options: DataOptions, tokenizer, args) -> str:
     """A digest of all that prepared rows depend on: files, template, tokenizer, settings, libraries, this package."""
-    that_make_rows = dataclasses.replace(options, ledger=True, samples=0, test=None, max_over_length=0.0)
-    settings = [that_make_rows, args.max_length, args.seed]
+    share, signs = options.validation if len(names) > 1 else None, options.validation is not None
+    that_make_rows = dataclasses.replace(
+        options, train="", validation=share, test=None, ledger=True, samples=0, max_over_length=0.0
+    )
+    settings = [names, signs, that_make_rows, args.max_length, args.seed]
     versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
     digest = hashlib.sha256(repr([settings, versions, files]).encode())
     for module in sorted(Path(__file__).parent.glob("*.py")):
@@ -425,7 +421,7 @@ def document_hash(input_ids) -> bytes:
     return hashlib.blake2b(np.asarray(input_ids, dtype=np.int32).tobytes(), digest_size=8).digest()
 
 
-def locate(rows: "datasets.Dataset") -> dict[bytes, str]:
+def locate(rows) -> dict[bytes, str]:
     """{`document_hash`: file:line} for each of the rows, to find packed documents again; the first of equal ones."""
     places: dict[bytes, str] = {}
     for batch in rows.select_columns(["input_ids", "where"]).with_format("numpy").iter(BATCH):
