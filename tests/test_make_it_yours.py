@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_jsonl, small_config, write_jsonl
+from conftest import ROOT, TINY, read_jsonl, run_script, small_config, write_jsonl
 from forks import FORKS
 from safetensors.torch import load_file
 
@@ -83,7 +83,7 @@ class Copy:
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """A function that makes the copy with the change of a heading, or with a function of its text."""
+    """A function that makes a copy with the change of a heading, or an unchanged one."""
     monkeypatch.chdir(tmp_path)
 
     def make(heading: str | None = None, **sections) -> Copy:
@@ -107,9 +107,11 @@ def test_the_page_has_the_changes_each_in_at_most_ten_lines():
 
 
 def test_an_unchanged_copy_runs(copy, lora_run):
-    """The same losses as the recipe in its own place."""
+    """As a user would run it, from its own folder: the same losses as the recipe in its own place."""
     mine = copy()
-    mine.train()
+    done = run_script(mine.script.name, mine.config.name, cwd=mine.script.parent)
+    assert done.returncode == 0, done.stderr
+    assert mine.record["status"] == "finished"
     losses = [line["loss"] for line in mine.metrics if "loss" in line]
     assert losses == [line["loss"] for line in read_jsonl(lora_run / "metrics.jsonl") if "loss" in line]
 
@@ -211,9 +213,15 @@ def test_dpo_survives_a_sigterm(copy, tmp_path):
     stopped = int(next(mine.run.glob("checkpoint-*")).name.rpartition("-")[2])
     assert stopped < 12
     mine.train("--resume")
-    steps = [line["step"] for line in mine.metrics if "loss" in line]
-    assert steps == list(range(1, 13))
+    resumed = [(line["step"], line["loss"]) for line in mine.metrics if "loss" in line]
     assert mine.record["resumed"]
     assert any("rewards/accuracies" in line for line in mine.metrics)
     assert "ledger: none" in mine.printed
     assert "samples: none" in mine.printed
+    adapter = load_file(mine.run / "adapter_model.safetensors")
+    mine.run = tmp_path / "whole"
+    mine.train("--training.output_dir", "whole")
+    assert resumed == [(line["step"], line["loss"]) for line in mine.metrics if "loss" in line]
+    assert [step for step, _ in resumed] == list(range(1, 13))
+    for name, tensor in load_file(mine.run / "adapter_model.safetensors").items():
+        assert torch.equal(adapter[name], tensor), name
