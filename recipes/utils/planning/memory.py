@@ -1,17 +1,17 @@
-"""One training step without memory: what autograd keeps, and how much more the passes take.
+"""Will it fit: the memory of one training step, from the model's own config and the run's settings, without weights.
 
-The model is built on torch's meta device, gets the adapter that the run would give it and takes a step on tensors that
-have a shape and nothing else (torch's FakeTensorMode), with two of its layers. What autograd keeps for the backward pass
-is counted storage by storage; decoder layers are alike, so each further one keeps what the second does.
+What is held throughout is counted on the model's shapes. What a step keeps and takes is read off one that is traced
+without memory: on torch's meta device the model, with two of its layers, gets the adapter that the run would give it
+and takes a step on tensors that have a shape and nothing else (torch's FakeTensorMode). What autograd keeps for the
+backward pass is counted storage by storage; decoder layers are alike, so each further one keeps what the second does.
+No formula knows the architecture, and no GPU is needed.
 """
 
 import contextlib
 import copy
 import dataclasses
+import math
 import weakref
-
-from recipes.utils.adapter import train_in_float32
-from recipes.utils.attention import VARLEN
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,6 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
+
+from recipes.utils.model import VARLEN, register_varlen
+
+# The tile of logits that TRL's fused head computes at once (trl/kernels/chunked_logprob.py): tokens × vocabulary.
+TILE = (4096, 32768)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +54,77 @@ class Step:
         return self.packed or self.rows > 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step on one device, by part."""
+
+    weights: int
+    adapter: int  # with its gradients and the optimizer's state
+    activations: int  # kept for the backward pass
+    working: int  # the most that a pass through one layer takes on top, recomputation included
+    head: int  # the tile of logits, the gradient that leaves the head, and that of a head that is trained
+
+    @property
+    def total(self) -> int:
+        """The peak: the head is done when the backward pass of the layers begins."""
+        return self.weights + self.adapter + self.activations + max(self.working, self.head)
+
+
+def predict(model_config, lora: LoraConfig, steps: list[Step]) -> list[dict[str, Memory]]:
+    """For each of `steps`, which are of one dtype, {"lora": ..., "qlora": ...}: what it takes on a base in that dtype
+    and on one in 4 bit."""
+    model = on_meta(model_config, lora, steps[0].dtype)
+    head = model.get_output_embeddings()
+    (vocabulary, width), head_trains = head.weight.shape, any(p.requires_grad for p in head.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    # Q-LoRA holds all linear layers of the base in 4 bit but the head, be it a trained one.
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    in_head = set(head.modules())
+    linear = [m.weight.numel() for name, m in layers if m not in in_head and "lora_" not in name]
+    found = []
+    for step in steps:
+        size, tokens = getattr(torch, step.dtype).itemsize, math.prod(step.batch)
+        kept, working = activations(model_config, lora, step)
+        # float32, a gradient, AdamW's two moments, and with several processes the gradients that they exchange
+        each = 4 + 4 + (2 if "8bit" in step.optimizer else 8) + 4 * (step.processes > 1)
+        tile = min(tokens, TILE[0]) * min(vocabulary, TILE[1]) * size
+        at_head = tile + tokens * width * (4 + size) + head_trains * vocabulary * width * 4
+        base = Memory(frozen * size, trained * each, kept, working, at_head)
+        # A 4-bit weight is dequantised for each product; what autograd keeps is the same, since the base is frozen.
+        in_4_bit = sum(nf4_bytes(count, step.double_quantisation) for count in linear)
+        weights = (frozen - sum(linear)) * size + in_4_bit
+        qlora = dataclasses.replace(base, weights=weights, working=working + max(linear) * size)
+        found.append({"lora": base, "qlora": qlora})
+    return found
+
+
+def nf4_bytes(count: int, double_quantisation: bool) -> int:
+    """Bytes of `count` weights in 4 bit: half a byte each and a float32 scale for every 64; with double quantisation
+    one byte for every 64, and a float32 for every 256 of those (arXiv 2305.14314, section 3)."""
+    blocks = math.ceil(count / 64)
+    return math.ceil(count / 2) + (blocks + 4 * math.ceil(blocks / 256) if double_quantisation else 4 * blocks)
+
+
+def activations(model_config, lora: LoraConfig, step: Step) -> tuple[int, int]:
+    """(bytes that autograd keeps for the backward pass, the most that forward and backward take on top of them)."""
+    two, second, working = trace(model_config, lora, step)
+    layers = model_config.num_hidden_layers
+    kept = two + (layers - 2) * second
+    if step.on_gpu and step.attention == "sdpa" and step.masked:
+        # On a GPU, sdpa makes numbers of the mask's booleans in every layer anew.
+        mask = step.batch[0] * step.batch[1] ** 2 * getattr(torch, step.dtype).itemsize
+        kept, working = kept + (0 if step.checkpointing else layers * mask), working + mask
+    return kept, working
+
+
 def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
-    """(bytes kept by the model with two layers, those of the second, the most that is taken on top). The first layer may
-    keep less than the others: nothing before it is trained."""
+    """(bytes kept by the model with two layers, those of the second, the most that is taken on top). The first layer
+    may keep less than the others: nothing before it is trained."""
     # The flash-attn package keeps what torch's own copy of its kernel keeps, and so does sdpa where it needs no mask.
     maskless = step.attention.startswith("flash_") or (step.attention == "sdpa" and not step.masked)
     attention = VARLEN if maskless else step.attention
     model = on_meta(model_config, lora, step.dtype, 2, attention)
-    rows, length = step.batch
     with FakeTensorMode():
         _materialise(model)
         for module in model.modules():
@@ -68,11 +136,7 @@ def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
         if step.checkpointing:
             model.activation_checkpointing_enable()
             model.enable_input_require_grads()
-        inputs = {
-            "input_ids": torch.empty(rows, length, dtype=torch.long),
-            "labels": torch.empty(rows, length, dtype=torch.long),
-            **_borders(step, attention),
-        }
+        inputs = _inputs(step, attention)
         own = {t.untyped_storage()._cdata for p in model.parameters() for t in (p, p.grad) if t is not None}
         kept, live, after_layer = {}, LiveBytes(own), []
 
@@ -139,19 +203,21 @@ class LiveBytes(TorchDispatchMode):
 
 def on_meta(model_config, lora: LoraConfig, dtype: str, layers: int | None = None, attention: str = "sdpa"):
     """The model with its adapter as SFTTrainer would have it, without memory; with `layers` layers if that is given."""
+    register_varlen()
     model_config, lora = copy.deepcopy(model_config), copy.deepcopy(lora)
-    lora.init_lora_weights = True  # PiSSA and its like look at the weights; the shapes are the same
+    lora.init_lora_weights = True  # the shapes are the same, and some look at the weights
     if layers:
         model_config.num_hidden_layers, lora.layers_to_transform = layers, None
         if getattr(model_config, "layer_types", None):
             model_config.layer_types = model_config.layer_types[-layers:]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        kind = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=kind, attn_implementation=attention)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-    train_in_float32(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model
 
 
@@ -168,14 +234,14 @@ def _materialise(model) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _borders(step: Step, attention: str) -> dict:
-    """What tells the documents of a micro-batch apart, as TRL's collator and transformers hand it on: positions and the
-    documents' borders, or a mask."""
+def _inputs(step: Step, attention: str) -> dict:
+    """A micro-batch, with what tells its documents apart as TRL's collator and transformers hand it on: positions and
+    the documents' borders, or a mask."""
     rows, length = step.batch
-    inputs = {"position_ids": torch.empty(rows, length, dtype=torch.long)} if step.packed else {}
+    inputs = {name: torch.empty(rows, length, dtype=torch.long) for name in ("input_ids", "labels")}
+    if step.packed:
+        inputs["position_ids"] = torch.empty(rows, length, dtype=torch.long)
     if attention != VARLEN:
-        inputs["attention_mask"] = torch.empty(rows, 1, length, length, dtype=torch.bool)
-    if attention == VARLEN:
-        borders = torch.empty(3, dtype=torch.int32)
-        inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": length, "max_length_k": length}
-    return inputs
+        return {**inputs, "attention_mask": torch.empty(rows, 1, length, length, dtype=torch.bool)}
+    borders = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.empty(3, dtype=torch.int32))
+    return {**inputs, **borders, "max_length_q": length, "max_length_k": length}

@@ -2,18 +2,17 @@
 
 import dataclasses
 
-from recipes.utils import memory_trace
-from recipes.utils.memory import activations, nf4_bytes, predict
-from recipes.utils.memory_trace import Step
-
 import bitsandbytes
 import pytest
 import torch
 from conftest import TINY
 from datasets import Dataset
 from peft import LoraConfig
+from published_models import PUBLISHED
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig, Qwen2Config
 from trl import SFTConfig, SFTTrainer
+
+from recipes.utils.planning.memory import LiveBytes, Step, activations, nf4_bytes, on_meta, predict, trace
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -120,16 +119,6 @@ def test_nf4_weights_take_what_bitsandbytes_holds(bases, family):
             assert nf4_bytes(module.in_features * module.out_features, True) == held
 
 
-PUBLISHED = {  # the dimensions on the models' pages at huggingface.co
-    "Mistral-7B-v0.3": MistralConfig(
-        vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, sliding_window=None,
-    ),
-    "Qwen2-7B": Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4,
-    ),
-}  # fmt: skip
 STEP = Step("bfloat16", "varlen", 1, 128, True, True)
 ALL_LINEAR = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 # GB, worked out by hand: weights; activations kept and recomputed; 16 bytes a float32 adapter parameter
@@ -191,7 +180,7 @@ def test_a_mask_of_packed_rows_costs_the_square_of_their_tokens():
 def test_a_gpu_keeps_one_byte_for_each_dropped_value():
     dropout = LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
     config, step = PUBLISHED["Mistral-7B-v0.3"], Step("bfloat16", "varlen", 1, 4096, True, False, input_cast=True)
-    each = [memory_trace.trace(config, lora, step)[1] / 4096 for lora in (ALL_LINEAR, dropout)]
+    each = [trace(config, lora, step)[1] / 4096 for lora in (ALL_LINEAR, dropout)]
     inputs = 6 * 4096 + 14336  # of the adapters of a layer
     assert each[1] - each[0] == inputs
 
@@ -200,7 +189,7 @@ def test_a_gpu_keeps_one_byte_for_each_dropped_value():
 def test_the_peak_is_that_of_a_real_step(bases, checkpointing):
     """Forward and backward of real tensors, the LM head left out in both."""
     config, tokens = FAMILIES["mistral"], 512
-    model = memory_trace.on_meta(config, ALL_LINEAR, "float32", attention="sdpa").to_empty(device="cpu").train()
+    model = on_meta(config, ALL_LINEAR, "float32", attention="sdpa").to_empty(device="cpu").train()
     if checkpointing:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
@@ -210,7 +199,7 @@ def test_the_peak_is_that_of_a_real_step(bases, checkpointing):
     for buffer in model.buffers():
         buffer.zero_()
     own = {t.untyped_storage()._cdata for p in model.parameters() for t in (p, p.grad) if t is not None}
-    live = memory_trace.LiveBytes(own)
+    live = LiveBytes(own)
     backbone = model.get_base_model().base_model
     backbone.register_forward_hook(lambda module, args, output: live.pause(output.last_hidden_state))
     ids = torch.randint(512, (1, tokens))

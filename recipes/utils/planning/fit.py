@@ -1,0 +1,153 @@
+"""Does a run fit: the memory of its steps against that of a GPU, in tables and flags; the speed that was measured."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from rich.table import Table
+from trl import SFTConfig
+
+from recipes.utils.config import Config
+from recipes.utils.console import UserError, out
+from recipes.utils.files import read_json
+from recipes.utils.model import VARLEN, attention_and_reason
+from recipes.utils.planning.memory import Memory, Step
+
+# What benchmarks/train_gpu.py measured; absent until it has run.
+MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"
+# What CUDA, its libraries' workspaces and the allocator's rounding take of a card. An allowance, not measured.
+RESERVE = 0.06
+ENOUGH = 8192  # tokens a micro-batch; more fill a GPU no better
+FEW = 4096  # and with fewer it idles, which recomputing activations costs less than
+GPUS = {  # GB, as they are sold
+    "T4": 16, "V100": 16, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "A10": 24, "A10G": 24, "L4": 24, "L40S": 48,
+    "A6000": 48, "A100-40": 40, "A100-80": 80, "A100": 80, "H100": 80, "H200": 141, "B200": 180,
+}  # fmt: skip
+OLDER_THAN_AMPERE = ("T4", "V100")
+PARTS = {
+    "weights": "weights", "adapter": "adapter, its gradients and optimizer", "activations": "saved activations",
+    "working": "working set of one layer *", "head": "LM head tile *", "total": "peak",
+}  # fmt: skip
+WAYS = {  # (method, activation checkpointing) -> head of a column
+    ("lora", True): "LoRA, checkpointing", ("lora", False): "LoRA",
+    ("qlora", True): "Q-LoRA, checkpointing", ("qlora", False): "Q-LoRA",
+}  # fmt: skip
+
+
+def fits(memory: Memory, available: int) -> bool:
+    return memory.total <= available * (1 - RESERVE)
+
+
+def step_of(config: Config, attention: str, rows: int, checkpointing: bool, on_gpu: bool = True) -> Step:
+    """The training step of `config` with `rows` rows a micro-batch."""
+    args = SFTConfig(**config.training)
+    twice = config.quantization.get("bnb_4bit_use_double_quant", True)
+    return Step(
+        dtype=config.model.dtype, attention=attention, rows=rows, length=args.max_length, packed=args.packing,
+        checkpointing=checkpointing, input_cast=config.model.adapter_input_cast, double_quantisation=twice,
+        optimizer=str(args.optim), on_gpu=on_gpu, processes=int(os.environ.get("WORLD_SIZE", 1)),
+    )  # fmt: skip
+
+
+def lora_of(config: Config) -> LoraConfig:
+    """The adapter that the run trains: a new one, or the one that it goes on from."""
+    return PeftConfig.from_pretrained(config.model.adapter) if config.model.adapter else LoraConfig(**config.lora)
+
+
+def choose(sizes: list[int], length: int, room: set[tuple[bool, int]]) -> tuple[int, bool]:
+    """(rows a micro-batch, activation checkpointing): without checkpointing if a micro-batch of some size fits so, the
+    first of `sizes` (in rising order) that has tokens enough or else the largest that fits; the smallest, with it, if
+    nothing does. `room` holds what fits, as (checkpointing, rows)."""
+    best = None
+    for checkpointing in (False, True):
+        for rows in sizes:
+            if (checkpointing, rows) not in room:
+                break
+            best = rows, checkpointing
+            if rows * length >= ENOUGH:
+                break
+        if best and (best[0] * length >= FEW or best[0] == sizes[-1]):
+            break
+    return best or (sizes[0], True)
+
+
+def flags(rows: int, accumulation: int, checkpointing: bool) -> str:
+    """The settings as a command line takes them."""
+    micro_batch = f"--training.per_device_train_batch_size {rows} --training.gradient_accumulation_steps {accumulation}"
+    return f"{micro_batch} --training.gradient_checkpointing {str(checkpointing).lower()}"
+
+
+def memory_of_gpu(gpu: str | None) -> tuple[int, str]:
+    """(bytes, name) of the GPU that is named, by its model or its size; without one, what is free on this machine's."""
+    if gpu is None:
+        if not torch.cuda.is_available():
+            raise UserError('this machine has no GPU that torch sees; name one: --gpu 24GB, --gpu "RTX 4090"')
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    if name := {name.lower(): name for name in GPUS}.get(gpu.lower()):
+        return int(GPUS[name] * 1e9), name
+    try:
+        return int(float(gpu.upper().removesuffix("GB")) * 1e9), gpu
+    except ValueError:
+        raise UserError(f"--gpu {gpu!r} is not known; give its size, as 24GB, or one of: {', '.join(GPUS)}") from None
+
+
+def on_gpu(config: Config, model_config, gpu: str | None, name: str) -> tuple[Config, str, str]:
+    """(`config` as the GPU called `name` can run it, what packed rows go through there, a flag that this takes or "").
+    Without `gpu` it is this machine's."""
+    dtype, flag = config.model.dtype, ""
+    if name in OLDER_THAN_AMPERE and dtype == "bfloat16":
+        dtype = "float32" if model_config.model_type.startswith("qwen2") else "float16"  # where Qwen2 gives NaN
+        training = {**config.training, "bf16": False, "fp16": dtype == "float16"}
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype), training=training)
+        flag = f" --model.dtype {dtype}"
+    if gpu is None or config.model.attn_implementation != "auto":
+        return config, attention_and_reason(config.model, use_cpu=gpu is not None)[0], flag
+    return config, "sdpa" if name in OLDER_THAN_AMPERE or dtype == "float32" else VARLEN, flag
+
+
+def print_parts(title: str, memory: dict[tuple, Memory], rows: int) -> None:
+    """Of `memory`, by (method, checkpointing, rows), that of a micro-batch of `rows`."""
+    table = _table(title, "")
+    for part, name in PARTS.items():
+        table.add_row(name, *(f"{getattr(memory[(*way, rows)], part) / 1e9:.1f}" for way in WAYS))
+    out.print(table)
+    out.print("* one after the other: the larger counts for the peak\n")
+
+
+def print_fits(name: str, available: int, memory: dict[tuple, Memory], sizes: list[int], length: int) -> None:
+    """`memory` by (method, checkpointing, rows), against `available` bytes."""
+    title = f"peak, GB, against {available / 1e9:.1f} GB ({name}) less {RESERVE:.0%} for CUDA and rounding"
+    table = _table(title, "micro-batch")
+    for rows in sizes:
+        found = [memory[(*way, rows)] for way in WAYS]
+        cells = [f"{one.total / 1e9:.1f} {'fits' if fits(one, available) else 'no'}" for one in found]
+        table.add_row(f"{rows} rows, {rows * length:,} tokens", *cells)
+    out.print(table)
+
+
+def _table(title: str, first: str) -> Table:
+    columns = (first, *WAYS.values())
+    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+
+
+def is_gpu(device: str, gpu: str) -> bool:
+    """True if the name that CUDA has for a device ("NVIDIA A100-SXM4-40GB") is of the GPU ("A100-40")."""
+    return all(re.search(rf"\b{re.escape(part)}(GB)?\b", device) for part in gpu.split("-"))
+
+
+def measured_speed(config: Config, model_config, method: str, gpu: str, checkpointing: bool) -> str:
+    """The fastest rate measured for a model of this shape on `gpu`, and the hours that follow from it, or none."""
+    shape = [model_config.model_type, model_config.hidden_size, model_config.num_hidden_layers]
+    asked = (True, shape, method, checkpointing)
+    runs = [run for run in (read_json(MEASURED)["runs"] if MEASURED.is_file() else []) if is_gpu(run["gpu"], gpu)]
+    rates = [run for run in runs if (run["ours"], run["shape"], run["method"], run["checkpointing"]) == asked]
+    if not rates:
+        return f"not measured on this GPU ({gpu})"
+    best = max(rates, key=lambda run: run["useful_tokens_per_second"])
+    rate, epochs = best["useful_tokens_per_second"], SFTConfig(**config.training).num_train_epochs
+    hours = f"10 million tokens × {epochs:g} epochs take {10e6 * epochs / rate / 3600:.1f} h"
+    where = f"{best['variant']}, {best['gpu']}, {best['date']}"
+    return f"{rate:,.0f} tokens/s ({where}): {hours}; the recipe's --dry-run counts yours"
