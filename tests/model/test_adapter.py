@@ -152,6 +152,7 @@ def test_an_adapter_is_saved_whole_or_not_at_all(tmp_path):
     saver = Saver(adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)))
     save_adapter(saver, tmp_path)
     assert stored_shapes(tmp_path) == adapter_shapes(saver.model)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "safetensors leaves its file to its owner"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
@@ -196,6 +197,7 @@ def test_an_adapter_names_the_base_that_it_is_on(tmp_path):
 def test_a_snapshot_of_the_hub_is_named_as_the_hub_does(tmp_path):
     snapshot = tmp_path / "hub" / "models--someone--tiny-it" / "snapshots" / ("ab" * 20)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(snapshot), "r": 4}))
+    (tmp_path / "adapter_model.safetensors").touch()
     (tmp_path / "README.md").write_text(f"base_model: {snapshot}\ntags:\n- base_model:adapter:{snapshot}\n")
     publish_base(tmp_path)
     found = json.loads((tmp_path / "adapter_config.json").read_text())

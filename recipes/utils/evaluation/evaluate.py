@@ -117,14 +117,9 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
         if old_rows:
             by_scale[f"{scale:g}"]["forgetting_loss"] = score_answers(live, encoder, old_rows)[0]
     set_scale(live, 1.0)
-    write_json(_folder(run_folder) / "scales.json", by_scale)
+    (Path(run_folder) / "evaluation").mkdir(exist_ok=True)
+    write_json(Path(run_folder) / "evaluation" / "scales.json", by_scale)
     return by_scale
-
-
-def _folder(run_folder: Path) -> Path:
-    folder = Path(run_folder) / "evaluation"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict[str, dict], forgetting="") -> dict:
@@ -135,6 +130,8 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
     `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json holds: `sum_up` of the predictions,
     under "forgetting" the same of those, and under "report" what report.html shows.
     """
+    folder = Path(run_folder) / "evaluation"
+    folder.mkdir(exist_ok=True)
     for part, chats in parts.items():
         lines = []
         for chat, *rows in zip(chats, *scored[part].values(), strict=True):
@@ -143,13 +140,13 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
             for name, row in zip(scored[part], rows, strict=True):
                 line[name] = {key: value for key, value in row.items() if key not in SHARED}
             lines.append(line)
-        write_jsonl(_folder(run_folder) / f"{part}.jsonl", lines)
+        write_jsonl(folder / f"{part}.jsonl", lines)
     metrics = sum_up(scored["predictions"], parts["predictions"])
     if "forgetting" in parts:
         metrics["forgetting"] = sum_up(scored["forgetting"], parts["forgetting"]) | {"data": str(forgetting)}
     verdicts = [sentence(pair, found) for pair, found in metrics["differences"].items()]
     metrics["report"] = {"verdicts": verdicts, "tables": _tables(metrics)}
-    write_json(_folder(run_folder) / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)
     return metrics
 
 

@@ -14,22 +14,19 @@ from recipes.utils.data import read_tokenizer
 from recipes.utils.files import read_json, sync
 from recipes.utils.model.base import ModelOptions, attention_and_reason, commit_of, find_base, load_base, name_of
 
-# What these begin with means something on a base that they changed when they began, and is not linear in its scale.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-NEED_MORE = dict.fromkeys(("eva", "corda", "lora_ga"), "a pass over the data") | {
-    "loftq": "a base that it quantises itself"
-}
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin: not linear in their scale
+NO_PLAIN_START = (*CHANGE_THE_BASE, "eva")
 
 
 def check_initialisation(lora: dict) -> None:
     """Raise `UserError` for an initialisation that these recipes do not carry from training to the saved adapter."""
     start = str(lora.get("init_lora_weights", True))
-    if start in NEED_MORE:
-        why = f"needs {NEED_MORE[start]}, which these recipes do not make"
-    elif start.startswith(CHANGE_THE_BASE):
-        why = "changes the base, so its adapter fits no published one"
-    else:
+    if not start.startswith(NO_PLAIN_START):
         return
+    need = "a base that it quantises itself" if start == "loftq" else "a pass over the data"
+    why = f"needs {need}, which these recipes do not make"
+    if start.startswith(("pissa", "olora")):
+        why = "changes the base, so its adapter fits no published one"
     mend = "use gaussian, or leave the key out; tuned, all variants are within 1-2 % (arXiv 2602.04998)"
     raise UserError(f"lora.init_lora_weights: {start} {why}: {mend}")
 
@@ -38,28 +35,22 @@ def check_adapter(folder: str | None) -> None:
     """Raise `UserError` where `folder` (model.adapter) is no adapter, or one that training cannot go on from."""
     if folder is None:
         return
-    config = Path(folder) / "adapter_config.json"
+    config, why = Path(folder) / "adapter_config.json", "pickled weights are not loaded, since they can run code"
     if not config.is_file():
         raise UserError(f"model.adapter: {folder} is no adapter folder (it has no adapter_config.json)")
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
-        why = "pickled weights are not loaded, since they can run code"
+    if not config.with_name("adapter_model.safetensors").is_file():
         raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; {why}")
     start = str(read_json(config).get("init_lora_weights", True))
-    if start.startswith((*CHANGE_THE_BASE, *NEED_MORE)):
+    if start.startswith(NO_PLAIN_START):
         mend = "convert it with PEFT's path_initial_model_for_weight_conversion first"
         raise UserError(f"model.adapter: {folder} began with {start} and is no plain LoRA; {mend}")
 
 
 def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> None:
-    """Make a model with its adapter ready to train: what is trained in float32, and the levers on speed of `options`,
-    which leave the losses as they are. Call it when the trainer is built, which casts an adapter on a 4-bit base to
-    bfloat16 (PEFT leaves modules_to_save in the base's dtype): in 16 bit small steps are rounded away.
-
-    `backend` is torch.compile's.
-    """
-    from peft.tuners.tuners_utils import (
-        BaseTunerLayer,
-    )  # here and below: PEFT takes seconds, and a merge needs none of it
+    """Make a model with its adapter ready to train: what is trained in float32, since in 16 bit small steps are rounded
+    away, and the levers on speed of `options`, which leave the losses as they are. Call it when the trainer is built,
+    which casts an adapter on a 4-bit base to bfloat16. `backend` is torch.compile's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # here: PEFT takes seconds, and a merge needs none of it
 
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -103,9 +94,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
 
 def save_adapter(trainer, folder: Path) -> None:
     """Write adapter, tokenizer and template into `folder`, each whole and adapter_config.json last: it stands for all.
-
-    Raises `RunEnded` if the file is not the whole adapter (sharded training can leave empty or flattened tensors).
-    """
+    Raises `RunEnded` if tensors of the adapter are missing or flattened, as sharded training can leave them."""
     staging = Path(folder) / ".adapter"
     trainer.save_model(str(staging))
     if not is_main_process():
@@ -121,17 +110,16 @@ def save_adapter(trainer, folder: Path) -> None:
 
 
 def publish_base(folder: Path) -> None:
-    """In the files of an adapter, name a base from the hub as the hub does, with its commit: the libraries write where
-    this machine's cache keeps it."""
+    """Make a saved adapter fit to be given away: safetensors leaves its file to its owner alone, and a base from the
+    hub is named as this machine's cache keeps it; here as the hub does, with its commit."""
     path = Path(folder) / "adapter_config.json"
+    path.with_name("adapter_model.safetensors").chmod(path.stat().st_mode)
     config = read_json(path)
     base = Path(config["base_model_name_or_path"] or "")
-    if commit_of(base) is None:
-        return
-    config |= {"base_model_name_or_path": name_of(base), "revision": commit_of(base)}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    card = path.with_name("README.md")
-    if card.is_file():
+    if commit_of(base):
+        config |= {"base_model_name_or_path": name_of(base), "revision": commit_of(base)}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        card = path.with_name("README.md")
         card.write_text(card.read_text(encoding="utf-8").replace(str(base), name_of(base)), encoding="utf-8")
 
 
@@ -151,8 +139,8 @@ def read_run(folder: Path) -> dict:
 
 def newest_run(root: Path | str = "runs") -> Path:
     """The run below `root` that finished last. Raises `UserError` where none has."""
-    records = [(path.parent, read_json(path)) for path in Path(root).glob("*/run.json")]
-    finished = [(record["finished"], path) for path, record in records if record["status"] == "finished"]
+    records = ((read_json(path), path.parent) for path in Path(root).glob("*/run.json"))
+    finished = [(record["finished"], path) for record, path in records if record["status"] == "finished"]
     if not finished:
         raise UserError(f"no finished run under {root}/; name the run's folder")
     return max(finished)[1]
@@ -161,8 +149,7 @@ def newest_run(root: Path | str = "runs") -> Path:
 def read_adapter(folder: Path) -> dict:
     """The record (run.json) of an adapter, which may be a run's checkpoint; of another tool's adapter, what its
     adapter_config.json says in the same form, without `data`. Raises `UserError` if there is none, or a broken one."""
-    folder = Path(folder)
-    config = folder / "adapter_config.json"
+    folder, config = Path(folder), Path(folder) / "adapter_config.json"
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -174,11 +161,11 @@ def read_adapter(folder: Path) -> dict:
             return read_json(place / "run.json")
     adapter = read_json(config)
     model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
-    record: dict = {"name": folder.resolve().name, "method": "lora", "model": dataclasses.asdict(model)}
-    base = base_of(record)
+    base = base_of({"model": dataclasses.asdict(model)})
     shape = read_json(base / "config.json")
-    dtype = shape.get("dtype") or shape.get("torch_dtype") or "float32"
-    return {**record, "model": {**record["model"], "dtype": dtype}, "commit": commit_of(base)}
+    model = dataclasses.replace(model, dtype=shape.get("dtype") or shape.get("torch_dtype") or "float32")
+    record = {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base)}
+    return record | {"model": dataclasses.asdict(model)}
 
 
 def base_of(record: dict) -> Path:
@@ -198,10 +185,10 @@ def load_adapter(folder: Path, record: dict):
     """The adapter of `folder` on its base, in the precision of its training: after Q-LoRA, in 4 bit."""
     from peft import PeftModel
 
-    options, use_cpu = ModelOptions(**record["model"]), not torch.cuda.is_available()
+    options = ModelOptions(**record["model"])
     quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
-    attention, _ = attention_and_reason(options, use_cpu)
-    return PeftModel.from_pretrained(load_base(base_of(record), options, attention, quantization, use_cpu), folder)
+    attention, _ = attention_and_reason(options, not torch.cuda.is_available())
+    return PeftModel.from_pretrained(load_base(base_of(record), options, attention, quantization), folder)
 
 
 def load_adapter_tokenizer(folder: Path, record: dict):
@@ -224,8 +211,6 @@ def check_linear(adapter: Path, scale: float) -> None:
 
 def set_scale(model, scale: float) -> None:
     """Make the adapter of a PEFT `model` weigh `scale` times what it was trained with."""
-    from peft.tuners.lora import LoraLayer
-
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if hasattr(module, "set_scale"):  # a LoRA layer
             module.set_scale("default", scale)

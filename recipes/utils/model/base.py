@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
@@ -27,7 +19,6 @@ from recipes.utils.files import read_json
 
 VARLEN = "varlen"  # attention.py; with "flash" in it, transformers would look for that package
 ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
-INSTALL_FLASH = "pip install --no-build-isolation -r requirements-gpu.txt"
 SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.txt", "*.py"]  # all of a model but its weights
 ROWS_LOOKED_AT = 200  # for the control tokens that they use
 PICKLED = (
@@ -53,15 +44,13 @@ class ModelOptions:
 
 def find_base(options: ModelOptions, commit: str | None = None, weights: bool = True) -> Path:
     """The folder of the base: `name_or_path` itself, or a snapshot of the hub at one commit, with configuration,
-    tokenizer, template and, unless `weights` is False, the safetensors that its index names. The network is used here
-    and nowhere else.
+    tokenizer, template and, unless `weights` is False, the safetensors that its index names.
 
     The commit is `commit`; without it that of `options.adapter`, unless there is an `options.revision`; else what the
-    revision stands for today. The cache serves what it has whole.
+    revision stands for today. The cache serves what it has whole. The network is used here and nowhere else.
 
     Raises:
-        UserError: if there is no such folder or model, or the hub cannot be reached and the cache does not have it
-        whole.
+        UserError: if there is no such folder or model, or the hub cannot be reached and the cache has it not whole.
     """
     name = options.name_or_path
     if Path(name).is_dir():
@@ -71,19 +60,14 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     if commit is None and options.adapter and options.revision is None:
         adapter = read_json(Path(options.adapter) / "adapter_config.json")
         commit = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
-    with _told_in_a_line(name), _no_telemetry():
+    with _loading(name):
         # Asked also where the cache has the branch, which may have moved since.
         commit = commit or HfApi().resolve_revision(name, revision=options.revision).resolved
-        base = _cached(name, commit, weights)
-        if base is None:
-            _download(name, commit, weights)
-            base = _cached(name, commit, weights)
-    if base is None and constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"{name}: is not whole in the cache, and HF_HUB_OFFLINE keeps the Hugging Face hub out of reach"
-        )
+        base = _cached(name, commit, weights) or _download(name, commit, weights)
     if base is None:
-        raise UserError(f"{name}: {PICKLED if weights else 'has no config.json and tokenizer'}")
+        why = PICKLED if weights else "has no config.json and tokenizer"
+        offline = "is not whole in the cache, and HF_HUB_OFFLINE keeps the Hugging Face hub out of reach"
+        raise UserError(f"{name}: {offline if constants.HF_HUB_OFFLINE else why}")
     return base
 
 
@@ -101,7 +85,7 @@ def _cached(name: str, commit: str, weights: bool) -> Path | None:
     """The snapshot in the cache, if its configuration, tokenizer and, where asked for, weights are all there."""
     try:
         base = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         return None
     tokenizer = any((base / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     needed = ["config.json", *(_weights(base) if weights else [])]
@@ -114,33 +98,26 @@ def _weights(base: Path) -> list[str]:
     return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
 
 
-def _download(name: str, commit: str, weights: bool) -> None:
-    base = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
-    if not weights or constants.HF_HUB_OFFLINE:
-        return
-    how = {"revision": commit, "allow_patterns": _weights(base)}
-    size = sum(file.file_size for file in snapshot_download(name, dry_run=True, **how) if file.will_download)
-    say(f"base: fetching {size / 1e9:,.2f} GB of {name} from the Hugging Face hub, once")
-    # a bar that shows where the libraries' bars are off
-    snapshot_download(name, tqdm_class=tqdm if is_main_process() else None, **how)
+def _download(name: str, commit: str, weights: bool) -> Path | None:
+    how = {"revision": commit, "allow_patterns": SMALL_FILES}
+    how["allow_patterns"] = _weights(Path(snapshot_download(name, **how)))
+    if weights and not constants.HF_HUB_OFFLINE:
+        size = sum(file.file_size for file in snapshot_download(name, dry_run=True, **how) if file.will_download)
+        say(f"base: fetching {size / 1e9:,.2f} GB of {name} from the Hugging Face hub, once")
+        # its bar shows where the libraries' bars are off
+        snapshot_download(name, tqdm_class=tqdm if is_main_process() else None, **how)
+    return _cached(name, commit, weights)
 
 
 @contextlib.contextmanager
-def _told_in_a_line(name: str):
-    """Turn what loading `name` raises into a line that says what to do."""
-    try:
-        yield
-    except (OSError, RevisionResolutionError, HFValidationError) as error:
-        raise UserError(f"{name}{_what_to_do(error, name)}") from error
-
-
-@contextlib.contextmanager
-def _no_telemetry():
-    """With the first request of a day the hub's client fetches a list of AI agents, so that it can report which one
-    runs."""
+def _loading(name: str):
+    """Turn what loading `name` raises into a line that says what to do. In here the hub's client does not report what
+    it is used for: with the first request of a day it would fetch a list of AI agents, to see which one runs."""
     before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
     try:
         yield
+    except (OSError, errors.RevisionResolutionError, errors.HFValidationError) as error:
+        raise UserError(f"{name}{_what_to_do(error, name)}") from error
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = before
 
@@ -152,15 +129,15 @@ def _what_to_do(error: Exception, name: str) -> str:
     def found(*kinds) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
-    if found(GatedRepoError):
+    if found(errors.GatedRepoError):
         return f" is gated: accept its licence at https://huggingface.co/{name}, then: hf auth login"
-    if found(RepositoryNotFoundError):
+    if found(errors.RepositoryNotFoundError):
         return ": no such folder here, and no such model on the Hugging Face hub; if it is a private one: hf auth login"
-    if found(RevisionNotFoundError):
+    if found(errors.RevisionNotFoundError):
         return ": the Hugging Face hub has no such model.revision; it is a branch, a tag or a commit"
-    if found(HFValidationError):
+    if found(errors.HFValidationError):
         return ": there is no such folder; paths are relative to where the command runs"
-    if found(RevisionResolutionError, LocalEntryNotFoundError, ConnectionError) or "connect" in text:
+    if found(errors.RevisionResolutionError, errors.LocalEntryNotFoundError, ConnectionError) or "connect" in text:
         unreached = "the Hugging Face hub cannot be reached; give a folder as model.name_or_path"
         return f": there is no such folder here, and {unreached}"
     return f": {PICKLED}" if "safetensors" in text else f": {str(error).splitlines()[0]}"
@@ -168,7 +145,7 @@ def _what_to_do(error: Exception, name: str) -> str:
 
 def model_config(base: Path, options: ModelOptions):
     """The base's own configuration, without its weights."""
-    with _told_in_a_line(options.name_or_path):
+    with _loading(options.name_or_path):
         return AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code, local_files_only=True)
 
 
@@ -185,10 +162,9 @@ def check_base(base: Path, options: ModelOptions, use_cpu: bool, use_cpu_asked: 
     with torch.device("meta"):  # no memory is taken
         billions = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) / 1e9
     if billions > 1:
-        raise UserError(
-            f"{options.name_or_path} has {billions:.1f} billion parameters and this machine has no GPU that torch sees "
-            "(nvidia-smi shows whether there is one); --training.use_cpu true trains on the CPU all the same"
-        )
+        why = "this machine has no GPU that torch sees (nvidia-smi shows whether there is one)"
+        mend = "--training.use_cpu true trains on the CPU all the same"
+        raise UserError(f"{options.name_or_path} has {billions:.1f} billion parameters and {why}; {mend}")
 
 
 def choose_attention(options: ModelOptions, use_cpu: bool) -> str:
@@ -218,10 +194,9 @@ def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str
         known = "use auto, varlen, sdpa, eager or flash_attention_2"
         raise UserError(f"model.attn_implementation: unknown {setting!r}; {known}")
     if setting == "flash_attention_2" and no_flash:
-        raise UserError(
-            f"model.attn_implementation: flash_attention_2 cannot be had here: {no_flash}. It wants an Ampere or newer "
-            f"GPU and: {INSTALL_FLASH}; auto takes what is there"
-        )
+        wants = "an Ampere or newer GPU and: pip install --no-build-isolation -r requirements-gpu.txt"
+        why = f"{no_flash}. It wants {wants}; auto takes what is there"
+        raise UserError(f"model.attn_implementation: flash_attention_2 cannot be had here: {why}")
     if setting == VARLEN and missing and not on_cpu:
         raise UserError(f"model.attn_implementation: varlen cannot be had here: {missing}; auto takes what is there")
     if setting == "flex_attention" and use_cpu:
@@ -230,7 +205,7 @@ def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str
 
 
 def register_varlen() -> None:
-    """Make `varlen` known to transformers; apart, since its modules take seconds to import and a merge needs none."""
+    """Make `varlen` known to transformers; apart, since what it imports takes seconds."""
     import recipes.utils.model.attention  # noqa: F401
 
 
@@ -241,23 +216,14 @@ def load_base(base: Path, options: ModelOptions, attention: str, quantization_co
     if attention == VARLEN:
         register_varlen()
     device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    how = {"dtype": getattr(torch, options.dtype), "attn_implementation": attention, "device_map": {"": device}}
+    how |= {"trust_remote_code": options.trust_remote_code, "use_safetensors": True, "local_files_only": True}
     try:
-        with _told_in_a_line(options.name_or_path):
-            model = AutoModelForCausalLM.from_pretrained(
-                base,
-                trust_remote_code=options.trust_remote_code,
-                dtype=getattr(torch, options.dtype),
-                attn_implementation=attention,
-                device_map={"": device},
-                quantization_config=quantization_config,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+        with _loading(options.name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization_config, **how)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{options.name_or_path}: its weights do not fit what is free on {device}; nvidia-smi shows what else runs "
-            "there, recipes/plan_run.py what would fit"
-        ) from error
+        mend = "nvidia-smi shows what else runs there, recipes/plan_run.py what would fit"
+        raise UserError(f"{options.name_or_path}: its weights do not fit what is free on {device}; {mend}") from error
     model.config._name_or_path = options.name_or_path  # what model cards say; PEFT reads the folder's own config.json
     # On CPUs with AVX512-BF16 the first evaluation would repack 4-bit weights for good, which moves the logits and
     # makes a resumed run another run.
