@@ -55,7 +55,7 @@ def test_a_checkpoint_lists_every_file_that_it_holds(a_run):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["removed", "cut", "flipped"])
-def test_with_any_file_damaged_the_checkpoint_before_is_taken_and_told(run_folder, name, damage):
+def test_with_any_file_damaged_the_checkpoint_before_is_taken_and_told(run_folder, name, damage, capsys):
     path = run_folder / "checkpoint-8" / name
     content = path.read_bytes()
     middle = len(content) // 2
@@ -64,11 +64,11 @@ def test_with_any_file_damaged_the_checkpoint_before_is_taken_and_told(run_folde
     else:
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         path.write_bytes(content[:middle] if damage == "cut" else flipped)
-    found, told = newest_complete(run_folder)
-    assert found == run_folder / "checkpoint-4"
-    assert len(told) == 1
-    assert "checkpoint-8 is passed over" in told[0]
-    assert name in told[0] or name == MANIFEST
+    assert newest_complete(run_folder) == run_folder / "checkpoint-4"
+    passed_over, taken = capsys.readouterr().out.splitlines()
+    assert "checkpoint-8 is passed over" in passed_over
+    assert name in passed_over or name == MANIFEST
+    assert taken == f"resume: going on from {run_folder / 'checkpoint-4'}"
 
 
 def test_a_resume_says_what_it_passed_over_and_ends_like_the_whole_run(a_run, run_folder, capsys):
@@ -131,12 +131,12 @@ def test_later_steps_of_a_course_that_was_given_up_are_set_aside_and_outrank_not
     assert "checkpoint-8 is kept as unused-checkpoint-8" in " ".join(capsys.readouterr().out.split())
     assert fault(run_folder / "unused-checkpoint-8") is None
     assert [path.name for path in run_folder.glob("checkpoint-*")] == ["checkpoint-7"]
-    assert newest_complete(run_folder)[0] == run_folder / "checkpoint-7"
+    assert newest_complete(run_folder) == run_folder / "checkpoint-7"
 
 
 def test_a_kill_between_two_renames_loses_nothing(run_folder):
     (run_folder / "checkpoint-8").rename(run_folder / ".old-checkpoint-8")
-    assert newest_complete(run_folder)[0] == run_folder / "checkpoint-8"
+    assert newest_complete(run_folder) == run_folder / "checkpoint-8"
 
 
 @pytest.mark.parametrize("fails", ["adapter_model.safetensors", "optimizer.pt"])

@@ -37,6 +37,8 @@ def publish(staged: Path, checkpoint: Path, content: dict) -> None:
     written = datetime.now(timezone.utc).isoformat(timespec="microseconds")
     manifest = {"step": step_of(checkpoint), "written": written, **content, "files": files}
     write_json(staged / MANIFEST, manifest | {"sha256": _digest(manifest)})
+    for name in files:  # safetensors writes for its own user alone
+        (staged / name).chmod((staged / MANIFEST).stat().st_mode)
     sync(staged)
     old = checkpoint.with_name(f".old-{checkpoint.name}")
     if checkpoint.exists():
@@ -81,18 +83,18 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the complete checkpoint in `folder` of the highest step, or None; a line for each later one that is not)."""
+def newest_complete(folder: Path) -> Path | None:
+    """The complete checkpoint in `folder` of the highest step, if there is one; says which, and why no later one."""
     for left in folder.glob(".old-checkpoint-*"):
         with contextlib.suppress(OSError):  # its successor stands, and it is left for `clear` to delete
             left.rename(left.with_name(left.name.removeprefix(".old-")))
-    passed_over: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         why = fault(checkpoint)
+        say(f"resume: {checkpoint} is passed over: {why}" if why else f"resume: going on from {checkpoint}")
         if why is None:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint} is passed over: {why}")
-    return None, passed_over
+            return checkpoint
+    say(f"resume: there is no complete checkpoint in {folder}; the run begins at its first step")
+    return None
 
 
 def clear(folder: Path, step: int) -> None:

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig
 
 from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
-from recipes.utils.data import Finding, Prepared
+from recipes.utils.data import Counts, Finding, Prepared
 from recipes.utils.files import DISK_FULL, locked, read_json, write_json, write_jsonl
 from recipes.utils.model import adapter_shapes, check_base, commit_of, find_base, stored_shapes
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
@@ -78,16 +78,14 @@ def begin(config: Config) -> Iterator[Run]:
             named is not complete, or the base cannot be had.
     """
     check_machine(config)
-    with contextlib.ExitStack() as afterwards:
-        folder, checkpoint = _on_first(config, lambda: _take_folder(config, afterwards))
-        record = folder / "run.json"
+    with contextlib.ExitStack() as held:
+        folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
+        record, model = folder / "run.json", config.model
         before = read_json(record) if checkpoint and record.is_file() else {}
-        model, asked = config.model, before.get("model", {})
-        same = (asked.get("name_or_path"), asked.get("revision")) == (model.name_or_path, model.revision)
-        commit = before.get("commit") if same else None
-        if is_main_process():
-            commit = commit_of(find_base(model, commit))
-        commit = _on_first(config, lambda: commit)
+        known = before.get("commit")
+        if any(before.get("model", {}).get(key) != getattr(model, key) for key in ("name_or_path", "revision")):
+            known = None  # another base is asked for
+        commit = _on_first(config, lambda: commit_of(find_base(model, known)))
         run = Run(folder, find_base(model, commit), commit, checkpoint)
         check_base(run.base, model, config.training["use_cpu"], config.use_cpu_asked)
         yield run
@@ -102,61 +100,49 @@ def _on_first(config: Config, decide: Callable[[], Any]) -> Any:
         except UserError as error:
             decision[1] = error
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if not torch.distributed.is_initialized():
-            PartialState(cpu=config.training["use_cpu"])
+        PartialState(cpu=config.training["use_cpu"])  # where nothing has connected the processes yet
         torch.distributed.broadcast_object_list(decision)
     if decision[1]:
         raise decision[1]
     return decision[0]
 
 
-def _take_folder(config: Config, afterwards: contextlib.ExitStack) -> tuple[Path, str | None]:
-    """(the run's folder, the checkpoint to go on from); the folder is held until `afterwards`."""
+def _take_folder(config: Config, held: contextlib.ExitStack) -> tuple[Path, None]:
+    """The folder of a new run: the one that was given, or the first of its numbered ones that is free."""
     given, default = config.output_dir, f"runs/{config.name}-{config.method}"
     if given and Path(given).exists() and not Path(given).is_dir():
         raise UserError(f"training.output_dir: {given} is a file, not a folder")
-    if config.resume:
-        return _find_checkpoint(config, given, default, afterwards)
     numbered = itertools.chain([default], (f"{default}-{number}" for number in itertools.count(2)))
     for folder in map(Path, [given] if given else numbered):
-        with contextlib.ExitStack() as attempt:
-            try:
-                attempt.enter_context(_held(folder))
-            except UserError:
-                if given:
-                    raise
-                continue
-            if not _holds_a_run(folder):
-                afterwards.push(attempt.pop_all())
+        with contextlib.ExitStack() as attempt, contextlib.suppress(*(() if given else (UserError,))):
+            attempt.enter_context(_held(folder))
+            holds_a_run = any((folder / name).exists() for name in ("run.json", "adapter_config.json"))
+            if not holds_a_run and not any(folder.glob("checkpoint-*")):
+                held.push(attempt.pop_all())
                 return folder, None
     raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
 
 
-def _find_checkpoint(config: Config, given: str | None, default: str, afterwards) -> tuple[Path, str | None]:
-    checkpoint: Path | None = None
-    if config.resume and config.resume != "latest":
-        checkpoint = Path(config.resume)
-        if given and Path(given).resolve() != checkpoint.resolve().parent:
-            raise UserError(f"--resume: {checkpoint} is not in training.output_dir {given}; leave one of the two out")
-        if why := fault(checkpoint) if checkpoint.is_dir() else "there is no such folder":
-            raise UserError(f"--resume: {checkpoint}: {why}; --resume alone takes the newest complete checkpoint")
-        folder = checkpoint.parent
-        afterwards.enter_context(_held(folder))
+def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | None]:
+    """(the folder of the run that was named, or else of this config's that was written last; its checkpoint)."""
+    given, default, named = config.output_dir, Path(f"runs/{config.name}-{config.method}"), str(config.resume)
+    if named != "latest":
+        checkpoint: Path | None = Path(named)
+        folder = Path(named).parent
+        if given and Path(given).resolve() != folder.resolve():
+            raise UserError(f"--resume: {named} is not in training.output_dir {given}; leave one of the two out")
+        if why := fault(Path(named)) if Path(named).is_dir() else "there is no such folder":
+            raise UserError(f"--resume: {named}: {why}; --resume alone takes the newest complete checkpoint")
+        held.enter_context(_held(folder))
     else:
-        begun = [Path(given)] if given else [Path(default), *Path("runs").glob(f"{Path(default).name}-*")]
-        folder = max(begun, key=_last_written)
-        afterwards.enter_context(_held(folder))
-        checkpoint, passed_over = newest_complete(folder)
-        for line in passed_over:
-            say(f"resume: {line}")
-        if checkpoint is None:
-            say(f"resume: there is no complete checkpoint in {folder}; the run begins at its first step")
-        else:
-            say(f"resume: going on from {checkpoint}")
+        records = {path: path / "run.json" for path in (default, *default.parent.glob(f"{default.name}-*"))}
+        written = {path: record.stat().st_mtime if record.is_file() else 0.0 for path, record in records.items()}
+        folder = Path(given) if given else max(written, key=lambda path: written[path])
+        held.enter_context(_held(folder))
+        checkpoint = newest_complete(folder)
     record = folder / "run.json"
-    if "made_of" in (read_manifest(checkpoint) if checkpoint else {}) or (
-        record.is_file() and read_json(record).get("format") != FORMAT
-    ):
+    older = record.is_file() and read_json(record).get("format") != FORMAT
+    if older or (checkpoint and "run" not in read_manifest(checkpoint)):
         raise UserError(f"--resume: {folder} was begun by an older version of these recipes; begin a new run")
     return folder, str(checkpoint) if checkpoint else None
 
@@ -173,17 +159,6 @@ def _held(folder: Path) -> Iterator[None]:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
-
-
-def _holds_a_run(folder: Path) -> bool:
-    names = ("run.json", "adapter_config.json")
-    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*"))
-
-
-def _last_written(folder: Path) -> float:
-    """When the run in `folder` was begun, taken up or ended last."""
-    record = folder / "run.json"
-    return record.stat().st_mtime if record.is_file() else 0.0
 
 
 # Is it the same run?
@@ -216,25 +191,20 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         if key in changed and changed[key][1] > changed[key][0] > 0:
             was, is_now = changed.pop(key)
             say(f"resume: {key} {is_now}, not {was}: the learning rate follows the longer schedule from here on")
-    lines = [f"{key}: {_short(was)} in the checkpoint, {_short(is_now)} now" for key, (was, is_now) in changed.items()]
-    if "processes" in changed:
-        raise UserError(
-            f"--resume: {lines[list(changed).index('processes')]}; rows are dealt out by process, so go on with as "
-            "many as it was begun with"
-        )
-    listed = "\n  ".join(lines or ["the adapter's shapes"])
+    lines = {key: f"{key}: {_short(a)} in the checkpoint, {_short(b)} now" for key, (a, b) in changed.items()}
+    if "processes" in lines:
+        dealt = "rows are dealt out by process, so go on with as many as it was begun with"
+        raise UserError(f"--resume: {lines['processes']}; {dealt}")
+    listed = "\n  ".join(lines.values()) or "the adapter's shapes"
     if stored_shapes(Path(run.checkpoint)) != adapter_shapes(trainer.model):
-        raise UserError(
-            f"--resume: {run.checkpoint} holds another adapter; put these back, or begin a new run:\n  {listed}"
-        )
+        other = f"{run.checkpoint} holds another adapter; put these back, or begin a new run"
+        raise UserError(f"--resume: {other}:\n  {listed}")
     if lines and not config.accept_changes:
-        raise UserError(
-            f"--resume: this is not the run that {run.checkpoint} is of:\n  {listed}\nput them back, begin a new run, "
-            "or go on all the same with --accept-changes"
-        )
-    for line in lines:
+        mend = "put them back, begin a new run, or go on all the same with --accept-changes"
+        raise UserError(f"--resume: this is not the run that {run.checkpoint} is of:\n  {listed}\n{mend}")
+    run.accepted = list(lines.values())
+    for line in run.accepted:
         say(f"resume: accepted: {line}")
-    run.accepted = lines
 
 
 def _describe(config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
@@ -359,7 +329,6 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
     sections, findings = config.sections(), [finding for part in parts.values() for finding in part.findings]
     training = {key: value for key, value in sections["training"].items() if not key.endswith("token")}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    rows = {name: {**dataclasses.asdict(part.counts), "bad": len(part.counts.bad)} for name, part in parts.items()}
     record = {
         "format": FORMAT,
         "status": "running",
@@ -374,7 +343,7 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         "device": device_name(config.training["use_cpu"]),
         "processes": trainer.args.world_size,
         "data_sha256": {file: digest for part in parts.values() for file, digest in part.files.items()},
-        "rows": rows,
+        "rows": {name: _counts(part) for name, part in parts.items()},
         "seed": trainer.args.seed,
         "findings": [finding._asdict() for finding in [*findings, *run.findings]],
         "description": run.description,
@@ -389,6 +358,12 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         if changed:
             say(f"resume: other versions than the run was begun with: {'; '.join(changed)}")
     return record
+
+
+def _counts(part: Prepared) -> dict:
+    """What preparing the rows counted; of rows that `prepare` did not make, their number alone."""
+    rows, counts = {"rows": len(part.rows)}, part.counts
+    return dataclasses.asdict(counts) | rows | {"bad": len(counts.bad)} if counts != Counts() else rows
 
 
 def _now() -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -33,6 +34,11 @@ from recipes.utils.training.checkpoint import clear, fault, newest_complete, pub
 from recipes.utils.training.micro_batch import documents_of, read
 from recipes.utils.training.throughput import Throughput
 
+if TYPE_CHECKING:  # what a type checker takes the mixin's trainer for
+    from trl import SFTTrainer as _Trainer
+else:
+    _Trainer = object
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SLOW_DISK = 50e6  # bytes a second; for the first save, which nobody has timed yet
 ROWS_NAMED = 10
@@ -41,10 +47,9 @@ ROWS_NAMED = 10
 ABSURD_NORM = 1e10
 JUDGES = ("training.metric_for_best_model", "training.greater_is_better", "data.validation", "validation rows")
 
-if TYPE_CHECKING:  # what a type checker takes the mixin's trainer for
-    from trl import SFTTrainer as _Trainer
-else:
-    _Trainer = object
+
+class StopHere(Exception):
+    """Leaves the trainer's loop; the reason is its message."""
 
 
 class Resumable(_Trainer):
@@ -66,7 +71,7 @@ class Resumable(_Trainer):
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
-            raise UserError(f"the settings cannot be used: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the settings cannot be used: {first_line(error)}") from error
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
             raise UserError("FSDP was asked for and is not in use: launch with configs/accelerate/fsdp2.yaml as it is")
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
@@ -87,14 +92,9 @@ class Resumable(_Trainer):
         SIGTERM, SIGINT, SIGUSR1 and a `Deadline` end it after the step in hand, with a checkpoint and `RunEnded` of the
         word `stopped`; a second SIGINT ends it at once.
         """
-        folder, checkpoint = Path(self.args.output_dir), resume_from_checkpoint or None
-        if checkpoint is True:
-            newest, passed_over = newest_complete(folder)
-            for line in passed_over:
-                say(f"resume: {line}")
-            if newest is None:
-                raise UserError(f"{folder}: holds no complete checkpoint")
-            checkpoint = str(newest)
+        folder, found = Path(self.args.output_dir), resume_from_checkpoint
+        found = newest_complete(folder) if found is True else found
+        checkpoint = str(found) if found else None
         if self.args.should_save:
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
         self._events = events = _Events(self, checkpoint)
@@ -107,7 +107,7 @@ class Resumable(_Trainer):
                 torch.random.set_rng_state(events.random_state)
                 self._save_checkpoint(self.model, None)
             self.callback_handler.on_train_end(self.args, self.state, self.control)
-            raise stopped(reason, self.args, self.state) from None
+            raise _stopped(reason, self.args, self.state) from None
         finally:
             self.remove_callback(events)
 
@@ -126,7 +126,8 @@ class Resumable(_Trainer):
         step. Raises `RunEnded` where a checkpoint cannot be written; the one before it stays.
         """
         args, state, folder, limit = self.args, self.state, Path(self.args.output_dir), self.args.save_total_limit
-        staging, name = folder / ".saving", f"checkpoint-{state.global_step}"
+        final = folder / f"checkpoint-{state.global_step}"
+        staging, staged = folder / ".saving", folder / ".saving" / final.name
         if args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -136,27 +137,22 @@ class Resumable(_Trainer):
             self.accelerator.wait_for_everyone()  # each process has written its part
             state.best_model_checkpoint = None
             if args.should_save:
-                state.save_to_json(str(staging / name / "trainer_state.json"))
-                (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
-                if (staging / name / "adapter_config.json").is_file():
-                    publish_base(staging / name)
-                made_of = {
-                    "processes": args.world_size,
-                    "evaluation_due": bool(self._events and self._events.evaluation_due),
-                    "run": _description(folder),
-                }
-                publish(staging / name, folder / name, made_of)
+                state.save_to_json(str(staged / "trainer_state.json"))
+                (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+                if (staged / "adapter_config.json").is_file():
+                    publish_base(staged)
+                due = bool(self._events and self._events.evaluation_due)
+                about = {"processes": args.world_size, "evaluation_due": due, "run": _description(folder)}
+                publish(staged, final, about)
                 shutil.rmtree(staging)
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         # torch and safetensors have errors of their own for a full disk
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
-            raise RunEnded(
-                "failed",
-                f"{folder / name} could not be written: {str(error).splitlines()[0]}\nThe checkpoint before it is "
-                "whole, and nothing half-written is left; make room on the disk, then run again with --resume",
-            ) from error
+            kept = "The checkpoint before it is whole, and nothing half-written is left"
+            mend = "make room on the disk, then run again with --resume"
+            raise RunEnded("failed", f"{final} could not be written: {first_line(error)}\n{kept}; {mend}") from error
         finally:
             args.output_dir, args.save_total_limit = str(folder), limit
         self.accelerator.wait_for_everyone()
@@ -184,18 +180,18 @@ class Resumable(_Trainer):
             given = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
             self._seen += [(ids, None) for ids in documents_of(*given)]
 
+    def training_step(self, *args, **kwargs):
+        self._counted = False
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs.update(self._throughput.figures())
         super().log(logs, start_time)
 
     # Numbers that are not finite.
-
-    def training_step(self, *args, **kwargs):
-        self._counted = False
-        loss = super().training_step(*args, **kwargs)
-        self._losses.append(loss)
-        return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient norm before clipping, which would make zeros of all gradients beside an infinite one.
@@ -204,50 +200,35 @@ class Resumable(_Trainer):
         gradient is normal (the scaler skips the step), so there the loss alone counts.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        norm, step = whole_norm(grad_norm), self.state.global_step + 1
-        finite = torch.stack([loss.float().mean() for loss in self._losses]).isfinite().all()
-        what = f"step {step}: the loss or its gradient is not finite"
-        if not self.args.fp16:
-            finite &= (norm <= ABSURD_NORM).to(finite.device)
-            if ABSURD_NORM < norm < math.inf:
-                what = f"step {step}: the gradient norm is {norm.item():.1e}"
-        self._end_unless(finite, what, "train")
+        norm, loss = whole_norm(grad_norm), float(sum(self._losses))
+        absurd = math.isfinite(loss) and ABSURD_NORM < norm < math.inf
+        what = f"gradient norm is {norm:.1e}" if absurd else "loss or its gradient is not finite"
+        fine = math.isfinite(loss) and (self.args.fp16 or norm <= ABSURD_NORM)
+        self._end_unless(fine, f"step {self.state.global_step + 1}: the {what}", "train")
         self._losses, self._seen = [], []
         return grad_norm
 
     def evaluation_loop(self, *args, **kwargs):
         self._seen = []
         result = super().evaluation_loop(*args, **kwargs)
-        losses = [value for name, value in result.metrics.items() if name.endswith("_loss")]
-        finite = torch.tensor(all(map(math.isfinite, losses)), device=self.args.device)
-        self._end_unless(finite, f"step {self.state.global_step}: the validation loss is not finite", "validation")
+        fine = all(math.isfinite(value) for name, value in result.metrics.items() if name.endswith("_loss"))
+        self._end_unless(fine, f"step {self.state.global_step}: the validation loss is not finite", "validation")
         return result
 
-    def _end_unless(self, finite: torch.Tensor, what: str, part: str) -> None:
-        """Raise `RunEnded` in every process if `finite` is false in one of them, with the rows of `part` to suspect."""
-        several = self.args.world_size > 1
-        if several:
-            finite = finite.int()
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        if finite:
+    def _end_unless(self, fine: bool, what: str, part: str) -> None:
+        """Raise `RunEnded` in every process unless it is `fine` in all of them, with the rows of `part` to suspect."""
+        if not _agreed(not fine, self.args):
             return
-        odd = [ids for ids, loss in self._seen if loss is not None and not math.isfinite(loss)]
-        places = _places(self._rows[part])
-        named = [sorted({places.get(document_hash(ids), "") for ids in documents} - {""})
-                 for documents in (odd, [ids for ids, _ in self._seen])]  # fmt: skip
-        if several:
-            gathered: list = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, named)
-            named = [sorted({row for rows in gathered for row in rows[kind]}) for kind in (0, 1)]
-        rows = named[0] or named[1]  # finite losses with a gradient that is not: all of the step's
-        more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+        seen = gather_object([(document_hash(ids), loss) for ids, loss in self._seen])
+        odd = [key for key, loss in seen if loss is not None and not math.isfinite(loss)]
+        places = _places(self._rows[part])  # with finite losses and a gradient that is not: of all that were seen
+        rows = sorted({places[key] for key in odd or [key for key, _ in seen] if key in places})
+        named = ", ".join(rows[:ROWS_NAMED]) or "unknown"
+        named += f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
         kept = ", ".join(sorted(path.name for path in Path(self.args.output_dir).glob("checkpoint-*"))) or "none"
-        raise RunEnded(
-            "diverged",
-            f"{what}, from these rows: {', '.join(rows[:ROWS_NAMED]) or 'unknown'}{more}\nThe step was not taken; "
-            f"kept: {kept}. Look at the rows (recipes/inspect_data.py), lower --training.learning_rate, or see that "
-            "the base suits model.dtype",
-        )
+        mends = "lower --training.learning_rate, or see that the base suits model.dtype"
+        look = f"Look at the rows (recipes/inspect_data.py), {mends}"
+        raise RunEnded("diverged", f"{what}, from these rows: {named}\nThe step was not taken; kept: {kept}. {look}")
 
 
 class ResumableTrainer(Resumable, SFTTrainer):
@@ -277,18 +258,14 @@ class Deadline(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.longest_step = max(self.longest_step, time.monotonic() - self.began)
-        if not self.asked and self.end < math.inf and agreed(self.is_near(), args):
+        if not self.asked and self.end < math.inf and _agreed(self.is_near(), args):
             control.should_save = self.reached = True
         self.began = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
         self.longest_save = max(self.longest_save, time.monotonic() - self.began)
         if self.reached and not self.asked:
-            raise stopped("--max-hours", args, state)
-
-
-class StopHere(Exception):
-    """Leaves the trainer's loop; the reason is its message."""
+            raise _stopped("--max-hours", args, state)
 
 
 class _Events(TrainerCallback):
@@ -319,11 +296,10 @@ class _Events(TrainerCallback):
         trainer._throughput.machine()  # the CPU's use is counted from one call to the next
         if self.checkpoint is None:
             return
-        checkpoint = Path(self.checkpoint)
         state.compute_steps(args, state.max_steps)  # how often it logs, evaluates and saves would be the checkpoint's
-        self._find_best(checkpoint, args, state)
+        self._find_best(Path(self.checkpoint), args, state)
         with contextlib.suppress(OSError, ValueError):  # of another tool, without a manifest
-            self.evaluation_due = read_manifest(checkpoint).get("evaluation_due", False)
+            self.evaluation_due = read_manifest(Path(self.checkpoint)).get("evaluation_due", False)
         if self.evaluation_due:
             say("resume: the evaluation that the stop has put off comes first")
             trainer._load_rng_state(self.checkpoint)
@@ -380,7 +356,7 @@ class _Events(TrainerCallback):
                 callback.asked = True
                 if callback.is_near():
                     self.asked_by = self.asked_by or "--max-hours"
-        if agreed(self.asked_by is not None, self.trainer.args) and not self.asked_by:
+        if _agreed(self.asked_by is not None, self.trainer.args) and not self.asked_by:
             self.asked_by = "a signal to another process"
         return self.asked_by is not None
 
@@ -397,19 +373,19 @@ def _handled(handler: Callable) -> Iterator[None]:
             signal.signal(number, old or signal.SIG_DFL)
 
 
-def stopped(reason, args, state) -> RunEnded:
+def _stopped(reason, args, state) -> RunEnded:
     step = state.global_step
     message = f"stopped by {reason} after step {step}: {args.output_dir}/checkpoint-{step} is complete"
     return RunEnded("stopped", f"{message}; run again with --resume")
 
 
-def agreed(here: bool, args) -> bool:
+def _agreed(here: bool, args) -> bool:
     """True in every process if `here` is true in one of them."""
-    if args.world_size > 1:
-        anywhere = torch.tensor(int(here), device=args.device)
-        torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
-        return bool(anywhere.item())
-    return here
+    if args.world_size == 1:
+        return here
+    anywhere = torch.tensor(int(here), device=args.device)
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+    return bool(anywhere)
 
 
 def checkpoint_bytes(model, args) -> int:
@@ -419,9 +395,13 @@ def checkpoint_bytes(model, args) -> int:
     return trainable * (4 + (2 if "8bit" in args.optim else 8)) + (32 << 20)
 
 
-def whole_norm(norm) -> torch.Tensor:
-    """A gradient norm as a plain scalar tensor; sharded training gives one that is spread over the processes."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+def whole_norm(norm) -> float:
+    """A gradient norm as a number; sharded training gives one that is spread over the processes."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _description(folder: Path) -> dict | None:
