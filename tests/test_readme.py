@@ -198,10 +198,10 @@ def test_what_configs_and_recipes_say_to_run_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.utils.console.find_data_files", lambda paths: [])
     texts = [path.read_text() for path in (ROOT / "configs").rglob("*.[ys]*") if path.is_file()]
     texts += [ast.get_docstring(ast.parse((ROOT / "recipes" / f"{name}.py").read_text())) for name in RECIPES]
-    found = [line for text in texts for line in re.findall(r"^#? *.*?\b(recipes/\w+\.py +\S.*)$", text, flags=re.M)]
+    found = [line for text in texts for line in re.findall(r"^[^`\n]*?\b(recipes/\w+\.py +\S.*)$", text, flags=re.M)]
     assert len(found) > 40
     for line in found:
-        recipe, *words = shlex.split(re.split(r" {2,}| \\$", re.sub(r"\.py +", ".py ", line))[0])
+        recipe, *words = shlex.split(re.split(r" {2,}| \\$", re.sub(r"\.py +(?=configs)", ".py ", line))[0])
         if "$config" not in words and not any("*" in word for word in words):
             assert command_line(importlib.import_module(f"recipes.{Path(recipe).stem}"), words)
 
