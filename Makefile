@@ -19,8 +19,9 @@ slow: .venv/installed-dev
 	$(VENV)/python -m pytest -m slow
 
 lint: .venv/installed-dev
-	$(VENV)/ruff check .
-	$(VENV)/ruff format --check .
+	$(VENV)/python -m ruff check .
+	$(VENV)/python -m ruff format --check .
+	$(VENV)/python -m mypy
 
 bench: .venv/installed-dev
 	$(VENV)/python benchmarks/prepare_data.py --runs 2 --json benchmarks/results/prepare_data.json

@@ -132,9 +132,11 @@ def run_script(*words, cwd=ROOT, **env) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Print the sizes that tests/test_layers.py holds."""
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the sizes that tests/test_layers.py holds, and the order that the tests came in."""
     for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
         for name, value in getattr(report, "user_properties", []):
             if name == "size":
                 terminalreporter.write_line(value)
+    if seed := config.getoption("randomly_seed", None):
+        terminalreporter.write_line(f"this order again: --randomly-seed={seed}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import copy_run, run_recipe, small_config
 
+
 def loggers() -> dict:
     """Level, filters and handlers of each logger there is."""
     root = logging.getLogger()
@@ -27,7 +28,7 @@ def process_state() -> dict:
 
     hub = huggingface_hub.constants
     return {
-        "environment": dict(os.environ),
+        **{f"variable {name}": value for name, value in os.environ.items()},
         "folder": os.getcwd(),
         "umask": [os.umask(mask := os.umask(0)), mask][1],
         "except hook": sys.excepthook,
@@ -54,10 +55,11 @@ def process_state() -> dict:
 
 
 def changes(before: dict, after: dict) -> dict:
-    found = {name: (before[name], after[name]) for name in before if name != "loggers" and before[name] != after[name]}
-    # a logger that was made in between, by the import of a module, changes nobody's
-    told = {name: (log, after["loggers"][name]) for name, log in before["loggers"].items()}
-    return found | {f"logger {name}": pair for name, pair in told.items() if pair[0] != pair[1]}
+    """What differs. A logger that was made in between, by the import of a module, changes nobody's."""
+    new = {name for name in after if name.startswith("variable ")} - before.keys()
+    found = {name: (before.get(name), after.get(name)) for name in {*before, *new} - {"loggers"}}
+    found |= {f"logger {name}": (log, after["loggers"][name]) for name, log in before["loggers"].items()}
+    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 
 @pytest.fixture
