@@ -1,5 +1,6 @@
 """Scores on answer tokens and greedy answers, for any causal LM: base, adapter or merged; row by row and summed up."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.table import Table
+from torch.nn.utils.rnn import pad_sequence
 
 from recipes.utils.console import UserError, out, say
 from recipes.utils.data import Chat, DataOptions, Encoded, Encoder, Reading, held_out, stream_chats
@@ -73,25 +75,20 @@ def score_answers(model, encoder: Encoder, encoded: list[Encoded]) -> tuple[floa
 
 @torch.no_grad()
 def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
-    """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they
-    are.
-
-    Only the labelled positions go through the LM head, some at a time, so no full logits are held.
-    """
+    """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they are.
+    Only these go through the LM head, some at a time, so no full logits are held."""
     model.eval()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    scores = np.zeros((len(encoded), 3))
+    scores, pad = np.zeros((len(encoded), 3)), functools.partial(pad_sequence, batch_first=True)
     for batch in batches([len(row.input_ids) for row in encoded]):
-        width = max(len(encoded[index].input_ids) for index in batch)
-        ids = torch.full((len(batch), width), encoder.tokenizer.pad_token_id or 0)
-        labels = torch.full((len(batch), width), -100)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for row, index in enumerate(batch):
-            length = len(encoded[index].input_ids)
-            ids[row, :length] = torch.tensor(encoded[index].input_ids)
-            labels[row, :length] = torch.tensor(encoded[index].labels)
-            mask[row, :length] = 1
-        ids, labels, mask = ids.to(model.device), labels[:, 1:].to(model.device), mask.to(model.device)
+        rows = [torch.tensor(encoded[index].input_ids, device=model.device) for index in batch]
+        ids, mask = (
+            pad(rows, padding_value=encoder.tokenizer.pad_token_id or 0),
+            pad([torch.ones_like(row) for row in rows]),
+        )
+        labels = pad(
+            [torch.tensor(encoded[index].labels[1:], device=model.device) for index in batch], padding_value=-100
+        )
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         learnt = labels != -100
         losses, right = [], []

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from recipes.utils.data import Encoder
@@ -26,24 +27,20 @@ def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_
     model.eval()
     tokenizer, stop_ids = encoder.tokenizer, encoder.stop_ids
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id
-    )
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": stop_ids, "pad_token_id": pad_id}
+    settings = GenerationConfig(do_sample=False, **ends)
     answers: dict[int, Answer] = {}
     for batch in batches([len(prompt) + max_new_tokens for prompt in prompts]):
-        width = max(len(prompts[index]) for index in batch)
-        ids = torch.full((len(batch), width), pad_id)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for row, index in enumerate(batch):  # padded on the left, so that every answer begins at the same place
-            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, width - len(prompts[index]) :] = 1
+        # padded on the left, so that every answer begins at the same place
+        asked, left = [torch.tensor(prompts[index]) for index in batch], {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence(asked, padding_value=pad_id, **left)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in asked], **left)
         # Layers that are compiled for training run as they are: each length of the cache would be compiled for.
         with torch.compiler.set_stance("force_eager"):
-            output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-            )
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for row, index in enumerate(batch):
-            generated = output[row, width:].tolist()
+            generated = output[row, ids.shape[1] :].tolist()
             end = next((place for place, token in enumerate(generated) if token in stop_ids), None)
             text = tokenizer.decode(generated[:end], skip_special_tokens=True)
             answers[index] = Answer(text, end is not None, len(generated) if end is None else end + 1)
