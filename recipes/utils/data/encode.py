@@ -94,11 +94,8 @@ class Encoder:
         return rows
 
     def encode_documents(self, documents: list[Document]) -> list[Encoded]:
-        """Tokenise and label documents in one batch.
-
-        The pieces are tokenised on their own: that is what inference does (the prompt is tokenised, the answer is
-        generated after it), so no token ever straddles the border between the two.
-        """
+        """Tokenise and label documents in one batch. Each piece is tokenised alone, as inference does (it tokenises
+        the prompt and generates the answer), so no token ever straddles the border between the two."""
         plain = [document for document in documents if not document.escaped]
         first = [document.pieces[0][0] for document in plain]
         later = [text for document in plain for text, _ in document.pieces[1:]]
@@ -148,20 +145,14 @@ class Encoder:
                 return {broken(key): broken(part) for key, part in value.items()}
             return [broken(part) for part in value] if isinstance(value, list) else value
 
-        parts: list[tuple[str, object]] = [("tools", tools)]
-        for number, message in enumerate(messages, start=1):
-            text = {key: part for key, part in message.items() if key != "role"}
-            parts.append((f"turn {number} ({message['role']})", text))
         guarded = []
-        for place, part in parts:
-            guarded.append(broken(part))
+        for number, message in enumerate([{"tools": tools}, *messages]):
+            guarded.append({key: part if key == "role" else broken(part) for key, part in message.items()})
             if found and not self.escape:
+                place = f"turn {number} ({message['role']})" if number else "tools"
                 what = f"{place}: holds the control token {found[0]}, which would become the real one"
                 raise BadRow("control token", f"{what}; --data.control_tokens escape encodes it as plain text")
-        if not found:
-            return messages, tools, False
-        texts = zip(guarded[1:], messages, strict=True)
-        return [{**text, "role": message["role"]} for text, message in texts], guarded[0], True
+        return (guarded[1:], guarded[0]["tools"], True) if found else (messages, tools, False)
 
     def _escaped_ids(self, text: str, first: bool) -> list[int]:
         """Token ids of a piece in which the template's own control tokens alone count; `first` if it begins the row."""

@@ -102,24 +102,22 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     Raises:
         UserError: listing bad rows as file:line, unless data.on_bad_row is skip; if no row is left; and see `report`.
     """
-    sources: list[tuple[list[str], str | list[str]]] = []  # parts, and the files that hold them
-    if isinstance(options.validation, float):
-        if not 0 < options.validation < 1:
-            raise UserError(f"data.validation: {options.validation} is not a share between 0 and 1, nor a file")
-        sources.append((["train", "validation"], options.train))
-    else:
-        sources.append((["train"], options.train))
-        sources += [(["validation"], options.validation)] if options.validation is not None else []
+    share = options.validation if isinstance(options.validation, float) else None
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"data.validation: {share} is not a share between 0 and 1, nor a file")
+    sources = {("train",) if share is None else ("train", "validation"): options.train}
+    if not isinstance(options.validation, float | None):
+        sources["validation",] = options.validation
     parts, signatures = {}, {}
-    for names, paths in sources:
+    for names, paths in sources.items():
         files = {str(path): file_hash(path) for path in data_files(paths)}
         key = _key(names, files, options, tokenizer, args)
         entry = _cached(key, partial(_write, names=names, paths=paths, options=options, tokenizer=tokenizer, args=args))
-        for part, (prepared, signatures[part]) in entry.items():
+        for part, (prepared, signed) in entry.items():
             if not prepared.rows:
                 raise UserError(_nothing_left(prepared.counts, options, part, args.max_length))
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
-            parts[part] = dataclasses.replace(prepared, files=files, findings=found)
+            parts[part], signatures[part] = dataclasses.replace(prepared, files=files, findings=found), signed
     train, validation = parts["train"], parts.get("validation")
     if validation:
         validation = _without_copies(train, validation, signatures)
@@ -188,22 +186,21 @@ class _Part:
         return dataclasses.asdict(counts)
 
 
-def _write(folder: Path, names: list[str], paths, options: DataOptions, tokenizer, args) -> dict:
+def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, tokenizer, args) -> dict:
     """Write the rows that `paths` hold to an Arrow file a part in `folder`, and return {part: [counts, findings]}."""
     reading, encoder = Reading(), Encoder(tokenizer, options.control_tokens == "escape")
     share = options.validation if isinstance(options.validation, float) else None
     parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length) for part in names}
     found: dict[str, list[Finding]] = {part: [] for part in names}
     documents = _documents(stream_chats(paths, reading, options.system == "merge"), reading, encoder, options)
-    served, started = None, time.monotonic()
-    told = started
+    served, started, told = None, time.monotonic(), time.monotonic()
     for number, ((chat, document), row) in enumerate(_encoded(documents, encoder), start=1):
         part = names[held_out(chat, share, args.seed)] if share else names[0]
         kept = parts[part].add(chat, document, row)
         # a typed control token that was escaped is a real one to a server that reads text
         if kept and part == "train" and number <= ROWS_COMPARED and not found[part] and not document.escaped:
             served = served or _as_saved(tokenizer)
-            found[part] = _without_parity(chat, kept, served)
+            found[part] = _prompt_parity(chat, kept, served)
         if number % BATCH == 0 and time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"prepared {number:,} rows, {number / (told - started):,.0f} a second")
@@ -242,7 +239,7 @@ def _as_saved(tokenizer):
         return AutoTokenizer.from_pretrained(folder)
 
 
-def _without_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
+def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
     """A finding where a trained answer follows none of the prompts that inference sends, by the tokenizer `served`."""
     asked = [chat.messages[:place] for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
     settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
@@ -395,7 +392,7 @@ def _kept(folder: Path) -> dict | None:
     return parts
 
 
-def _key(names: list[str], files: dict[str, str], options: DataOptions, tokenizer, args) -> str:
+def _key(names: tuple[str, ...], files: dict[str, str], options: DataOptions, tokenizer, args) -> str:
     """A digest of all that prepared rows depend on: files, template, tokenizer, settings, libraries, this package."""
     share, signs = options.validation if len(names) > 1 else None, options.validation is not None
     that_make_rows = dataclasses.replace(
