@@ -38,7 +38,7 @@ def train_lora(
     """Train a LoRA adapter and return its folder.
 
     Args:
-        model_name: a hub name or a folder; its own type decides which of configs/*.yaml gives all that is not given here.
+        model_name: a hub name or a folder; its type decides which of configs/*.yaml gives all that is not given here.
         dataset_path: JSONL files: a path, a list or a glob.
         val_dataset_path: the same, or a share of the train rows (0.05); without it nothing is evaluated.
         output_dir: the run folder; runs/<family>-lora, numbered, without it.
@@ -79,15 +79,12 @@ def _config(method: str, given: dict) -> Config:
 def _where_it_belongs(name: str, value: object) -> str:
     """What to write in the place of an argument that is none."""
     keys = {key: section for section in reversed(SECTIONS) for key in key_names(section)}
-    meant = near(name, [*KEYS, *FLAGS, "config", *keys])
     if name in keys:
         return f"{name}: further settings are given by section: {keys[name]}={{{name!r}: {value!r}}}"
-    if meant is None:
-        return (
-            f"{name}: no such argument; further settings are given by section, such as training={{'max_length': 1024}}"
-        )
+    meant = near(name, [*KEYS, *FLAGS, "config", *keys])
+    by_section = "further settings are given by section, such as training={'max_length': 1024}"
     wanted = f"{keys[meant]}={{{meant!r}: {value!r}}}" if meant in keys else f"{meant}={value!r}"
-    return f"{name}: no such argument; did you mean {wanted}?"
+    return f"{name}: no such argument; {f'did you mean {wanted}?' if meant else by_section}"
 
 
 def _plain(value):

@@ -1,15 +1,16 @@
 """The Python API: the call of the README, from any folder."""
 
+import inspect
 import json
 from pathlib import Path
-
-import finetune
-from recipes.utils.console import UserError
 
 import pytest
 import yaml
 from conftest import TINY, read_jsonl, write_jsonl
 from huggingface_hub import constants
+
+import finetune
+from recipes.utils.console import UserError
 
 
 @pytest.fixture
@@ -23,11 +24,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_network_is_the_callers_again_after_a_call(monkeypatch, folder):
+def test_the_callers_hub_client_is_as_before_after_a_call(monkeypatch, folder):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(UserError, match="no such folder"):
         finetune.train_lora("/nowhere/at/all", "./datasets/train.jsonl")
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_both_functions_show_the_same_parameters_and_their_own_description():
+    assert inspect.signature(finetune.train_lora) == inspect.signature(finetune.train_qlora)
+    assert list(inspect.signature(finetune.train_lora).parameters)[:3] == [
+        "model_name",
+        "dataset_path",
+        "val_dataset_path",
+    ]
+    assert finetune.train_qlora.__name__ == "train_qlora"
+    assert "4 bit" in finetune.train_qlora.__doc__
+    for call in (finetune.evaluate_adapter, finetune.merge_adapter):
+        assert call.__doc__
 
 
 def test_the_call_as_documented_trains_from_any_folder(folder):
@@ -71,8 +85,32 @@ def test_a_config_of_ones_own_keeps_what_is_not_given(folder):
     training = json.loads((run / "run.json").read_text())["training"]
     assert training["learning_rate"] == own["learning_rate"]
     assert training["eval_strategy"] == "steps"
-    with pytest.raises(UserError, match="by section"):
-        finetune.train_lora(str(TINY / "base"), "datasets/train.jsonl", max_length=256)
+
+
+@pytest.mark.parametrize("train", [finetune.train_lora, finetune.train_qlora])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"max_length": 256}, "max_length: further settings are given by section: training={'max_length': 256}"),
+        ({"lora_alpha": 64}, "further settings are given by section: lora={'lora_alpha': 64}"),
+        ({"chat_template": "qwen2"}, "further settings are given by section: model={'chat_template': 'qwen2'}"),
+        ({"bnb_4bit_quant_type": "fp4"}, "by section: quantization={'bnb_4bit_quant_type': 'fp4'}"),
+        ({"lora_rnk": 8}, "lora_rnk: no such argument; did you mean lora_rank=8?"),
+        ({"max_lenght": 8}, "max_lenght: no such argument; did you mean training={'max_length': 8}?"),
+        ({"resumee": "latest"}, "did you mean resume='latest'?"),
+        ({"something_else": 8}, "something_else: no such argument; further settings are given by section, such as"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_argument_is_told_where_it_belongs(folder, train, argument, message):
+    with pytest.raises(UserError) as error:
+        train(str(TINY / "base"), "datasets/train.jsonl", **argument)
+    assert message in str(error.value)
+
+
+def test_arguments_that_python_refuses_are_pythons_to_tell():
+    with pytest.raises(TypeError, match="dataset_path"):
+        finetune.train_qlora("some/model")
 
 
 def test_a_wrong_override_is_a_user_error(folder):
@@ -80,3 +118,7 @@ def test_a_wrong_override_is_a_user_error(folder):
         finetune.train_lora(str(TINY / "base"), "datasets/train.jsonl", training={"max_lenght": 512})
     with pytest.raises(UserError, match="nowhere"):
         finetune.train_lora("nowhere", "datasets/train.jsonl")
+    with pytest.raises(UserError, match="did you mean `training`"):
+        finetune.train_lora(str(TINY / "base"), "datasets/train.jsonl", trainning={"max_length": 512})
+    with pytest.raises(UserError, match="a `quantization` section is Q-LoRA's"):
+        finetune.train_lora(str(TINY / "base"), "datasets/train.jsonl", quantization={"load_in_4bit": True})

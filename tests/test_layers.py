@@ -67,7 +67,8 @@ def reached(path: Path) -> set[Path]:
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_run_one_way_and_through_doors(path):
     if path.name == "finetune.py" or len(path.parts) < 3:
-        allowed = {"finetune.py": {"config", "console", "model"}}.get(path.name, set(LAYERS) - {"files", "page"})
+        trains = path.name in ("finetune.py", "sft_lora.py", "sft_qlora.py")
+        allowed = set(LAYERS) - {"files", "page", "merge", "planning"} if trains else set(LAYERS)
         for name in ours(path):
             if path.name == "finetune.py" and name.count(".") == 1:
                 continue  # a recipe

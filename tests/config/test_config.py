@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, copy_run
+from conftest import ROOT, TINY, copy_run
 
 from recipes.utils.config import Config, check_machine, load_config, read_config
 from recipes.utils.console import UserError, parse, training_parser
@@ -352,3 +352,8 @@ def test_sharding_that_would_not_take_place_is_refused(tmp_path, gpus, monkeypat
 def test_ligers_kernels_are_refused_where_they_cannot_run(tmp_path):
     with pytest.raises(UserError, match="its kernels run on a GPU alone"):
         check_machine(load(tmp_path, BASE, {"training.use_liger_kernel": True, "training.use_cpu": True}))
+
+
+def test_the_tiny_splits_share_no_row():
+    rows = {name: (TINY / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation", "test")}
+    assert len(set().union(*rows.values())) == sum(len(part) for part in rows.values())
