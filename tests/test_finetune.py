@@ -33,11 +33,7 @@ def test_the_callers_hub_client_is_as_before_after_a_call(monkeypatch, folder):
 
 def test_both_functions_show_the_same_parameters_and_their_own_description():
     assert inspect.signature(finetune.train_lora) == inspect.signature(finetune.train_qlora)
-    assert list(inspect.signature(finetune.train_lora).parameters)[:3] == [
-        "model_name",
-        "dataset_path",
-        "val_dataset_path",
-    ]
+    assert list(inspect.signature(finetune.train_lora).parameters)[:2] == ["model_name", "dataset_path"]
     assert finetune.train_qlora.__name__ == "train_qlora"
     assert "4 bit" in finetune.train_qlora.__doc__
     for call in (finetune.evaluate_adapter, finetune.merge_adapter):
@@ -65,7 +61,8 @@ def test_the_call_as_documented_trains_from_any_folder(folder):
 
 def test_qlora_and_further_overrides_reach_the_library_classes(folder, mistral_twin):
     run = finetune.train_qlora(
-        str(mistral_twin), "datasets/train.jsonl", epochs=1, lora={"lora_alpha": 64}, quantization={"bnb_4bit_use_double_quant": False},
+        str(mistral_twin), "datasets/train.jsonl", epochs=1, lora={"lora_alpha": 64},
+        quantization={"bnb_4bit_use_double_quant": False},
         training={"gradient_checkpointing": False, "max_length": 512},
     )  # fmt: skip
     record = json.loads((run / "run.json").read_text())
