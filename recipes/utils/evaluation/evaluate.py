@@ -82,13 +82,10 @@ def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
     scores, pad = np.zeros((len(encoded), 3)), functools.partial(pad_sequence, batch_first=True)
     for batch in batches([len(row.input_ids) for row in encoded]):
         rows = [torch.tensor(encoded[index].input_ids, device=model.device) for index in batch]
-        ids, mask = (
-            pad(rows, padding_value=encoder.tokenizer.pad_token_id or 0),
-            pad([torch.ones_like(row) for row in rows]),
-        )
-        labels = pad(
-            [torch.tensor(encoded[index].labels[1:], device=model.device) for index in batch], padding_value=-100
-        )
+        ids = pad(rows, padding_value=encoder.tokenizer.pad_token_id or 0)
+        mask = pad([torch.ones_like(row) for row in rows])
+        next_labels = [torch.tensor(encoded[index].labels[1:], device=model.device) for index in batch]
+        labels = pad(next_labels, padding_value=-100)
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         learnt = labels != -100
         losses, right = [], []

@@ -98,8 +98,8 @@ def figure(values, weights, name: str, axis: int = -1):
 
 
 def figures(rows: list[dict]) -> dict:
-    """All figures of one model on `rows`, as `evaluate` gives them, with counts: `rows`, `generated_rows` and, for the
-    length of answers, `expected_tokens` (mean of those rows)."""
+    """All figures of one model on `rows`, as `evaluate` gives them, with `rows`, `generated_rows` and `expected_tokens`
+    (their mean), for the length of answers."""
     found = {name: float(figure(*column(rows, name), name)) for name in SCORES if len(column(rows, name)[0])}
     generated = [row["expected_tokens"] for row in rows if "answer" in row]
     found |= {"expected_tokens": float(np.mean(generated))} if generated else {}
@@ -107,9 +107,8 @@ def figures(rows: list[dict]) -> dict:
 
 
 def interval(statistic, *columns: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile-bootstrap interval of `statistic(*columns, axis=-1)`; a draw takes the same rows from every
-    column. Two rows at least. The same input gives the same interval. 9,999 draws, over 2,000 rows fewer (999 at
-    least)."""
+    """The 95 % percentile-bootstrap interval of `statistic(*columns, axis=-1)`, the same for the same input; a draw takes
+    the same rows from every column, two at least. 9,999 draws, over 2,000 rows fewer (999 at least)."""
     from scipy.stats import bootstrap  # here: as above
 
     rows = len(columns[0])
@@ -175,9 +174,8 @@ def sentence(pair: str, comparison: dict) -> str:
     leads |= {"longer": "gives longer answers", "shorter": "gives shorter answers"}
     leads |= {"the same": f"is the same as {theirs} in "}
     parts = [lead + _and(named[word]) * lead.endswith(" ") for word, lead in leads.items() if word in named]
-    if "too few rows to say" in named:
-        few = f"too few rows to say: {', '.join(named['too few rows to say'])}"
-        parts = [*parts, few] if parts else [f"against {theirs}: {few}"]
+    if few := named.get("too few rows to say"):
+        parts.append(f"against {theirs}: " * (not parts) + f"too few rows to say: {', '.join(few)}")
     text = f"{ours} {'; '.join(parts)}."
     return text[0].upper() + text[1:]
 
