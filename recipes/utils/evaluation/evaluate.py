@@ -75,8 +75,8 @@ def score_answers(model, encoder: Encoder, encoded: list[Encoded]) -> tuple[floa
 
 @torch.no_grad()
 def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
-    """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they are.
-    Only these go through the LM head, some at a time, so no full logits are held."""
+    """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they
+    are. Only these go through the LM head, some at a time, so no full logits are held."""
     model.eval()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     scores, pad = np.zeros((len(encoded), 3)), functools.partial(pad_sequence, batch_first=True)

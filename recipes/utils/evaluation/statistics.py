@@ -107,8 +107,8 @@ def figures(rows: list[dict]) -> dict:
 
 
 def interval(statistic, *columns: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile-bootstrap interval of `statistic(*columns, axis=-1)`, the same for the same input; a draw takes
-    the same rows from every column, two at least. 9,999 draws, over 2,000 rows fewer (999 at least)."""
+    """The 95 % percentile-bootstrap interval of `statistic(*columns, axis=-1)`, the same for the same input; a draw
+    takes the same rows from every column, two at least. 9,999 draws, over 2,000 rows fewer (999 at least)."""
     from scipy.stats import bootstrap  # here: as above
 
     rows = len(columns[0])
