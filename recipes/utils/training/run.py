@@ -255,12 +255,9 @@ def _rows_digest(rows) -> str:
     about."""
     digest, names = hashlib.sha256(), ["input_ids", "labels"]
     if not set(names) <= set(rows.column_names):
-        for batch in rows.iter(1000):
-            digest.update(json.dumps(batch, default=str).encode())
-        return digest.hexdigest()[:16]
+        return _digest(json.dumps(list(rows), default=str))
     for batch in rows.select_columns(names).with_format("arrow").iter(1000):
-        for name in names:
-            column = batch[name].combine_chunks()
+        for column in (batch[name].combine_chunks() for name in names):
             digest.update(np.asarray(column.flatten()).tobytes() + np.asarray(column.value_lengths()).tobytes())
     return digest.hexdigest()[:16]
 
@@ -292,18 +289,17 @@ def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Pre
     What the body raises goes on; running out of memory, or of disk, becomes a `RunEnded` that says what to do. Rows
     that were skipped go to bad_rows.jsonl.
     """
-    parts = [part for part in (train, validation) if part]
-    record, path = _record(run, config, trainer, train, validation), run.folder / "run.json"
+    record = _record(run, config, trainer, train, validation)
     results: dict = {}
 
     def write(**more) -> None:
         if is_main_process():
-            write_json(path, {**record, **more})
+            write_json(run.folder / "run.json", {**record, **more})
 
     write()
-    bad = {row["where"]: row for part in parts for row in part.counts.bad}.values()
+    bad = {row["where"]: row for part in (train, validation) if part for row in part.counts.bad}
     if bad and is_main_process():
-        write_jsonl(run.folder / "bad_rows.jsonl", bad)
+        write_jsonl(run.folder / "bad_rows.jsonl", bad.values())
     try:
         yield results
     except BaseException as error:
@@ -311,12 +307,12 @@ def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Pre
         if isinstance(error, torch.OutOfMemoryError):
             ended = RunEnded("failed", out_of_memory(config, trainer))
         elif isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
-            full = f"{run.folder}: cannot be written: {error}; make room on the disk, then --resume"
-            ended = RunEnded("failed", full)
-        word = ended.word if isinstance(ended, RunEnded) else "failed"
-        how = str(ended) if isinstance(ended, RunEnded) else type(error).__name__  # whose message may hold paths
+            mend = "make room on the disk, then --resume"
+            ended = RunEnded("failed", f"{run.folder}: cannot be written: {error}; {mend}")
+        # the message of any other error may hold paths
+        word, why = (ended.word, str(ended)) if isinstance(ended, RunEnded) else ("failed", type(error).__name__)
         with contextlib.suppress(OSError):
-            write(status=word, ended=_now(), step=trainer.state.global_step, reason=how)
+            write(status=word, ended=_now(), step=trainer.state.global_step, reason=why)
         if ended is error:
             raise
         raise ended from error

@@ -28,25 +28,25 @@ class Throughput:
         name = torch.cuda.get_device_name() if self.on_gpu else None
         self.peak = get_peak_flops(name, dtype) if name and "MIG" not in name else None
         self.counts = np.zeros(4)  # positions, tokens, trained tokens, FLOPs
-        self.seconds = self.mark = self.highest = 0.0
-        self.paused, self.left_out = True, False
-        self.process = psutil.Process()
+        self.seconds = self.highest = 0.0
+        self.mark: float | None = None  # since when it trains
+        self.process, self.left_out = psutil.Process(), False
 
     def see(self, batch: MicroBatch) -> None:
         self.flops = self.flops or count_flops(self.model)
         lengths, trained = np.array([len(ids) for ids in batch.documents]), batch.trained.sum()
         self.counts += (batch.slots, lengths.sum(), trained, self.flops.of(lengths, trained))
 
-    def pause(self) -> None:
-        self.paused = True
-
     def step_begins(self) -> None:
-        if self.paused:
-            self.paused, self.mark = False, time.monotonic()
+        self.mark = time.monotonic() if self.mark is None else self.mark
 
     def step_ends(self) -> None:
         now = time.monotonic()
-        self.seconds, self.mark = self.seconds + now - self.mark, now
+        self.seconds += 0 if self.mark is None else now - self.mark
+        self.mark = now
+
+    def pause(self) -> None:
+        self.mark = None
 
     def figures(self) -> dict[str, float]:
         """Figures since the last call, of all processes together; those of the machine are this process's own. Where no
@@ -62,12 +62,8 @@ class Throughput:
                 say("tokens a second and MFU are left out: this loss does not go through TRL's fused LM head")
             self.left_out = True
             return self.machine()
-        figures = {
-            "tokens_per_second": tokens / seconds,
-            "trained_tokens_per_second": trained / seconds,
-            "padding_share": 1 - tokens / slots,
-            "flops_per_second": flops / seconds,
-        }
+        figures = {"tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds}
+        figures |= {"padding_share": 1 - tokens / slots, "flops_per_second": flops / seconds}
         if self.peak:
             figures["mfu"] = flops / seconds / (self.peak * self.accelerator.num_processes)
         return figures | self.machine()
@@ -133,9 +129,6 @@ def count_flops(model) -> Flops:
             token += each(module) * module.in_features * module.out_features  # a 4-bit weight is stored packed
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Flops(
-        token=token,
-        label=each(head) * config.hidden_size * config.vocab_size,
-        pair=3 * 4 * config.num_attention_heads * size * config.num_hidden_layers,
-        window=getattr(config, "sliding_window", None),
-    )
+    pair = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers
+    label = each(head) * config.hidden_size * config.vocab_size
+    return Flops(token, label, pair, getattr(config, "sliding_window", None))

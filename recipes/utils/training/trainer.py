@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,8 +98,11 @@ class Resumable(_Trainer):
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
         self._events = events = _Events(self, checkpoint)
         self.add_callback(events)  # the last one: it knows what the others have asked for
+        main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
         try:
-            with _handled(events.ask):
+            with contextlib.ExitStack() as afterwards:
+                for number in SIGNALS if main_thread else ():
+                    afterwards.callback(signal.signal, number, signal.signal(number, events.ask) or signal.SIG_DFL)
                 return super().train(checkpoint, trial, ignore_keys_for_eval)
         except StopHere as reason:
             if not events.saved:  # it was evaluating, for which the loader of the rows had drawn a number
@@ -221,7 +223,9 @@ class Resumable(_Trainer):
             return
         seen = gather_object([(document_hash(ids), loss) for ids, loss in self._seen])
         odd = [key for key, loss in seen if loss is not None and not math.isfinite(loss)]
-        places = _places(self._rows[part])  # with finite losses and a gradient that is not: of all that were seen
+        named_rows = {"input_ids", "where"} <= set(getattr(self._rows[part], "column_names", None) or ())
+        places = locate(self._rows[part]) if named_rows else {}
+        # with finite losses and a gradient that is not: all that were seen
         rows = sorted({places[key] for key in odd or [key for key, _ in seen] if key in places})
         named = ", ".join(rows[:ROWS_NAMED]) or "unknown"
         named += f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
@@ -297,23 +301,22 @@ class _Events(TrainerCallback):
         if self.checkpoint is None:
             return
         state.compute_steps(args, state.max_steps)  # how often it logs, evaluates and saves would be the checkpoint's
-        self._find_best(Path(self.checkpoint), args, state)
-        with contextlib.suppress(OSError, ValueError):  # of another tool, without a manifest
-            self.evaluation_due = read_manifest(Path(self.checkpoint)).get("evaluation_due", False)
-        if self.evaluation_due:
+        manifest = {}
+        with contextlib.suppress(OSError, ValueError):  # of another tool, without one
+            manifest = read_manifest(Path(self.checkpoint))
+        self._find_best(Path(self.checkpoint), manifest.get("run"), args, state)
+        if manifest.get("evaluation_due"):
             say("resume: the evaluation that the stop has put off comes first")
             trainer._load_rng_state(self.checkpoint)
             self.random_state = torch.random.get_rng_state()
             trainer._determine_best_metric(trainer._evaluate(None, None), None)
-            self.evaluation_due = False
             trainer._save_checkpoint(trainer.model, None)
 
-    def _find_best(self, checkpoint: Path, args, state) -> None:
-        """The best checkpoint so far, if that one is still whole and comparable."""
-        best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+    def _find_best(self, checkpoint: Path, before: dict | None, args, state) -> None:
+        """The best checkpoint so far, if it is still whole, and comparable by what the run was made of `before`."""
+        best, now = checkpoint.with_name(f"checkpoint-{state.best_global_step}"), _description(Path(args.output_dir))
         known = args.load_best_model_at_end and state.best_global_step
         why = fault(best) if known and best != checkpoint else None
-        before, now = _description(checkpoint), _description(Path(args.output_dir))
         if before and now and any(before.get(key) != now.get(key) for key in JUDGES):
             why = "what is best is judged otherwise now"
         if known and why:
@@ -361,18 +364,6 @@ class _Events(TrainerCallback):
         return self.asked_by is not None
 
 
-@contextlib.contextmanager
-def _handled(handler: Callable) -> Iterator[None]:
-    """`handler` answers the signals that ask to stop, as long as the body runs."""
-    here = threading.current_thread() is threading.main_thread()  # signals reach no other
-    before = {number: signal.signal(number, handler) for number in SIGNALS} if here else {}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
-
-
 def _stopped(reason, args, state) -> RunEnded:
     step = state.global_step
     message = f"stopped by {reason} after step {step}: {args.output_dir}/checkpoint-{step} is complete"
@@ -405,18 +396,6 @@ def first_line(error: Exception) -> str:
 
 
 def _description(folder: Path) -> dict | None:
-    """What the run in `folder`, or the checkpoint `folder`, is made of; None where nobody has recorded it."""
-    if (folder / "run.json").is_file():
-        return read_json(folder / "run.json").get("description")
-    with contextlib.suppress(OSError, ValueError):
-        return read_manifest(folder).get("run")
-    return None
-
-
-def _places(rows) -> dict[bytes, str]:
-    """{`document_hash`: file:line} of datasets whose rows have `input_ids` and `where`."""
-    places: dict[bytes, str] = {}
-    for dataset in rows.values() if isinstance(rows, dict) else [rows]:
-        if {"input_ids", "where"} <= set(getattr(dataset, "column_names", None) or ()):
-            places |= locate(dataset)
-    return places
+    """What the run in `folder` is made of; None where nobody has recorded it."""
+    record = folder / "run.json"
+    return read_json(record).get("description") if record.is_file() else None
