@@ -98,11 +98,9 @@ def _report(error: BaseException, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     word = error.word if isinstance(error, RunEnded) else "error"
-    message = str(error) if word == "stopped" else f"{word}: {error}"
-    if is_main_process():
-        print(message, file=sys.stderr)
-    elif word != "stopped":  # to stop, all processes agreed; of a fault, one alone may know
-        print(f"[process {os.environ['RANK']}] {message}", file=sys.stderr)
+    process = "" if is_main_process() else f"[process {os.environ['RANK']}] "
+    if not process or word != "stopped":  # to stop, all processes agreed; of a fault, one alone may know
+        print(process + (str(error) if word == "stopped" else f"{word}: {error}"), file=sys.stderr)
     return ENDS.get(word, USER_ERROR)
 
 
@@ -307,10 +305,9 @@ def read_flags(words: list[str]) -> dict[str, object]:
     """`--section.key value` and `--section.key=value` to {"section.key": value}, values read as YAML."""
     others, flags = _take_flags(words)
     for word in others:
-        name = word.removeprefix("--").partition("=")[0]
-        if name == word:
-            raise UserError(f"what is {word!r}? Flags are written --section.key VALUE")
-        raise UserError(f"unknown flag --{name}; keys of the config are written --section.key VALUE")
+        name = word.partition("=")[0]
+        slip = f"unknown flag {name}; keys of the config" if name.startswith("--") else f"what is {word!r}? Flags"
+        raise UserError(f"{slip} are written --section.key VALUE")
     return flags
 
 

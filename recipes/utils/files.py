@@ -163,13 +163,13 @@ def locked(folder: Path) -> Iterator[None]:
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                say(f"{folder}: cannot be locked here ({error.strerror}); start no second run in it")
-            else:
-                raise UserError(f"{folder}: is in use by another {_holder(folder)}; wait for it, or end it") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise UserError(f"{folder}: is in use by another {_holder(folder)}; wait for it, or end it") from error
+        say(f"{folder}: cannot be locked here ({error.strerror}); start no second run in it")
+    try:
         yield
     finally:
         os.close(handle)

@@ -96,9 +96,8 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
         raise UserError(f"{path}: is of a {recorded} run: recipes/sft_{recorded}.py")
     for file, digest in hashes.items():
         if not Path(file).is_file() or file_hash(Path(file)) != digest:
-            raise UserError(
-                f"{path}: {file} is not there as the run had it; paths are relative to where the command runs"
-            )
+            where = "paths are relative to where the command runs"
+            raise UserError(f"{path}: {file} is not there as the run had it; {where}")
     if record.get("commit"):
         sections["model"] = {**sections["model"], "revision": record["commit"]}
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -195,17 +194,13 @@ def check_machine(config: Config) -> None:
     Raises:
         UserError: several GPUs without a launcher, FSDP that would not take place, Liger's kernels on a CPU.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        if config.training["use_cpu"]:
-            raise UserError("FSDP was asked for, and without GPUs it would be plain data parallelism: use ddp.yaml")
-        storage = config.quantization.get("bnb_4bit_quant_storage")
-        if config.method == "qlora" and storage != config.model.dtype:
-            raise UserError(
-                "FSDP leaves 4-bit weights that are kept as bytes whole on each GPU: "
-                f"--quantization.bnb_4bit_quant_storage {config.model.dtype}"
-            )
-    gpus = 0 if config.training["use_cpu"] else torch.cuda.device_count()
-    recipe = f"recipes/sft_{config.method}.py"
+    use_cpu, dtype, recipe = config.training["use_cpu"], config.model.dtype, f"recipes/sft_{config.method}.py"
+    gpus, sharded = 0 if use_cpu else torch.cuda.device_count(), os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and use_cpu:
+        raise UserError("FSDP was asked for, and without GPUs it would be plain data parallelism: use ddp.yaml")
+    if sharded and config.method == "qlora" and config.quantization.get("bnb_4bit_quant_storage") != dtype:
+        mend = f"--quantization.bnb_4bit_quant_storage {dtype}"
+        raise UserError(f"FSDP leaves 4-bit weights that are kept as bytes whole on each GPU: {mend}")
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"{gpus} GPUs are visible and no launcher was used: accelerate launch --num_processes {gpus} {recipe} ..., "

@@ -39,16 +39,11 @@ RENAMED = {
     "training.resume_from_checkpoint": "the flag --resume [CHECKPOINT]",
 }
 
-_LABELS_ARE_MADE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
+_NO_USE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
+_OF_LABELS = ("assistant_only_loss", "completion_only_loss", "eos_token", "pad_token", "dataset_text_field",
+              "dataset_kwargs", "truncation_mode", "formatting_func")  # fmt: skip
 REFUSED = {
-    "training.assistant_only_loss": _LABELS_ARE_MADE,
-    "training.completion_only_loss": _LABELS_ARE_MADE,
-    "training.eos_token": _LABELS_ARE_MADE,
-    "training.pad_token": _LABELS_ARE_MADE,
-    "training.dataset_text_field": _LABELS_ARE_MADE,
-    "training.dataset_kwargs": _LABELS_ARE_MADE,
-    "training.truncation_mode": _LABELS_ARE_MADE,
-    "training.formatting_func": _LABELS_ARE_MADE,
+    **{f"training.{key}": _NO_USE for key in _OF_LABELS},
     "training.chat_template_path": "use model.chat_template",
     "training.model_init_kwargs": "use the section `model`",
     "training.trust_remote_code": "use model.trust_remote_code",
