@@ -37,9 +37,8 @@ from recipes.utils.page import write_page
 
 # Follow from other settings or from the machine, or name the run itself.
 NOT_SETTINGS = [f"training.{name}" for name in ("output_dir", "bf16", "fp16", "use_cpu", "report_to")]
-METRICS = {"eval_loss": "min", "tokens_per_second": "median", "peak_memory_gb": "max", "seconds": "max"}
-RESULTS = {"best_validation_loss": ("validation loss", ".4f"), "tokens_per_second": ("tokens/s", ",.0f"),
-           "peak_memory_gb": ("memory, GB", ".2f"), "seconds": ("time, s", ",.0f")}  # fmt: skip
+RESULTS = {"eval_loss": ("min", "validation loss", ".4f"), "tokens_per_second": ("median", "tokens/s", ",.0f"),
+           "peak_memory_gb": ("max", "memory, GB", ".2f"), "seconds": ("max", "time, s", ",.0f")}  # fmt: skip
 SHOWN = ("loss", "token_accuracy", "exact_match", "rouge_l", "chrf", "valid_json", "stopped")
 NOTES = {
     "train": "{}: trained on other rows than {}, so more than its settings differ",
@@ -76,10 +75,10 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
         say(note)
     rows = [line[(line != "") | (line.index == "validation loss")].to_dict() for _, line in table.iterrows()]
     if csv:
-        numbers = pandas.DataFrame([one["numbers"] | {"not_comparable": " ".join(one["other"])} for one in found])
-        pandas.concat([pandas.DataFrame(found)[["run", "status"]], settings[keys], numbers], axis=1).to_csv(
-            csv, index=False
-        )
+        shown = [{"run": one["run"], "status": one["status"]} for one in found]
+        numbers = [one["numbers"] | {"not_comparable": " ".join(one["other"])} for one in found]
+        lines = pandas.concat([pandas.DataFrame(shown), settings[keys], pandas.DataFrame(numbers)], axis=1)
+        lines.rename(columns={"eval_loss": "best_validation_loss"}).to_csv(csv, index=False)
         say(f"written: {csv}")
     if html:
         write_page(Path(html), "compare_runs.html", table=rows, columns=list(table), notes=notes)
@@ -97,9 +96,9 @@ def read(folder: Path) -> dict:
     for section in ("model", "data", "lora", "quantization", "training"):
         settings |= {f"{section}.{key}": value for key, value in record.get(section, {}).items()}
     settings |= {"model.revision": record["commit"]} if record.get("commit") else {}
-    settings |= {"train rows": record["rows"]["train"]["rows"]}
-    metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(METRICS), dtype=float)
-    numbers = metrics.agg(METRICS).rename({"eval_loss": "best_validation_loss"}).dropna().to_dict()
+    settings |= {"train rows": (record["rows"].get("train") or {}).get("rows")}
+    metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(RESULTS), dtype=float)
+    numbers = metrics.agg({name: how for name, (how, *_) in RESULTS.items()}).dropna().to_dict()
     numbers |= {"seconds": record["train"]["train_runtime"]} if "train" in record else {}
     data, rows = {part: known_by(record, part) for part in ("train", "validation")}, []
     if scored.is_file() and (rows := read_rows(scored).get("adapter", [])):
@@ -131,7 +130,8 @@ def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
         text = "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         row[name if short.count(name) == 1 else key] = text
     marks = {part: " †" * (part in one["other"]) for part in NOTES}
-    texts = {label: format(numbers[name], form) if name in numbers else "" for name, (label, form) in RESULTS.items()}
+    results = {label: (numbers.get(name), form) for name, (_, label, form) in RESULTS.items()}
+    texts = {label: "" if value is None else format(value, form) for label, (value, form) in results.items()}
     row["validation loss"] = texts.pop("validation loss") + marks["validation"]
     for name in SHOWN:
         value, low, high = (numbers.get(name + end) for end in ("", "_low", "_high"))

@@ -4,9 +4,8 @@
     python recipes/sweep.py configs/mistral.yaml --qlora --lora.r 8,16 --training.learning_rate 1e-4..4e-4 --trials 12
 
 Lists alone are tried in every combination; with a range (low..high) Optuna's TPE chooses --trials points. Every other
-flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. Trials that do worse than
-the median of those before them at the same step are stopped early (--no-pruning runs them to the end). A sweep that was
-stopped goes on where it was: give the same command again.
+flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. A sweep that was stopped
+goes on where it was: give the same command again.
 """
 
 import contextlib
@@ -18,12 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser
 from pathlib import Path
 
-from recipes.utils.console import STOPPED, USER_ERROR, CommandLine, UserError, first_look, read_flags, recipe_parser
-from recipes.utils.console import run_main, say
+from recipes.utils.console import STOPPED, CommandLine, UserError, first_look, read_flags, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -32,7 +29,6 @@ def command_line() -> ArgumentParser:
     parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
     parser.add_argument("--trials", type=int, help="how many; all combinations of lists, 20 where a range is searched")
     parser.add_argument("--folder", metavar="DIR", help="where the trials go; runs/CONFIG-METHOD-sweep without it")
-    parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="run every trial to its end")
     parser.add_argument("--seed", type=int, default=0, help="of the points that are drawn in ranges (0)")
     return parser
 
@@ -49,11 +45,10 @@ from recipes.utils.config import load_config
 from recipes.utils.files import locked, read_jsonl
 
 RECIPES = Path(__file__).parent
-FIRST = 4  # trials that are run to the end, to know what is usual
-LOOK_EVERY = 0.5  # seconds
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # what fails is told as pruned, since another try would fail as well
 
 
-def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=True, seed=0) -> dict:
+def sweep(config, flags: dict, qlora=False, trials=None, folder=None, seed=0) -> dict:
     """Run the sweep and return the best trial: {"trial" (folder), "params", "validation_loss" (nats), "command"}.
 
     `flags` are keys of the config with their values: "16,32,64", "1e-4..4e-4", or one value that all trials share.
@@ -61,6 +56,7 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
     another sweep, or if no trial came to an end."""
     # 1. What is tried, and whether the config takes it: each value of a list, both ends of a range.
     method = "qlora" if qlora else "lora"
+    script = ["python", os.path.relpath(RECIPES / f"sft_{method}.py"), str(config)]
     space = {key: found for key, value in flags.items() if (found := distribution(key, value))}
     fixed = {key: value for key, value in flags.items() if key not in space}
     if not space:
@@ -69,14 +65,14 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
         raise UserError("--training.output_dir: each trial has its own; the sweep's folder is --folder")
     values = {key: getattr(found, "choices", None) or (found.low, found.high) for key, found in space.items()}
     first = fixed | {key: ends[0] for key, ends in values.items()}
-    for change in [{key: value} for key, ends in values.items() for value in ends]:
+    for change in [{key: end} for key, ends in values.items() for end in ends]:
         if load_config(config, first | change, method).training.get("eval_strategy", "no") == "no":
             raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
     lists = all(isinstance(found, CategoricalDistribution) for found in space.values())
     grid = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())] if lists else []
     trials = min(trials or len(grid), len(grid)) if grid else trials or 20
 
-    # 2. The study, in a database in the sweep's folder: new, or one that was stopped.
+    # 2. Trial by trial, in a database that a stopped sweep goes on with; what one draws depends on those before alone.
     folder = Path(folder or f"runs/{Path(config).stem}-{method}-sweep")
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as afterwards:
@@ -84,51 +80,44 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
         afterwards.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         afterwards.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST) if pruning else optuna.pruners.NopPruner()
-        study = optuna.create_study(
-            storage=f"sqlite:///{folder / 'sweep.db'}", study_name="sweep", load_if_exists=True, pruner=pruner
-        )
-        of = [str(config), method, repr(space), fixed]
+        storage, of = f"sqlite:///{folder / 'sweep.db'}", [str(config), method, repr(space), fixed]
+        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
         if study.user_attrs.get("of", of) != of:
             raise UserError(f"{folder}: holds a sweep of other values; give its command again, or another --folder")
         study.set_user_attr("of", of)
-
-        # 3. Trial by trial. What one draws depends on those before alone, so a stop changes nothing.
-        script = ["python", os.path.relpath(RECIPES / f"sft_{method}.py"), str(config)]
-        while (number := sum(map(is_done, study.trials))) < trials:
+        while (number := len(study.get_trials(states=DONE))) < trials:
             if grid and not study.get_trials(states=(TrialState.WAITING,)):
                 study.enqueue_trial(grid[number])
             study.sampler = optuna.samplers.TPESampler(seed=seed + number)
             trial = study.ask(space)
             say(f"trial {number + 1} of {trials}: {shlex.join(words(trial.params))}")
-            train(study, trial, folder / f"trial-{number + 1:03}", [*script, *words(fixed | trial.params)])
+            run_trial(study, trial, folder / f"trial-{number + 1:03}", [*script, *words(fixed | trial.params)])
 
-    # 4. Side by side, and the command that makes the best one again.
+    # 3. Side by side, and the command that makes the best one again.
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise UserError(f"no trial came to an end; see {folder}/*.log")
     compare_runs([path.parent for path in sorted(folder.glob("trial-*/run.json"))])
     best, name = study.best_trial, study.best_trial.user_attrs["folder"]
-    again = shlex.join([*script, *words(fixed | best.params)])
-    say(f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {again}")
+    command = shlex.join([*script, *words(fixed | best.params)])
+    say(f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {command}")
     say(f"next:  python recipes/evaluate_adapter.py {name}")
-    return {"trial": name, "params": best.params, "validation_loss": best.value, "command": again}
+    return {"trial": name, "params": best.params, "validation_loss": best.value, "command": command}
 
 
 def distribution(key: str, text) -> BaseDistribution | None:
     """One of a list (16,32,64), or a number of a range (1e-4..4e-4): whole where both ends are, else on a logarithmic
     scale above zero, as learning rates want. None for a single value."""
-    if not isinstance(text, str) or not ("," in text or ".." in text):
-        return None
-    parts = text.split("," if "," in text else "..")
-    values = [read_flags([f"--{key}={part.strip()}"])[key] for part in parts]
-    if "," in text:
+    mark = next((mark for mark in (",", "..") if isinstance(text, str) and mark in text), None)
+    values = [read_flags([f"--{key}={part.strip()}"])[key] for part in text.split(mark)] if mark else []
+    if mark == ",":
         return CategoricalDistribution(list(dict.fromkeys(values)))
-    if [type(value) in (int, float) for value in values] != [True, True]:
+    if len(values) != 2 or not {type(value) for value in values} <= {int, float}:
         return None
     if values[0] >= values[1]:
         raise UserError(f"--{key} {text}: the first number must be below the second")
-    whole = all(isinstance(value, int) for value in values)
-    return IntDistribution(*values) if whole else FloatDistribution(*values, log=values[0] > 0)
+    if all(isinstance(value, int) for value in values):
+        return IntDistribution(*values)
+    return FloatDistribution(*values, log=values[0] > 0)
 
 
 def words(settings: dict) -> list[str]:
@@ -136,61 +125,39 @@ def words(settings: dict) -> list[str]:
     return [word for key, text in texts.items() for word in (f"--{key}", text)]
 
 
-def is_done(trial) -> bool:
-    """True for a trial that ended by itself, by pruning, or by an error that another try would meet again."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
-
-
-def train(study: optuna.Study, trial: optuna.Trial, folder: Path, command: list[str]) -> None:
-    """Train into `folder`, report each evaluation to Optuna while it goes on, and tell it the result. Raises
-    `KeyboardInterrupt` where this process or the trial's was told to stop."""
+def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: list[str]) -> None:
+    """Train into `folder`, from its last checkpoint where it has one, and tell Optuna the lowest validation loss."""
     trial.set_user_attr("folder", str(folder))
-    resume = any(folder.glob("checkpoint-*/trainer_state.json"))
+    resume = ["--resume"] if any(folder.glob("checkpoint-*/trainer_state.json")) else []
     if folder.exists() and not resume:  # stopped before its first checkpoint
         with locked(folder):
             shutil.rmtree(folder)
-    log, started, losses, pruned = folder.with_suffix(".log"), time.monotonic(), {}, False
-    command = [sys.executable, *command[1:], "--training.output_dir", str(folder), *["--resume"] * resume]
-    with open(log, "a") as file:  # in a session of its own, so that the terminal does not stop it as well
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    command, log = [sys.executable, *command[1:], "--training.output_dir", str(folder)], folder.with_suffix(".log")
+    with open(log, "a") as file:  # a session of its own: the terminal does not stop it as well
+        process = subprocess.Popen([*command, *resume], stdout=file, stderr=file, start_new_session=True)
     try:
-        running = True
-        while running and not pruned:
-            time.sleep(LOOK_EVERY)
-            running = process.poll() is None  # asked before the last look, so that nothing is missed
-            for line in read_jsonl(folder / "metrics.jsonl"):
-                if "eval_loss" in line and line["step"] not in losses and not pruned:
-                    losses[line["step"]] = line["eval_loss"]
-                    say(f"  step {line['step']}: validation loss {line['eval_loss']:.4f}")
-                    trial.report(line["eval_loss"], line["step"])
-                    pruned = trial.should_prune()
-        if not pruned and process.returncode in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
-            raise KeyboardInterrupt  # it was told to stop, not this process
+        if process.wait() in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+            raise KeyboardInterrupt  # it was told to stop, and not this process
     except KeyboardInterrupt:
         say("stopped; to go on, give the same command again")
         raise
     finally:
         process.terminate()
         process.wait()
-    seconds = f"{time.monotonic() - started:,.0f} s"
-    if pruned:
-        study.tell(trial, state=TrialState.PRUNED)
-        say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
-    elif process.returncode == 0 and losses:
-        study.tell(trial, min(losses.values()))
-        say(f"  best {min(losses.values()):.4f}, {seconds}")
+    losses = [line["eval_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line]
+    if process.returncode == 0 and losses:
+        study.tell(trial, min(losses))
+        say(f"  best {min(losses):.4f}")
     else:
         reason = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        trial.set_user_attr("error", reason)
-        study.tell(trial, state=TrialState.FAIL)
-        if process.returncode == USER_ERROR:
+        if reason.startswith("error: "):  # as a UserError is shown; the trial is taken up again
             raise UserError(reason.removeprefix("error: "))
+        study.tell(trial, state=TrialState.PRUNED)
         say(f"  failed with status {process.returncode}: {reason}; see {log}")
 
 
 def main(given: CommandLine) -> None:
-    options = {name: value for name, value in given.options.items() if name != "traceback"}
-    sweep(flags=given.flags, **options)
+    sweep(flags=given.flags, **{name: value for name, value in given.options.items() if name != "traceback"})
 
 
 if __name__ == "__main__":

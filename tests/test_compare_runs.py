@@ -5,17 +5,18 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+from conftest import DATA, TINY, read_jsonl, write_jsonl
+from pages import HOSTILE, Outline
+
 from recipes.compare_runs import compare_runs
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.sft_lora import train_lora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
-from recipes.utils.evaluation_record import read_rows
-from recipes.utils.intervals import own_interval
+from recipes.utils.evaluation import own_interval, read_rows
 
-import pytest
-from conftest import TINY, read_jsonl, write_jsonl
-from test_report import HOSTILE, Outline
+FIRST_BUILD = DATA / "first_build_run"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_what_differs_stands_in_the_table_and_nothing_else(runs, capsys):
     assert (first["lora_alpha"], second["lora_alpha"]) == ("8", "32")
     assert set(second) == {
         "run", "lora_alpha", "validation loss", "test loss", "token accuracy", "exact match", "ROUGE-L", "chrF",
-        "valid JSON", "stopped", "against alpha-8", "tokens/s", "time, s", *(["memory, GB"] if "memory, GB" in first else []),
+        "valid JSON", "stopped", "against alpha-8", "tokens/s", "time, s", "memory, GB",
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "alpha-32" in shown
@@ -163,6 +164,25 @@ def test_runs_stand_in_a_line_each_where_they_fit_and_in_columns_where_not(runs,
         "four",
         "five",
     ]
+
+
+def test_a_run_folder_of_the_first_build_stands_beside_a_new_one(runs):
+    """As it was written before run.json had a format."""
+    assert "format" not in json.loads((FIRST_BUILD / "run.json").read_text())
+    new, old = compare_runs([runs[0], FIRST_BUILD])
+    assert (new["r"], old["r"], old["lora_alpha"]) == ("4", "16", "32")
+    assert old["validation loss"] == "0.0489 †"
+    assert old["test loss"].startswith("0.0444 (")
+    assert old["not comparable"] == "other train rows, other validation rows, other test rows"
+
+
+def test_rows_that_were_not_counted_are_left_out(runs, twin):
+    """Of a Dataset in memory nothing is known but what was trained."""
+    own = twin(lambda record: record["rows"].update(train=None), "own")
+    _, row = compare_runs([runs[0], own])
+    assert row["train rows"] == "–"
+    assert row["validation loss"]
+    assert "not comparable" not in row
 
 
 def test_no_run_is_a_user_error(tmp_path, monkeypatch):

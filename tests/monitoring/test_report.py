@@ -4,48 +4,19 @@ run."""
 import json
 import math
 import re
-from html.parser import HTMLParser
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, read_jsonl, write_jsonl
+from conftest import DATA, TINY, read_jsonl, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import HOSTILE, Outline
 from trained import train
 
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.utils.monitoring import Report, refresh_report, write_report
 from recipes.utils.monitoring.report import COLOURS, LONGEST, bars, curves, histogram, mark_differences
-
-HOSTILE = "<script>alert(1)</script>&\"'{{ 7*7 }}</svg>"
-
-
-class Outline(HTMLParser):
-    """The tags and the text of a page; fails on tags that are closed in another order than they were opened."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags, self.open, self.links, self.text = set(), [], [], ""
-        self.feed(page)
-        assert not set(self.open) & {"div", "table", "tr", "td", "details", "svg", "span", "main"}, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
-        if tag not in ("meta", "br", "path", "use"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.add(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag):
-        if tag in ("path", "use", "html"):
-            return
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def outline(folder: Path) -> Outline:
@@ -165,6 +136,21 @@ def test_a_run_without_any_files_yet_has_a_report(finished, tmp_path):
     (tmp_path / "run.json").write_text((finished[0] / "run.json").read_text())
     write_report(tmp_path)
     assert "What was run" in outline(tmp_path).text
+
+
+def test_a_run_folder_of_the_first_build_has_a_report(tmp_path):
+    run = shutil.copytree(DATA / "first_build_run", tmp_path / "run")
+    write_report(run)
+    text = outline(run).text
+    assert "best validation loss" in text
+    assert "examples/tiny/train.jsonl" in text
+
+
+def test_a_folder_without_a_record_has_a_report(tmp_path):
+    """As a trainer that is not ours leaves it."""
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "epoch": 0.5, "seconds": 2.0, "loss": 1.5}])
+    write_report(tmp_path)
+    assert "of training" in outline(tmp_path).text
 
 
 def test_figures_that_are_no_numbers_do_not_keep_the_report_from_being_written(finished, tmp_path):
