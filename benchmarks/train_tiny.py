@@ -2,8 +2,8 @@
 
     python benchmarks/train_tiny.py                three rounds of 60 steps; medians
 
-Both train from the same seed on the same labels, so the losses must be equal; what differs is what a recipe does besides
-(progress, metrics.jsonl, guards) and the levers that it pulls. The time is the trainer's own, without start-up.
+Both train from the same seed on the same labels, so the losses must be equal; what differs is what a recipe does
+besides (progress, metrics.jsonl, guards) and the levers that it pulls. The time is the trainer's own, without start-up.
 """
 
 import argparse

@@ -214,6 +214,7 @@ def test_what_cannot_be_streamed_goes_through_peft_in_memory_and_says_so(tmp_pat
     )
     live = PeftModel.from_pretrained(load(base), adapter)
     assert (logits_of(load(output)) - logits_of(live)).abs().max() < 1e-4
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1, "all readable by whoever may read the folder"
 
 
 def test_a_merge_in_memory_that_changes_nothing_or_breaks_a_weight_is_an_error(tmp_path):
