@@ -8,13 +8,15 @@ import functools
 import inspect
 from pathlib import Path
 
-from recipes import evaluate_adapter as _evaluate
-from recipes import merge_adapter as _merge
-from recipes import sft_lora as _sft_lora
-from recipes import sft_qlora as _sft_qlora
-from recipes.utils.config import FLAGS, SECTIONS, Config, key_names, load_config
 from recipes.utils.console import UserError, near, quiet, say
-from recipes.utils.model import ModelOptions, find_base, model_config
+
+with quiet():  # bitsandbytes tells at its import that it would fetch kernels
+    from recipes import evaluate_adapter as _evaluate
+    from recipes import merge_adapter as _merge
+    from recipes import sft_lora as _sft_lora
+    from recipes import sft_qlora as _sft_qlora
+    from recipes.utils.config import FLAGS, SECTIONS, Config, key_names, load_config
+    from recipes.utils.model import ModelOptions, find_base, model_config
 
 __all__ = ["evaluate_adapter", "merge_adapter", "train_lora", "train_qlora"]
 

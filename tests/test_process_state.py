@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import copy_run, run_recipe, small_config
+from conftest import copy_run, run_recipe, run_script, small_config
 
 
 def loggers() -> dict:
@@ -101,8 +101,6 @@ def test_a_recipe_leaves_the_process_as_it_was(call, lora_run, tmp_path, bars_on
 
 def test_importing_the_python_api_changes_nothing_of_the_libraries():
     """In a process of its own: `import finetune` after the libraries, as in a notebook that has them already."""
-    from conftest import run_script
-
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import bitsandbytes, datasets, huggingface_hub, matplotlib, peft, torch, transformers, trl\n"

@@ -20,6 +20,7 @@ def run(*words, cwd: Path) -> str:
         [*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
+    assert "pip" in words or result.stderr == ""
     return result.stdout.strip()
 
 
