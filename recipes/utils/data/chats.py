@@ -30,7 +30,6 @@ SHAPES = {  # by which keys a row is known, and what else is read of it
     "alpaca": (["instruction", "output"], ["input", "system"]),
 }
 MESSAGE_KEYS = ("role", "content", "tool_calls", "weight", "tool_call_id", "name")
-KINDS: dict[type, str] = {str: "a string", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ class Reading:
             return
         lines = [f"{row['where']}: {row['error']}" for row in self.bad[:MOST_ERRORS]]
         if len(self.bad) > 1:
-            counted = Counter(row["kind"] for row in self.bad).most_common()
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in counted)
+            kinds = Counter(row["kind"] for row in self.bad).most_common()
+            counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
             more = f"{len(self.bad) - MOST_ERRORS:,} more; " if len(self.bad) > MOST_ERRORS else ""
-            mend = "To train without them: --data.on_bad_row skip"
-            lines.append(f"{more}{len(self.bad):,} bad rows in all: {kinds}. {mend}")
+            in_all = f"{more}{len(self.bad):,} bad rows in all: {counted}"
+            lines.append(f"{in_all}. To train without them: --data.on_bad_row skip")
         raise UserError("\n".join(lines))
 
 
@@ -101,20 +100,19 @@ def stream_chats(paths: str | list[str], reading: Reading, merge_system: bool = 
     `merge_system` moves system messages into the user turn that follows, for templates that have no place for them.
     """
     for path in data_files(paths):
-        rows = 0
-        for where, row, line in _rows(path):
-            if row is None:
-                reading.blank += 1
-                continue
-            rows += 1
+        number, blank = 0, reading.blank
+        for number, line in _lines(path):
+            where, text = f"{path}:{number}", ""
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                messages, tools = _conversation(row, reading, merge_system)
-                yield Chat(messages, where, tools, line)
+                text = _text(line, number)
+                if not text.strip():
+                    reading.blank += 1
+                    continue
+                messages, tools = _conversation(_parsed(text, number), reading, merge_system)
+                yield Chat(messages, where, tools, text)
             except BadRow as error:
-                reading.add_bad(where, error, line)
-        if not rows:
+                reading.add_bad(where, error, text or repr(line))
+        if number == reading.blank - blank:
             raise UserError(f"{path}: has no rows; one JSON object a line is expected")
 
 
@@ -133,37 +131,33 @@ def held_out(chat: Chat, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-# From a file to JSON objects.
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict | BadRow | None, str]]:
-    """Yield (file:line, object or `BadRow`, the line's text) for each line that is not blank, and (file:line, None, "")
-    for one that is. One line is held at a time, and only "\\n" ends one: `str.splitlines` would tear text at U+2028."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines, one held at a time. Only "\\n" ends one: `str.splitlines` would tear text at U+2028."""
     number = 0
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        lines = iter(file)
-        while True:
-            try:
-                line = next(lines, None)
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
-            if line is None:
-                return
-            number += 1
-            where, text = f"{path}:{number}", ""
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                yield where, _parsed(text, number) if text.strip() else None, text
-            except UnicodeDecodeError as error:
-                message = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-                yield where, BadRow("not UTF-8", message), repr(line)
-            except BadRow as error:
-                yield where, error, text
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
+
+
+def _text(line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8", f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
 
 
 def _parsed(text: str, number: int) -> dict:
     try:
         row = json.loads(text, object_pairs_hook=_object)
+        if not isinstance(row, dict):
+            found = f"expected a JSON object, found {type(row).__name__}"
+            raise BadRow("not an object", f"{found}; write one object a line")
+        if "\\u" in text or "\0" in text:  # only such text can hold what no tokenizer takes
+            _check_characters(row)
+        return row
     except BadRow:
         raise
     except json.JSONDecodeError as error:
@@ -172,18 +166,12 @@ def _parsed(text: str, number: int) -> dict:
         raise BadRow("not JSON", f"not JSON: {error.msg} (column {error.colno}); {mend}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise BadRow("not JSON", f"not JSON that can be read: {error}; remove the line") from error
-    if not isinstance(row, dict):
-        raise BadRow("not an object", f"expected a JSON object, found {type(row).__name__}; write one object a line")
-    # Only such text can hold what no tokenizer takes, so other rows are spared the search.
-    if "\\u" in text or "\0" in text:
-        _check_characters(row)
-    return row
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise BadRow("duplicate key", f"{twice}: the key stands twice in one object; keep one")
     return found
 
@@ -202,9 +190,6 @@ def _check_characters(value, path: str = "") -> None:
         if lone := re.search("[\ud800-\udfff]", value):
             half = f"holds half a character (\\u{ord(lone.group()):x}); the text was cut inside an emoji or the like"
             raise BadRow("lone surrogate", f"{path}: {half}: write it whole, or remove it")
-
-
-# From a JSON object to messages.
 
 
 def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict], list[dict] | None]:
@@ -236,8 +221,8 @@ def _shape(row: dict) -> str:
             return shape
     known = [name for keys, others in SHAPES.values() for name in keys + others]
     slips = [f"`{key}` for {meant}" for key in row if (meant := near(key, known))]
-    mend = "expected `messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`"
-    mend = f"did you write {slips[0]}?" if slips else mend
+    shapes = "expected `messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`"
+    mend = f"did you write {slips[0]}?" if slips else shapes
     raise BadRow("missing field", f"no known shape: found the keys {sorted(row)}; {mend}")
 
 
@@ -262,7 +247,7 @@ def _field(row: dict, name: str, *kinds: type):
     if name not in row:
         raise BadRow("missing field", f"{name}: {_missing(name, row)}")
     if not isinstance(row[name], kinds):
-        expected = " or ".join(KINDS[kind] for kind in kinds)
+        expected = " or ".join("a string" if kind is str else "a list" for kind in kinds)
         raise BadRow("wrong type", f"{name}: expected {expected}, found {type(row[name]).__name__}; write it as such")
     return row[name]
 
@@ -273,7 +258,7 @@ def _sharegpt_turn(turn, number: int) -> dict:
         raise BadRow("wrong type", f"{place}: expected an object with `from` and `value`; write both")
     role = turn["from"] if isinstance(turn["from"], str) else repr(turn["from"])
     if role not in SHAREGPT_ROLES:
-        raise BadRow("unknown role", f"{place}: unknown role {role!r}; {_nearest(role, SHAREGPT_ROLES)}")
+        raise BadRow("unknown role", f"{place}: {_role(role, SHAREGPT_ROLES)}")
     message = {"role": SHAREGPT_ROLES[role], "content": turn["value"]}
     if role == "function_call":
         calls = _json(turn["value"], f"turn {number}: function_call")
@@ -288,7 +273,7 @@ def _message(message, number: int) -> dict:
         raise BadRow("wrong type", f"{turn}: expected an object with `role` and `content`; write both")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
-        raise BadRow("unknown role", f"{turn}: unknown role {role!r}; {_nearest(str(role), ROLES)}")
+        raise BadRow("unknown role", f"{turn}: {_role(role, ROLES)}")
     if calls and role == "assistant":
         content = content or ""
     if content is None:
@@ -334,9 +319,8 @@ def _tool_call(call, turn: str) -> dict:
 
 def _call_id(name: str) -> str:
     """Nine letters or digits, which is what Mistral's form takes; another id becomes such a one, the same each time."""
-    if re.fullmatch("[a-zA-Z0-9]{9}", name):
-        return name
-    return hashlib.blake2b(name.encode(), digest_size=5).hexdigest()[:9]
+    fits = re.fullmatch("[a-zA-Z0-9]{9}", name)
+    return name if fits else hashlib.blake2b(name.encode(), digest_size=5).hexdigest()[:9]
 
 
 def _tools(tools) -> list[dict] | None:
@@ -352,16 +336,17 @@ def _tools(tools) -> list[dict] | None:
 def _json(text, place: str):
     try:
         value = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         message = f"{place}: not JSON: {getattr(error, 'msg', error)}; write it as JSON, with double quotes"
         raise BadRow("tool call not JSON", message) from error
     _check_characters(value, place)
     return value
 
 
-def _nearest(name: str, known) -> str:
-    meant = near(name.lower(), known)
-    return f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"
+def _role(role, known) -> str:
+    meant = near(str(role).lower(), known)
+    mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"
+    return f"unknown role {role!r}; {mend}"
 
 
 def _missing(name: str, row: dict) -> str:
@@ -374,11 +359,10 @@ def _merge_system(messages: list[dict]) -> list[dict]:
     for message in messages:
         if message["role"] == "system":
             waiting.append(message["content"])
-        elif waiting and message["role"] == "user":
-            merged.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
-            waiting = []
-        else:
-            merged.append(message)
+            continue
+        if waiting and message["role"] == "user":
+            message, waiting = {**message, "content": "\n\n".join([*waiting, message["content"]])}, []
+        merged.append(message)
     if waiting:
         raise BadRow("system not first", "a system message at the end has no user turn to be merged into; remove it")
     return merged

@@ -81,7 +81,10 @@ class Encoder:
             for index in wanted:
                 if spans[index] and not straddled:
                     here.append(index)
-                    straddled = _straddles(text, spans[index][0])
+                    # White space on both sides of an answer's beginning: cut apart here it is two tokens, and in the
+                    # prompt of a later answer, where this one is history, it may be one.
+                    start = spans[index][0]
+                    straddled = text[start - 1 : start + 1].isspace()
             rows = [Document(_cut(text, [spans[index] for index in here]), chat.where, escaped, False)] if here else []
             for index in sorted(set(wanted) - set(here)):
                 text, spans = self._spans(messages[: index + 1], tools)
@@ -103,18 +106,18 @@ class Encoder:
         later_ids = iter(self._going_on.encode_batch_fast(later, add_special_tokens=False))
         encoded = []
         for document in documents:
-            input_ids, labels, trained, stops = [], [], 0, True
+            row = Encoded([], [], document.where, 0, True)
             for place, (text, learnt) in enumerate(document.pieces):
                 if document.escaped:
                     piece = self._escaped_ids(text, first=place == 0)
                 else:
                     piece = next(later_ids if place else first_ids).ids
-                input_ids += piece
-                labels += piece if learnt else [-100] * len(piece)
+                row.input_ids.extend(piece)
+                row.labels.extend(piece if learnt else [-100] * len(piece))
                 if learnt:
-                    trained += len(piece)
-                    stops = stops and piece[-1] in self.control_ids
-            encoded.append(Encoded(input_ids, labels, document.where, trained, stops))
+                    stops = row.stops and piece[-1] in self.control_ids
+                    row = row._replace(trained=row.trained + len(piece), stops=stops)
+            encoded.append(row)
         return encoded
 
     def prompt_ids(self, messages: list[dict], tools=None) -> list[int]:
@@ -122,9 +125,8 @@ class Encoder:
         that training had for a chat with typed control tokens."""
         messages, tools, escaped = self._guarded(messages, tools) if self.escape else (messages, tools, False)
         text = render(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
-        if escaped:
-            return self._escaped_ids(text, first=True)
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        plain = self.tokenizer.backend_tokenizer.encode
+        return self._escaped_ids(text, first=True) if escaped else plain(text, add_special_tokens=False).ids
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -213,12 +215,6 @@ class Encoder:
 
 def _answers(messages: list[dict]) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _straddles(text: str, start: int) -> bool:
-    """True if white space stands on both sides of an answer's beginning: cut apart here it is two tokens, and in the
-    prompt of a later answer, where this one is history, it may be one."""
-    return text[start - 1].isspace() and text[start].isspace()
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:

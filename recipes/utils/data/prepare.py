@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,13 +93,11 @@ class Prepared:
 
 
 def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple[Prepared, Prepared | None]:
-    """The train and the validation rows, memory-mapped; no validation rows if the data has none.
-
-    `args` is the SFTConfig, of which `max_length` and `seed` count here. With `report`, the findings are printed, and
-    those that stop a run are raised.
+    """The train and the validation rows, memory-mapped; None if the data has no validation part. Of `args`, the
+    SFTConfig, `max_length` and `seed` count here. With `report`, the findings are printed.
 
     Raises:
-        UserError: listing bad rows as file:line, unless data.on_bad_row is skip; if no row is left; and see `report`.
+        UserError: listing bad rows as file:line; if no row is left; with `report`, what cannot be right.
     """
     share = options.validation if isinstance(options.validation, float) else None
     if share is not None and not 0 < share < 1:
@@ -112,7 +109,7 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     for names, paths in sources.items():
         files = {str(path): file_hash(path) for path in data_files(paths)}
         key = _key(names, files, options, tokenizer, args)
-        entry = _cached(key, partial(_write, names=names, paths=paths, options=options, tokenizer=tokenizer, args=args))
+        entry = _cached(key, names, paths, options, tokenizer, args)
         for part, (prepared, signed) in entry.items():
             if not prepared.rows:
                 raise UserError(_nothing_left(prepared.counts, options, part, args.max_length))
@@ -126,9 +123,6 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     return train, validation
 
 
-# One pass over the files, and what is looked for in rows while they are in hand.
-
-
 class _Part:
     """The train or the validation rows while they are prepared."""
 
@@ -137,9 +131,9 @@ class _Part:
         from datasets.arrow_writer import ArrowWriter
 
         self.path, self.options, self.max_length = path, options, max_length
-        ids, self.columns = List(Value("int32")), ("input_ids", "labels", "where", "fingerprint")
-        types = ids, ids, Value("string"), Value("int64")
-        self.writer = ArrowWriter(features=Features(zip(self.columns, types, strict=True)), path=str(path))
+        ids = List(Value("int32"))
+        features = {"input_ids": ids, "labels": ids, "where": Value("string"), "fingerprint": Value("int64")}
+        self.writer = ArrowWriter(features=Features(features), path=str(path))
         self.counts = Counts()
         self.lengths: list[int] = []  # of all rows, in tokens
         self.signed: dict[str, list[int]] = {}  # file:line: [the row's number, its signature]
@@ -168,8 +162,9 @@ class _Part:
         counts.rows += 1
         counts.tokens += len(row.input_ids)
         counts.trained_tokens += row.trained
-        values = row.input_ids, row.labels, row.where, fingerprint(chat)
-        self.writer.write(dict(zip(self.columns, values, strict=True)), writer_batch_size=BATCH)
+        text = fingerprint(chat)
+        values = {"input_ids": row.input_ids, "labels": row.labels, "where": row.where, "fingerprint": text}
+        self.writer.write(values, writer_batch_size=BATCH)
         return row
 
     def finish(self, reading: Reading) -> dict:
@@ -192,14 +187,15 @@ def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, to
     share = options.validation if isinstance(options.validation, float) else None
     parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length) for part in names}
     found: dict[str, list[Finding]] = {part: [] for part in names}
-    documents = _documents(stream_chats(paths, reading, options.system == "merge"), reading, encoder, options)
-    served, started, told = None, time.monotonic(), time.monotonic()
-    for number, ((chat, document), row) in enumerate(_encoded(documents, encoder), start=1):
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        served = AutoTokenizer.from_pretrained(saved)
+    started = told = time.monotonic()
+    for number, ((chat, document), row) in enumerate(_encoded(paths, reading, encoder, options), start=1):
         part = names[held_out(chat, share, args.seed)] if share else names[0]
         kept = parts[part].add(chat, document, row)
         # a typed control token that was escaped is a real one to a server that reads text
         if kept and part == "train" and number <= ROWS_COMPARED and not found[part] and not document.escaped:
-            served = served or _as_saved(tokenizer)
             found[part] = _prompt_parity(chat, kept, served)
         if number % BATCH == 0 and time.monotonic() - told > 10:
             told = time.monotonic()
@@ -209,34 +205,24 @@ def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, to
     return {part: [parts[part].finish(reading), found[part]] for part in names}
 
 
-def _documents(chats, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple[Chat, Document]]:
-    """Each chat with each of its training rows; chats that the template cannot carry go to `reading`."""
-    for chat in chats:
-        try:
-            for document in encoder.documents(chat, options.train_on):
-                yield chat, document
-        except BadRow as error:
-            reading.add_bad(chat.where, error, chat.line)
+def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple]:
+    """((chat, document), `Encoded`) of each training row; chats that the template cannot carry go to `reading`. A batch
+    is tokenised in a thread, outside Python's lock, while the next one is read and rendered."""
 
+    def rendered() -> Iterator[tuple[Chat, Document]]:
+        for chat in stream_chats(paths, reading, options.system == "merge"):
+            try:
+                yield from ((chat, document) for document in encoder.documents(chat, options.train_on))
+            except BadRow as error:
+                reading.add_bad(chat.where, error, chat.line)
 
-def _encoded(documents, encoder: Encoder) -> Iterator[tuple[tuple[Chat, Document], Encoded]]:
-    """Each document with its token ids: a batch is tokenised in a thread, outside Python's lock, while the next one is
-    read and rendered."""
+    documents, waiting = rendered(), None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: list[tuple] = []
-        while batch := list(islice(documents, BATCH)):
-            waiting.append((batch, pool.submit(encoder.encode_documents, [document for _, document in batch])))
-            if len(waiting) > 1:
-                done, job = waiting.pop(0)
-                yield from zip(done, job.result(), strict=True)
-        for done, job in waiting:
-            yield from zip(done, job.result(), strict=True)
-
-
-def _as_saved(tokenizer):
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+        while (batch := list(islice(documents, BATCH))) or waiting:
+            job = pool.submit(encoder.encode_documents, [document for _, document in batch])
+            if waiting:
+                yield from zip(waiting[0], waiting[1].result(), strict=True)
+            waiting = (batch, job) if batch else None
 
 
 def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
@@ -252,19 +238,12 @@ def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
     return [Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree")]
 
 
-def _bands(signature: np.ndarray) -> list[tuple[int, bytes]]:
-    return [(start, signature[start : start + BAND].tobytes()) for start in range(1, PERMUTATIONS, BAND)]
-
-
 def _signature(chat: Chat) -> list[int]:
     """MinHash over runs of three words."""
     words = re.findall(r"\w+", " ".join(m["content"] for m in chat.messages if m["role"] != "system").casefold())
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
     signature.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
     return signature.digest()
-
-
-# What is found in rows that are ready.
 
 
 def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, tokenizer) -> Iterator[Finding]:
@@ -307,12 +286,16 @@ def _without_copies(train: Prepared, validation: Prepared, signatures: dict[str,
 def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: np.ndarray) -> Iterator[Finding]:
     """Validation rows that are nearly a train row: where a band of their signatures is the same, as locality-sensitive
     hashing has it, the share of equal hashes is the share of common runs (Broder 1997)."""
+
+    def bands(signature: np.ndarray) -> list[tuple[int, bytes]]:
+        return [(start, signature[start : start + BAND].tobytes()) for start in range(1, PERMUTATIONS, BAND)]
+
     known, pairs = defaultdict(list), []
     for number, signature in enumerate(signatures["train"]):
-        for band in _bands(signature):
+        for band in bands(signature):
             known[band].append(number)
     for signature in signatures["validation"]:
-        found = dict.fromkeys(number for band in _bands(signature) for number in known.get(band, ()))
+        found = dict.fromkeys(number for band in bands(signature) for number in known.get(band, ()))
         others = signatures["train"][list(found)[:CANDIDATES]]
         near = max(((float((signature[1:] == other[1:]).mean()), int(other[0])) for other in others), default=(0.0, 0))
         if near[0] >= NEAR and not copied[signature[0]]:
@@ -340,9 +323,9 @@ def _nothing_left(counts: Counts, options: DataOptions, part: str, max_length: i
 # Rows on the disk, found again by content: an edit is noticed, an unchanged file costs only its reading.
 
 
-def _cached(key: str, write) -> dict:
-    """{part: (`Prepared`, signatures)} of the cache's entry `key`. Where there is none, or a damaged one,
-    `write(folder)` makes the files; one process of a machine does, and the others wait for it."""
+def _cached(key: str, *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
+    """{part: (rows, signatures)} of the cache's entry `key`. Where there is none, or a damaged one, it is made of
+    `sources`, as `_write` takes them; one process of a machine does, and the others wait for it."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
@@ -360,7 +343,7 @@ def _cached(key: str, write) -> dict:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        parts = write(temporary)
+        parts = _write(temporary, *sources)
         (temporary / "counts.json").write_text(json.dumps(parts), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was faster; its rows are the same
             temporary.rename(folder)
@@ -394,11 +377,10 @@ def _kept(folder: Path) -> dict | None:
 
 def _key(names: tuple[str, ...], files: dict[str, str], options: DataOptions, tokenizer, args) -> str:
     """A digest of all that prepared rows depend on: files, template, tokenizer, settings, libraries, this package."""
-    share, signs = options.validation if len(names) > 1 else None, options.validation is not None
-    that_make_rows = dataclasses.replace(
-        options, train="", validation=share, test=None, ledger=True, samples=0, max_over_length=0.0
-    )
-    settings = [names, signs, that_make_rows, args.max_length, args.seed]
+    changes_no_row = {"train", "validation", "test", "ledger", "samples", "max_over_length"}
+    settings = {key: value for key, value in vars(options).items() if key not in changes_no_row}
+    settings |= {"names": names, "share": options.validation if len(names) > 1 else options.validation is not None}
+    settings |= {"max_length": args.max_length, "seed": args.seed}
     versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
     digest = hashlib.sha256(repr([settings, versions, files]).encode())
     for module in sorted(Path(__file__).parent.glob("*.py")):

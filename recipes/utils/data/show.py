@@ -1,5 +1,6 @@
 """What would be trained on, shown at a terminal and on a page: token ids as text, each with what is done with it."""
 
+from itertools import groupby
 from pathlib import Path
 
 from rich.text import Text
@@ -15,22 +16,21 @@ def token_pieces(tokenizer, input_ids: list[int], labels: list[int]) -> list[tup
 
     Trained control tokens (the end of a turn) count as trained: that they are learnt is what one looks for.
     """
-    pieces: list[tuple[str, str]] = []
-    held: list[int] = []
-    held_kind = ""
-    for token, label in zip(input_ids, labels, strict=True):
-        added = tokenizer.added_tokens_decoder.get(token)
-        kind = "trained" if label != -100 else ("special" if added and added.special else "context")
-        if held and (kind != held_kind or kind == "special"):
-            pieces.append((tokenizer.decode(held, clean_up_tokenization_spaces=False), held_kind))
-            held = []
-        held, held_kind = [*held, token], kind
-        text = _text(tokenizer, held)
-        if "\ufffd" not in text:  # else the character goes on in the next token
-            pieces.append((text, kind))
-            held = []
-    if held:
-        pieces.append((_text(tokenizer, held), held_kind))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def kind_of(pair: tuple[int, int]) -> str:
+        return "trained" if pair[1] != -100 else "special" if pair[0] in special else "context"
+
+    pieces = []
+    for kind, group in groupby(zip(input_ids, labels, strict=True), kind_of):
+        held: list[int] = []
+        for token, _ in group:
+            held.append(token)
+            if "\ufffd" not in _text(tokenizer, held):  # else the character goes on in the next token
+                pieces.append((_text(tokenizer, held), kind))
+                held = []
+        if held:
+            pieces.append((_text(tokenizer, held), kind))
     return pieces
 
 
@@ -42,9 +42,9 @@ def _text(tokenizer, ids: list[int]) -> str:
 
 
 def print_data(name: str, report: dict) -> None:
-    """Show what `inspect_data` found for the config called `name` at the terminal: counts, lengths, findings, and rows
-    token by token, in colours or, in a file, between marks."""
+    """Show what `inspect_data` found for the config `name`; tokens in colours or, in a file, between marks."""
     train, validation, packing = report["train"], report["validation"] or {"rows": 0}, report["packing"]
+    trained, most = train["trained_tokens"], max(bar["rows"] for bar in report["histogram"])
     left_out = f"{len(train['bad']):,} bad, {train['dropped']:,} over max_length or without an answer"
     filled = f"{packing['rows']:,} rows of {report['max_length']}, {packing['fill']:.1%} filled" if packing else "off"
     print_table(f"{name}: what would be trained on", {
@@ -54,13 +54,11 @@ def print_data(name: str, report: dict) -> None:
         "rows": f"{train['rows']:,} train, {validation['rows']:,} validation; "
                 f"left out: {left_out}; {train['blank']:,} blank lines",
         "answers a row": ", ".join(f"{n:,} rows of {k}" for k, n in sorted(report["answers_a_row"].items())),
-        "tokens": f"{train['tokens']:,}, trained on {train['trained_tokens']:,} "
-                  f"({train['trained_tokens'] / train['tokens']:.0%})",
+        "tokens": f"{train['tokens']:,}, trained on {trained:,} ({trained / train['tokens']:.0%})",
         "tokens a row": ", ".join(f"{name} {value:,}" for name, value in report["lengths"].items()),
         "packing": filled,
         "steps": f"{report['steps']:,} ({report['steps_an_epoch']:,} an epoch)",
     })  # fmt: skip
-    most = max(bar["rows"] for bar in report["histogram"])
     for bar in report["histogram"]:
         say(f"  {bar['from']:>6,}–{bar['to']:<6,} {'█' * round(40 * bar['rows'] / most):<40} {bar['rows']:,}")
     for finding in report["findings"]:

@@ -28,11 +28,8 @@ def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
 
 
 def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False) -> tuple:
-    """(the tokenizer in the folder `base` with its chat template, why it is that one).
-
-    Raises:
-        UserError: if it cannot be loaded or is no fast one, or as `choose_chat_template`.
-    """
+    """(the tokenizer in the folder `base` with its chat template, why it is that one). Raises a `UserError` if it
+    cannot be loaded or is no fast one, and as `choose_chat_template` does."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -42,8 +39,8 @@ def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
     if prepends_blanks(tokenizer):
         tokenizer.backend_tokenizer.normalizer = None
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-        legacy = "the base's legacy form puts a blank after every control token"
-        say(f"tokenizer: {legacy}; mended, as mistral-common has it")
+        form = "the base's legacy form puts a blank after every control token"
+        say(f"tokenizer: {form}; mended, as mistral-common has it")
     model_type = read_json(Path(base) / "config.json").get("model_type")
     tokenizer.chat_template, reason = choose_chat_template(tokenizer, chat_template, model_type)
     return tokenizer, reason
@@ -57,11 +54,8 @@ def prepends_blanks(tokenizer) -> bool:
 
 
 def choose_chat_template(tokenizer, setting: str, model_type: str | None) -> tuple[str, str]:
-    """(a template with loss marks, one line that says which one and why).
-
-    Raises:
-        UserError: if the template asked for cannot be used, or `auto` finds none that renders the model's own text.
-    """
+    """(a template with loss marks, one line that says which one and why). Raises a `UserError` if the template asked
+    for cannot be used, or `auto` finds none that renders the model's own text."""
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     if setting != "auto":
@@ -93,10 +87,7 @@ def marks_answers(template: str) -> bool:
 
 def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, template: str | None = None):
     """(text, [(start, end) of each span that the template marks as the model's, in characters]) of a conversation.
-
-    Raises:
-        jinja2.TemplateError: if the template cannot carry it.
-    """
+    Raises a `TemplateError` if the template cannot carry it."""
     template = template or tokenizer.chat_template
     texts, spans = render_jinja_template(
         conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
@@ -137,7 +128,6 @@ def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
             return None
         return found if spaces_matter else "".join(found.split())
 
-    prompts = [USER], [USER, ANSWER, USER], [SYSTEM, USER]
-    finished = [USER, ANSWER], [USER, ANSWER, USER, ANSWER]
-    probes = [*((messages, True) for messages in prompts), *((messages, False) for messages in finished)]
+    prompts, turn = ([USER], [USER, ANSWER, USER], [SYSTEM, USER]), [USER, ANSWER]
+    probes = [*((messages, True) for messages in prompts), (turn, False), (turn + turn, False)]
     return all(text(own, *probe) in (None, text(ours, *probe)) for probe in probes)
