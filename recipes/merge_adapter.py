@@ -37,12 +37,12 @@ if __name__ == "__main__":
     given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
 from recipes.utils.data import Encoder
+from recipes.utils.files import staged
 from recipes.utils.merge import (
     compare_with_adapter,
     make_modelfile,
     merge_weights,
     rows_to_compare,
-    staged,
     write_card,
     write_config,
     write_generation_config,
@@ -88,13 +88,11 @@ def merge_adapter(
         # 4. Read it back and compare: what is on the disk must say what the adapter said.
         drift = None
         if verify:
-            compared = compare_with_adapter(record, base_folder, adapter, partial, base, scale, chats, tokenizer)
-            drift = compared[base]
+            drift = compare_with_adapter(record, base_folder, adapter, partial, base, scale, chats, tokenizer)[base]
             if not drift["mean_kl"] <= max_kl:  # NaN too
                 far = f"is {drift['mean_kl']:.2e} nats a token from the adapter, over --max-kl {max_kl:g}"
                 raise UserError(f"the merged model {far}; nothing was kept")
-        how = {"base": base, "scale": scale, "dtype": dtype}
-        write_card(partial, record, base_folder, adapter, how, drift)
+        write_card(partial, record, base_folder, adapter, {"base": base, "scale": scale, "dtype": dtype}, drift)
 
     say(f"merged: {output}" + ("" if verify else " (not compared with the adapter)"))
     if (adapter / "run.json").is_file():
@@ -104,8 +102,7 @@ def merge_adapter(
 
 
 def main(given: CommandLine) -> None:
-    options = {name: value for name, value in given.options.items() if name != "traceback"}
-    merge_adapter(**options)
+    merge_adapter(**{name: value for name, value in given.options.items() if name != "traceback"})
 
 
 if __name__ == "__main__":

@@ -35,14 +35,12 @@ from recipes.utils.planning import (
     choose,
     fits,
     flags,
-    lora_of,
     measured_speed,
     memory_of_gpu,
+    memory_of_steps,
     on_gpu,
-    predict,
     print_fits,
     print_parts,
-    step_of,
 )
 
 
@@ -53,22 +51,21 @@ def plan_run(config: Config, gpu: str | None = None) -> None:
         say("memory: not predicted under FSDP")
         return
 
-    # 1. The steps that come into question: these rows a micro-batch, with and without activation checkpointing.
+    # 1. The GPU, the model's shape, and the sizes of a micro-batch that come into question.
     available, name = memory_of_gpu(gpu)
     shape = model_config(find_base(config.model, weights=False), config.model)
     config, attention, dtype_flag = on_gpu(config, shape, gpu, name)
     args = SFTConfig(**config.training)
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     sizes = sorted({size for size in (1, 2, 4, 8) if a_step % size == 0} | {args.per_device_train_batch_size})
-    steps = {(way, rows): step_of(config, attention, rows, way) for way in (True, False) for rows in sizes}
 
-    # 2. Their memory, for both methods.
+    # 2. Their memory, for both methods, with and without activation checkpointing.
     try:
-        found = predict(shape, lora_of(config), list(steps.values()))
+        memory = memory_of_steps(config, shape, attention, sizes)
     except Exception as error:  # a model or an adapter of another kind: that is no reason not to train it
-        say(f"memory: not predicted for this model: {str(error).splitlines()[0]}")
+        why = str(error).partition("\n")[0]
+        say(f"memory: not predicted for this model: {why}")
         return
-    memory = {(method, *step): both[method] for step, both in zip(steps, found, strict=True) for method in both}
     rows = args.per_device_train_batch_size
     packed = "packed rows" if args.packing else "rows"
     say(f"{config.model.name_or_path}, {config.model.dtype}, attention {attention}\n")

@@ -23,11 +23,22 @@ def test_the_machine_is_told_line_by_line_and_no_secret_with_it(capsys, monkeypa
     assert "secret" not in text
 
 
-@pytest.mark.parametrize(("capability", "there"), [((7, 0), False), ((7, 5), True), ((8, 9), True), ((9, 0), True)])
-def test_a_gpu_that_this_torch_has_no_kernels_for_is_told(monkeypatch, capability, there):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "compute_120"])
-    assert (machine.no_kernels() is None) is there
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device\nCompile with ...", "for CUDA 12.6"),
+        ("", "pip install -U bitsandbytes"),
+    ],
+)
+def test_what_cannot_be_computed_with_is_told_with_the_mend(monkeypatch, error, mend):
+    def fails(*_, **__):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fails)
+    state, _, text = machine.check_four_bit()
+    assert state == "missing"
+    assert text.endswith(mend)
+    assert "Compile" not in text
 
 
 def test_4_bit_arithmetic_is_tried_and_not_only_looked_for(monkeypatch):

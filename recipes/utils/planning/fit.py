@@ -14,7 +14,7 @@ from recipes.utils.config import Config
 from recipes.utils.console import UserError, out
 from recipes.utils.files import read_json
 from recipes.utils.model import VARLEN, attention_and_reason
-from recipes.utils.planning.memory import Memory, Step
+from recipes.utils.planning.memory import Memory, Step, predict
 
 # What benchmarks/train_gpu.py measured; absent until it has run.
 MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"
@@ -41,20 +41,21 @@ def fits(memory: Memory, available: int) -> bool:
     return memory.total <= available * (1 - RESERVE)
 
 
-def step_of(config: Config, attention: str, rows: int, checkpointing: bool, on_gpu: bool = True) -> Step:
-    """The training step of `config` with `rows` rows a micro-batch."""
-    args = SFTConfig(**config.training)
-    twice = config.quantization.get("bnb_4bit_use_double_quant", True)
-    return Step(
-        dtype=config.model.dtype, attention=attention, rows=rows, length=args.max_length, packed=args.packing,
-        checkpointing=checkpointing, input_cast=config.model.adapter_input_cast, double_quantisation=twice,
-        optimizer=str(args.optim), on_gpu=on_gpu, processes=int(os.environ.get("WORLD_SIZE", 1)),
-    )  # fmt: skip
-
-
-def lora_of(config: Config) -> LoraConfig:
-    """The adapter that the run trains: a new one, or the one that it goes on from."""
-    return PeftConfig.from_pretrained(config.model.adapter) if config.model.adapter else LoraConfig(**config.lora)
+def memory_of_steps(config: Config, model_config, attention: str, sizes: list[int]) -> dict[tuple, Memory]:
+    """{(method, activation checkpointing, rows): memory} of a training step with each of `sizes` rows a micro-batch,
+    for the adapter that the run trains: a new one, or the one that it goes on from."""
+    args, continued = SFTConfig(**config.training), config.model.adapter
+    lora = PeftConfig.from_pretrained(continued) if continued else LoraConfig(**config.lora)
+    common = {
+        "dtype": config.model.dtype, "attention": attention, "length": args.max_length, "packed": args.packing,
+        "input_cast": config.model.adapter_input_cast, "optimizer": str(args.optim),
+        "double_quantisation": config.quantization.get("bnb_4bit_use_double_quant", True),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }  # fmt: skip
+    ways = [(checkpointing, rows) for checkpointing in (True, False) for rows in sizes]
+    steps = [Step(checkpointing=checkpointing, rows=rows, **common) for checkpointing, rows in ways]
+    found = zip(ways, predict(model_config, lora, steps), strict=True)
+    return {(method, *way): both[method] for way, both in found for method in both}
 
 
 def choose(sizes: list[int], length: int, room: set[tuple[bool, int]]) -> tuple[int, bool]:

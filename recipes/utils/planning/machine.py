@@ -26,8 +26,7 @@ def check_machine() -> Iterator[tuple[str, str, str]]:
     if torch.cuda.is_available():
         gpu, count, free = torch.cuda.get_device_properties(0), torch.cuda.device_count(), torch.cuda.mem_get_info(0)[0]
         text = f"{gpu.name}{f' × {count}' if count > 1 else ''}, {gpu.total_memory / 1e9:.1f} GB, {free / 1e9:.1f} free"
-        why = no_kernels()
-        yield "missing" if why else "ok", "GPU", f"{text}, compute capability {gpu.major}.{gpu.minor}{why or ''}"
+        yield "ok", "GPU", f"{text}, compute capability {gpu.major}.{gpu.minor}"
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         mend = "--model.dtype float16, or float32 for Qwen2, which gives NaN in float16"
         yield "ok" if bfloat16 else "missing", "bfloat16", "yes" if bfloat16 else mend
@@ -37,26 +36,15 @@ def check_machine() -> Iterator[tuple[str, str, str]]:
         yield "missing", "GPU", f"torch sees none ({built}); {look}"
     yield check_four_bit()
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if not (compiler and Path(sysconfig.get_paths()["include"], "Python.h").is_file()):
+    if compiler and Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        yield "ok", "C compiler", compiler
+    else:
         why = "none, or no Python.h: on a GPU, Triton needs both at the first step: apt install gcc python3-dev"
         yield "missing" if torch.cuda.is_available() else "optional", "C compiler", why
-    else:
-        yield "ok", "C compiler", compiler
     for name, (folder, needed, mend) in ROOM.items():
-        place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(place).free / 1e9
+        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 1e9
         lacks = "" if free >= needed else f"; {needed} GB are needed{mend}"
         yield "missing" if lacks else "ok", name, f"{free:.0f} GB free{lacks}"
-
-
-def no_kernels() -> str | None:
-    """What to do where this torch holds no kernels for this GPU (those for CUDA 13 begin with Turing), or None. Kernels
-    run on later GPUs of the same generation: 8.6's on 8.9."""
-    generation, minor = torch.cuda.get_device_capability()
-    built = [divmod(int(name[3:]), 10) for name in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", name)]
-    if any(major == generation and least <= minor for major, least in built):
-        return None
-    return f": torch {torch.__version__} holds no kernels for it; install the same version as built for CUDA 12.6"
 
 
 def check_four_bit() -> tuple[str, str, str]:
@@ -73,6 +61,8 @@ def check_four_bit() -> tuple[str, str, str]:
         if wrong > 1e-3 or rounding > 0.2:
             raise ArithmeticError(f"its products are off by {wrong:.2g}")
     except Exception as error:  # a missing library, an unknown GPU: whatever it is, the user is told
-        why = f"bitsandbytes cannot compute on {device}: {str(error).splitlines()[0]}"
-        return "missing", "4 bit", f"{why}: Q-LoRA will not train; pip install -U bitsandbytes"
+        why = str(error).partition("\n")[0]
+        old = "no kernel image" in why  # torch's for CUDA 13 begin with Turing
+        mend = "install the same torch as built for CUDA 12.6" if old else "pip install -U bitsandbytes"
+        return "missing", "4 bit", f"bitsandbytes cannot compute on {device}: {why}: Q-LoRA will not train; {mend}"
     return "ok", "4 bit", f"NF4 on {device}: quantised and multiplied, {rounding:.0%} rounding"

@@ -7,7 +7,6 @@ backward pass is counted storage by storage; decoder layers are alike, so each f
 No formula knows the architecture, and no GPU is needed.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -154,8 +153,7 @@ def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
         backbone.register_forward_hook(lambda module, args, output: live.pause(output.last_hidden_state))
         for layer in backbone.layers:
             layer.register_forward_hook(lambda *_: after_layer.append(size()))
-        half = step.dtype != "float32"
-        autocast = torch.autocast("cpu", getattr(torch, step.dtype)) if half else contextlib.nullcontext()
+        autocast = torch.autocast("cpu", getattr(torch, step.dtype), enabled=step.dtype != "float32")
         with live:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
                 # as in SFTTrainer.compute_loss
@@ -179,17 +177,13 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                self.peak = self.peak if self.paused else max(self.peak, self.now)
         return output
-
-    def add(self, storage):
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-            if not self.paused:
-                self.peak = max(self.peak, self.now)
 
     def free(self, address, size):
         self.known.discard(address)
