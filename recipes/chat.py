@@ -18,8 +18,7 @@ from recipes.utils.console import ArgumentParser, CommandLine, UserError, first_
 
 def command_line() -> ArgumentParser:
     parser = recipe_parser(__doc__)
-    path = "a run, adapter or merged folder; the newest finished run"
-    parser.add_argument("path", nargs="?", metavar="PATH", help=path)
+    parser.add_argument("path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest run")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
@@ -94,9 +93,9 @@ def _load(folder: Path) -> tuple:
         raise UserError(f"{folder}: has no chat template, so it is no model to talk to")
     how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
-    stop_ids = model.generation_config.eos_token_id
-    stop_ids = tokenizer.eos_token_id if stop_ids is None else stop_ids
-    return model, Encoder(tokenizer), stop_ids if isinstance(stop_ids, list) else [stop_ids]
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return model, Encoder(tokenizer), ends if isinstance(ends, list) else [ends]
 
 
 def _typed():

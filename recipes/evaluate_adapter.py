@@ -40,14 +40,7 @@ if __name__ == "__main__":
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import (
-    evaluate,
-    print_evaluation,
-    print_scores,
-    rows_to_score,
-    score_scales,
-    write_evaluation,
-)
+from recipes.utils.evaluation import evaluate, print_evaluation, rows_to_score, score_scales, write_evaluation
 from recipes.utils.model import check_linear, load_adapter, newest_run, read_run
 from recipes.utils.monitoring import refresh_report
 
@@ -85,7 +78,6 @@ def evaluate_adapter(
     live = load_adapter(run_folder, record)
     if scales:
         figures = score_scales(run_folder, live, encoder, chats, scales, parts.get("forgetting", []), *settings)
-        print_scores(figures)
         best = min(figures, key=lambda scale: figures[scale]["loss"])
         say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
         return figures

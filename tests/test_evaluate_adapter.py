@@ -91,6 +91,19 @@ def test_the_base_of_an_evaluation_is_the_base_itself(trained, tmp_path):
     assert scores["base"]["loss"] == pytest.approx(score_answers(plain, encoder, encoder.encode(chats))[0], rel=1e-6)
 
 
+def test_a_run_of_the_first_build_is_evaluated_and_merged(trained, tmp_path):
+    """Its run.json has no format, commit or description, and keys that are gone."""
+    folder = copy_run(trained, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    now = evaluate_adapter(folder, max_rows=2)
+    for key in ("format", "commit", "description"):
+        del record[key]
+    record |= {"revision_asked": None, "auto": {}}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert evaluate_adapter(folder, max_rows=2) == now
+    assert (merge_adapter(folder, rows=2) / "config.json").is_file()
+
+
 def test_a_merged_model_is_scored_beside_base_and_adapter(trained, tmp_path, capsys):
     folder = copy_run(trained, tmp_path)
     merged = merge_adapter(folder, verify=False)

@@ -173,6 +173,7 @@ def test_an_adapter_is_saved_whole_or_not_at_all(tmp_path):
     assert not (tmp_path / "sharded" / "adapter_config.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_is_trained_is_float32_whatever_the_base_is_in():
     base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.bfloat16)
     lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
@@ -314,6 +315,7 @@ def test_a_run_that_has_not_finished_is_a_user_error(tmp_path, capsys):
     with pytest.raises(UserError, match="holds no adapter yet"):
         read_run(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
     assert read_run(tmp_path) == {"status": "stopped"}
     assert "its run was taken up again and is stopped" in capsys.readouterr().out
 

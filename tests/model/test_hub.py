@@ -15,7 +15,7 @@ MOVED = COMMIT[::-1]
 PREAMBLE = """if True:
     import sys
     from recipes.utils.console import UserError
-    from recipes.utils.model import ModelOptions, commit_of, find_base, load_base, name_of
+    from recipes.utils.model import ModelOptions, base_of, commit_of, find_base, load_base, name_of, read_run
     from huggingface_hub import constants
 """
 
@@ -72,6 +72,16 @@ def test_a_base_is_fetched_once_at_one_commit_and_nothing_else_is_sent(tmp_path,
     assert (resumed.returncode, asked[so_far:]) == (0, []), resumed.stderr
     assert "do not match" not in resumed.stderr
     assert "fetching" not in resumed.stdout
+
+    # So it is for a run of the first build, whose record has the commit in the place of the revision that was asked
+    # for.
+    script = """
+    record = read_run(sys.argv[1])
+    for old in (record, {**record, "commit": None, "model": {**record["model"], "revision": record["commit"]}}):
+        print(commit_of(base_of(old)))
+    """
+    assert run_python(script, environment, run) == [COMMIT, COMMIT]
+    assert asked[so_far:] == []
 
     # An adapter that goes on takes the commit that it was trained on, unless another is asked for.
     script = """

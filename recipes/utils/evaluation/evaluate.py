@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +101,8 @@ def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
 
 def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[float], old_chats, *settings) -> dict:
     """The `figures` of `live` (a PEFT model) on `chats` at each of `scales`, by the scale as text, with
-    `forgetting_loss` (nats a token) on `old_chats`, if there are any; `settings` are those of `evaluate`. Writes
-    evaluation/scales.json."""
+    `forgetting_loss` (nats a token) on `old_chats`, if there are any; `settings` are those of `evaluate`. Prints them,
+    and writes evaluation/scales.json."""
     by_scale, old_rows = {}, encoder.encode(old_chats)
     for scale in scales:
         set_scale(live, scale)
@@ -113,6 +112,7 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
     set_scale(live, 1.0)
     (Path(run_folder) / "evaluation").mkdir(exist_ok=True)
     write_json(Path(run_folder) / "evaluation" / "scales.json", by_scale)
+    _print(_table("", by_scale, {}))
     return by_scale
 
 
@@ -138,8 +138,12 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
     metrics = sum_up(scored["predictions"], parts["predictions"])
     if "forgetting" in parts:
         metrics["forgetting"] = sum_up(scored["forgetting"], parts["forgetting"]) | {"data": str(forgetting)}
+    titled = {"": metrics} | {f"tag {tag}": part for tag, part in metrics.get("tags", {}).items()}
+    if "forgetting" in metrics:
+        titled[f"forgetting, on {forgetting}"] = metrics["forgetting"]
+    tables = [_table(title, _by_model(part), part["differences"]) for title, part in titled.items()]
     verdicts = [sentence(pair, found) for pair, found in metrics["differences"].items()]
-    metrics["report"] = {"verdicts": verdicts, "tables": _tables(metrics)}
+    metrics["report"] = {"verdicts": verdicts, "tables": tables}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -163,10 +167,13 @@ def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
 
 
 def _figures_and_differences(scored: dict) -> dict:
-    names = [name for name in MODELS if name in scored]
-    pairs = [(ours, theirs) for theirs, ours in itertools.combinations(names, 2)]
-    differences = {f"{ours} against {theirs}": compare(scored[ours], scored[theirs]) for ours, theirs in pairs}
-    return {name: figures(scored[name]) for name in names} | {"differences": differences}
+    pairs = itertools.combinations(_by_model(scored), 2)
+    differences = {f"{ours} against {theirs}": compare(scored[ours], scored[theirs]) for theirs, ours in pairs}
+    return {name: figures(rows) for name, rows in _by_model(scored).items()} | {"differences": differences}
+
+
+def _by_model(found: dict) -> dict:
+    return {name: found[name] for name in MODELS if name in found}
 
 
 def _tag(chat: Chat) -> str:
@@ -174,56 +181,42 @@ def _tag(chat: Chat) -> str:
     return "" if tag is None else str(tag)
 
 
-def _titled(metrics: dict) -> Iterator[tuple[str, dict]]:
-    """(title, figures) of all rows, of each tag, of the rows that the base is good at."""
-    yield "", metrics
-    yield from ((f"tag {tag}", part) for tag, part in metrics.get("tags", {}).items())
-    if "forgetting" in metrics:
-        yield f"forgetting, on {metrics['forgetting']['data']}", metrics["forgetting"]
-
-
-def _tables(metrics: dict) -> list[dict]:
-    tables = []
-    for title, part in _titled(metrics):
-        models, pairs = [name for name in MODELS if name in part], list(part["differences"])
-        rows = _lines({name: part[name] for name in models}, list(part["differences"].values()))
-        counts = f"{part['base']['rows']:,} rows, answers to {part['base']['generated_rows']:,}"
-        tables.append({"title": title, "models": models, "pairs": pairs, "rows": rows, "counts": counts})
-    return tables
-
-
-def _lines(by_name: dict, differences: Sequence[dict]) -> list[list]:
-    """[label, [figure], [[difference and interval, verdict]]] of each score."""
-    lines, first = [], next(iter(by_name.values()))
+def _table(title: str, by_name: dict[str, dict], differences: dict[str, dict]) -> dict:
+    """Figures by model or scale as text; a row is [label, [figure], [[difference and interval, verdict]]]."""
+    rows, first = [], next(iter(by_name.values()))
     for name in [name for name in SCORES if name in first]:
         label = SCORES[name].label + (f" (expected {first['expected_tokens']:.1f})" if name == "answer_tokens" else "")
-        cells = [[show_interval(name, found[name]), found[name]["verdict"]] for found in differences]
-        lines.append([label, [show(name, own[name]) for own in by_name.values()], cells])
+        cells = [[show_interval(name, found[name]), found[name]["verdict"]] for found in differences.values()]
+        rows.append([label, [show(name, own[name]) for own in by_name.values()], cells])
     if "forgetting_loss" in first:
-        lines.append(["forgetting loss", [f"{own['forgetting_loss']:.4f}" for own in by_name.values()], []])
-    return lines
+        rows.append(["forgetting loss", [f"{own['forgetting_loss']:.4f}" for own in by_name.values()], []])
+    counts = f"{first['rows']:,} rows, answers to {first['generated_rows']:,}"
+    return {"title": title, "models": list(by_name), "pairs": list(differences), "rows": rows, "counts": counts}
 
 
-def print_scores(by_name: dict, differences: Sequence[dict] = ()) -> None:
-    """Figures by model or scale and, where there are `differences`, those of the adapter from the base."""
-    titles = ["adapter − base, 95 % interval", ""] if differences else []
-    table = Table("", *by_name, *titles, box=None, padding=(0, 2), header_style="bold")
-    for label, own, cells in _lines(by_name, differences[:1]):
-        table.add_row(label, *own, *itertools.chain(*cells))
-    out.print(table)
+def _print(table: dict) -> None:
+    """Of the differences, those of the adapter from the base."""
+    say(f"\n{table['title']}, {table['counts']}" if table["title"] else "")
+    titles = ["adapter − base, 95 % interval", ""] if table["pairs"] else []
+    shown = Table("", *table["models"], *titles, box=None, padding=(0, 2), header_style="bold")
+    for label, own, cells in table["rows"]:
+        shown.add_row(label, *own, *itertools.chain(*cells[:1]))
+    out.print(shown)
 
 
 def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
     """What `write_evaluation` returns, for people: figures, of each tag too, what they mean, what was forgotten, and a
     few answers: `scored` are the rows by model, `chats` what was asked."""
-    for title, part in _titled(metrics):
-        say(f"\n{title}, {part['base']['rows']:,} rows" if title else "")
-        print_scores({name: part[name] for name in MODELS if name in part}, list(part["differences"].values()))
-        if part is metrics.get("forgetting"):
-            found = part["differences"]["adapter against base"]
-            lost = [name for name in found if found[name]["verdict"] == "worse"]
-            named = ", ".join(f"{SCORES[name].label} ({show_interval(name, found[name])})" for name in lost)
-            say(f"\nlost: {named or 'nothing that these rows can show'}")
+    for table in metrics["report"]["tables"]:
+        _print(table)
+    if "forgetting" in metrics:
+        found = metrics["forgetting"]["differences"]["adapter against base"]
+        lost = [
+            f"{SCORES[name].label} ({show_interval(name, one)})"
+            for name, one in found.items()
+            if one["verdict"] == "worse"
+        ]
+        say(f"\nlost: {', '.join(lost) or 'nothing that these rows can show'}")
     for text in metrics["report"]["verdicts"]:
         say("\n" + text)
     for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):

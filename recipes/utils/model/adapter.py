@@ -124,17 +124,10 @@ def publish_base(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> dict:
-    """The record of the run in `folder`. Raises `UserError` where there is none."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
+    """The record (run.json) of the run in `folder`. Raises `UserError` where there is none, or no adapter of it."""
+    if not (Path(folder) / "run.json").is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
-    record = read_json(path)
-    if not (path.parent / "adapter_config.json").is_file():
-        mend = "go on with --resume, or name one of its checkpoints"
-        raise UserError(f"{folder}: holds no adapter yet (its run is {record['status']}, not finished); {mend}")
-    if record["status"] != "finished":
-        say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
-    return record
+    return read_adapter(folder)
 
 
 def newest_run(root: Path | str = "runs") -> Path:
@@ -150,15 +143,21 @@ def read_adapter(folder: Path) -> dict:
     """The record (run.json) of an adapter, which may be a run's checkpoint; of another tool's adapter, what its
     adapter_config.json says in the same form, without `data`. Raises `UserError` if there is none, or a broken one."""
     folder, config = Path(folder), Path(folder) / "adapter_config.json"
+    of_a_run = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    record = next((read_json(place / "run.json") for place in of_a_run if (place / "run.json").is_file()), None)
+    if not config.is_file() and record:
+        mend = "go on with --resume, or name one of its checkpoints"
+        raise UserError(f"{folder}: holds no adapter yet (its run is {record['status']}, not finished); {mend}")
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
     if not (folder / "adapter_model.safetensors").is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         why = "; pickled ones are not loaded, since they can run code" if pickled else ""
         raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
-    for place in (folder, folder.parent):
-        if (place / "run.json").is_file() and (place == folder or folder.name.startswith("checkpoint-")):
-            return read_json(place / "run.json")
+    if record:
+        if record["status"] != "finished" and (folder / "run.json").is_file():
+            say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
+        return record
     adapter = read_json(config)
     model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
     base = base_of({"model": dataclasses.asdict(model)})
