@@ -4,8 +4,9 @@
     python recipes/sweep.py configs/mistral.yaml --qlora --lora.r 8,16 --training.learning_rate 1e-4..4e-4 --trials 12
 
 Lists alone are tried in every combination; with a range (low..high) Optuna's TPE chooses --trials points. Every other
-flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. A sweep that was stopped
-goes on where it was: give the same command again.
+flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. Trials that do worse than
+the median of those before them at the same step are stopped early (--no-pruning runs them to the end). A sweep that was
+stopped goes on where it was: give the same command again.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def command_line() -> ArgumentParser:
     parser.add_argument("--qlora", action="store_true", help="train with recipes/sft_qlora.py")
     parser.add_argument("--trials", type=int, help="how many; all combinations of lists, 20 where a range is searched")
     parser.add_argument("--folder", metavar="DIR", help="where the trials go; runs/CONFIG-METHOD-sweep without it")
+    parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="run every trial to its end")
     parser.add_argument("--seed", type=int, default=0, help="of the points that are drawn in ranges (0)")
     return parser
 
@@ -45,15 +48,15 @@ from recipes.utils.config import load_config
 from recipes.utils.files import locked, read_jsonl
 
 RECIPES = Path(__file__).parent
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # what fails is told as pruned, since another try would fail as well
+FIRST = 4  # trials that are run to the end, to know what is usual
+LOOK_EVERY = 0.5  # seconds
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # what fails counts as pruned: another try would fail as well
 
 
-def sweep(config, flags: dict, qlora=False, trials=None, folder=None, seed=0) -> dict:
+def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=True, seed=0) -> dict:
     """Run the sweep and return the best trial: {"trial" (folder), "params", "validation_loss" (nats), "command"}.
-
     `flags` are keys of the config with their values: "16,32,64", "1e-4..4e-4", or one value that all trials share.
-    Raises `UserError` for values that the config does not take, a config that never evaluates, a `folder` that holds
-    another sweep, or if no trial came to an end."""
+    Raises `UserError` for values that the config does not take, and if no trial came to an end."""
     # 1. What is tried, and whether the config takes it: each value of a list, both ends of a range.
     method = "qlora" if qlora else "lora"
     script = ["python", os.path.relpath(RECIPES / f"sft_{method}.py"), str(config)]
@@ -80,8 +83,9 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, seed=0) ->
         afterwards.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         afterwards.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST) if pruning else optuna.pruners.NopPruner()
         storage, of = f"sqlite:///{folder / 'sweep.db'}", [str(config), method, repr(space), fixed]
-        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
+        study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=pruner)
         if study.user_attrs.get("of", of) != of:
             raise UserError(f"{folder}: holds a sweep of other values; give its command again, or another --folder")
         study.set_user_attr("of", of)
@@ -108,7 +112,7 @@ def distribution(key: str, text) -> BaseDistribution | None:
     """One of a list (16,32,64), or a number of a range (1e-4..4e-4): whole where both ends are, else on a logarithmic
     scale above zero, as learning rates want. None for a single value."""
     mark = next((mark for mark in (",", "..") if isinstance(text, str) and mark in text), None)
-    values = [read_flags([f"--{key}={part.strip()}"])[key] for part in text.split(mark)] if mark else []
+    values: list = [read_flags([f"--{key}={part.strip()}"])[key] for part in text.split(mark)] if mark else []
     if mark == ",":
         return CategoricalDistribution(list(dict.fromkeys(values)))
     if len(values) != 2 or not {type(value) for value in values} <= {int, float}:
@@ -126,7 +130,7 @@ def words(settings: dict) -> list[str]:
 
 
 def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: list[str]) -> None:
-    """Train into `folder`, from its last checkpoint where it has one, and tell Optuna the lowest validation loss."""
+    """Train into `folder`, from its last checkpoint where it has one, while Optuna is told each validation loss."""
     trial.set_user_attr("folder", str(folder))
     resume = ["--resume"] if any(folder.glob("checkpoint-*/trainer_state.json")) else []
     if folder.exists() and not resume:  # stopped before its first checkpoint
@@ -135,8 +139,19 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: l
     command, log = [sys.executable, *command[1:], "--training.output_dir", str(folder)], folder.with_suffix(".log")
     with open(log, "a") as file:  # a session of its own: the terminal does not stop it as well
         process = subprocess.Popen([*command, *resume], stdout=file, stderr=file, start_new_session=True)
+    started, losses, running, pruned = time.monotonic(), {}, True, False
     try:
-        if process.wait() in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+        while running and not pruned:
+            time.sleep(LOOK_EVERY)
+            running = process.poll() is None  # asked before the last look, so that nothing is missed
+            for line in read_jsonl(folder / "metrics.jsonl"):
+                step, loss = line["step"], line.get("eval_loss")
+                if loss is not None and step not in losses and not pruned:
+                    losses[step] = loss
+                    say(f"  step {step}: validation loss {loss:.4f}")
+                    trial.report(loss, step)
+                    pruned = trial.should_prune()
+        if not pruned and process.returncode in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
             raise KeyboardInterrupt  # it was told to stop, and not this process
     except KeyboardInterrupt:
         say("stopped; to go on, give the same command again")
@@ -144,10 +159,13 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: l
     finally:
         process.terminate()
         process.wait()
-    losses = [line["eval_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line]
-    if process.returncode == 0 and losses:
-        study.tell(trial, min(losses))
-        say(f"  best {min(losses):.4f}")
+    seconds = f"{time.monotonic() - started:,.0f} s"
+    if pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
+    elif process.returncode == 0 and losses:
+        study.tell(trial, min(losses.values()))
+        say(f"  best {min(losses.values()):.4f}, {seconds}")
     else:
         reason = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         if reason.startswith("error: "):  # as a UserError is shown; the trial is taken up again

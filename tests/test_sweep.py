@@ -1,4 +1,4 @@
-"""A sweep tries what it was told, and goes on where it was stopped as if it had not been."""
+"""A sweep tries what it was told, stops bad trials early, and goes on where it was stopped as if it had not been."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_jsonl
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
@@ -19,7 +19,7 @@ from recipes.utils.console import UserError
 # In the place of a training recipe, for what is the sweep's own: three evaluations whose losses follow from alpha. It
 # stops after the first one, once, if alpha is that of STOP, as a recipe does that is told to.
 STAND_IN = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 alpha, folder = float(flags["--lora.lora_alpha"]), Path(flags["--training.output_dir"])
@@ -40,6 +40,7 @@ for step in range(2 if resumed else 1, 4):
     (folder / f"checkpoint-{step}" / "trainer_state.json").touch()
     if alpha == float(os.environ.get("STOP", -1)) and not resumed:
         sys.exit(75)
+    time.sleep(alpha > 40)
 """
 
 
@@ -47,6 +48,7 @@ for step in range(2 if resumed else 1, 4):
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "sft_lora.py").write_text(STAND_IN)
     monkeypatch.setattr("recipes.sweep.RECIPES", tmp_path)
+    monkeypatch.setattr("recipes.sweep.LOOK_EVERY", 0.05)
     return tmp_path
 
 
@@ -145,6 +147,18 @@ def test_points_of_a_range_are_the_same_after_a_stop(config_file, stand_in, monk
         sweep(config_file(), flags, trials=5, folder=stand_in / "stopped")
     sweep(config_file(), flags, trials=5, folder=stand_in / "stopped")
     assert table_of(stand_in / "stopped") == table_of(stand_in / "straight")
+
+
+def test_a_trial_that_does_worse_than_usual_is_stopped_early(config_file, stand_in, capsys):
+    flags = {"lora.lora_alpha": "1,2,3,4,50"}
+    sweep(config_file(), flags, folder=stand_in / "sweep")
+    *first, last = table_of(stand_in / "sweep")
+    assert [state for _, _, state, _ in first] == ["COMPLETE"] * 4
+    assert last[2] == "PRUNED"
+    assert len(read_jsonl(stand_in / "sweep" / "trial-005" / "metrics.jsonl")) < 3
+    assert "stopped early at step 1" in capsys.readouterr().out
+    sweep(config_file(), flags, pruning=False, folder=stand_in / "whole")
+    assert table_of(stand_in / "whole")[-1][2] == "COMPLETE"
 
 
 def test_a_trial_that_fails_is_named_and_the_others_go_on(config_file, stand_in, monkeypatch, capsys):

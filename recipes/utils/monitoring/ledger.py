@@ -30,11 +30,11 @@ class Ledger(TrainerCallback):
     """
 
     def __init__(self, folder: Path, rows, on: bool = True):
-        self.path, self.rows, self.places = Path(folder) / LEDGER, rows, {}
-        self.on, self.hook, self.notes = on, None, set()
-        self.step, self.pending = [], []  # [(hash of the token ids, nats, tokens)] of this step; with step and epoch
-        if on and not (hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())):
-            self.on = False
+        known = hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())
+        self.path, self.rows, self.on, self.noted = Path(folder) / LEDGER, rows, on and known, False
+        self.step: list[tuple] = []  # (hash of the token ids, nats, tokens) of this step
+        self.pending: list[tuple] = []  # the same with step and epoch
+        if on and not known:
             self._note("none is kept, since its rows are no Dataset of token ids")
 
     def see(self, batch) -> None:
@@ -45,11 +45,11 @@ class Ledger(TrainerCallback):
         from recipes.utils.training import observe  # here: who reads a ledger needs no trainer
 
         if self.on:
-            self.hook = observe(model, self.see)
+            self.hook, self.places, rows = observe(model, self.see), {}, self.rows
         if self.on and state.is_world_process_zero:
-            if "where" not in self.rows.column_names:
-                self.rows = self.rows.add_column("where", [f"rows[{index}]" for index in range(len(self.rows))])
-            self.places = locate(self.rows)
+            if "where" not in rows.column_names:
+                rows = rows.add_column("where", [f"rows[{index}]" for index in range(len(rows))])
+            self.places = locate(rows)
             keep_steps(self.path, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -58,33 +58,30 @@ class Ledger(TrainerCallback):
         self.pending += [(state.global_step, math.ceil(state.epoch), *seen) for seen in self.step]
         self.step.clear()
         if control.should_save:
-            self._write(state)
+            self.on_save(args, state, control)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self._write(state)
-
-    on_save = on_epoch_end
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._write(state)
-        if self.hook:
-            self.hook.remove()
-
-    def _write(self, state) -> None:
+    def on_save(self, args, state, control, **kwargs):
         pending, self.pending = gather_object(self.pending) if self.on else [], []
-        if state.is_world_process_zero and pending:
-            lines = []
-            for step, epoch, key, nll, tokens in pending:
-                where, loss = self.places.get(key), round(nll / tokens, 6)
-                lines.append({"step": step, "epoch": epoch, "where": where, "loss": loss, "tokens": tokens})
+        lines = []
+        for step, epoch, key, nll, tokens in pending:
+            line = {"step": step, "epoch": epoch, "where": self.places.get(key), "loss": round(nll / tokens, 6)}
+            lines.append(line | {"tokens": tokens})
+        if state.is_world_process_zero and lines:
             append_jsonl(self.path, [line for line in lines if line["where"]])
             if not all(line["where"] for line in lines):
                 self._note("rows that were trained on otherwise than it was given them, such as cut ones, are left out")
 
+    on_epoch_end = on_save
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_save(args, state, control)
+        if self.on:
+            self.hook.remove()
+
     def _note(self, text: str) -> None:
-        if text not in self.notes:
+        if not self.noted:
             say(f"ledger: {text}")
-        self.notes.add(text)
+        self.noted = True
 
 
 class Row(NamedTuple):
@@ -104,16 +101,14 @@ def read_ledger(folder: Path) -> list[Row]:
     the epochs: the loss itself falls as a run goes on, so that it would rank a row by when its turn was. Rows of the
     same tokens share the first one's entry; the answers of a chat that is split have one each.
     """
-    path = Path(folder) / LEDGER
+    path, record = Path(folder) / LEDGER, Path(folder) / "run.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no {LEDGER}; a run keeps one unless data.ledger is false")
-    record = path.with_name("run.json")
     for name, digest in read_json(record).get("data_sha256", {}).items() if record.is_file() else ():
         if Path(name).is_file() and file_hash(Path(name)) != digest:
             raise UserError(f"{name}: has changed since the run in {folder}; the lines of its ledger may be others now")
-    lines = sorted(read_jsonl(path), key=lambda line: line["step"])
+    lines, start = sorted(read_jsonl(path), key=lambda line: line["step"]), 0
     entries: dict[tuple[str, int], list[tuple]] = {}  # (where, tokens) -> [(epoch, loss, excess)]
-    start = 0
     for end in range(1, len(lines) + 1):  # whole steps, as many as hold `TOGETHER` rows
         if end == len(lines) or (end - start >= TOGETHER and lines[end]["step"] > lines[end - 1]["step"]):
             usual = statistics.median(line["loss"] for line in lines[start:end])

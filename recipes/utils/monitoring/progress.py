@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import rich.progress
+from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -37,7 +38,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / "metrics.jsonl"
-        self.bar = self.task = None
+        self.bar: rich.progress.Progress | None = None  # on a terminal
         self.started, self.first_step, self.line_due = time.monotonic(), 0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -46,13 +47,9 @@ class Progress(TrainerCallback):
             return
         keep_steps(self.path, state.global_step)
         if sys.stdout.isatty():
-            self.bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=None),
-                rich.progress.TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                console=out,
-                expand=True,
-            )
+            columns = TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None)
+            text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            self.bar = rich.progress.Progress(*columns, text, console=out, expand=True)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
             atexit.register(self.bar.stop)  # it hides the cursor, and a run that fails has no on_train_end
@@ -94,8 +91,10 @@ class Progress(TrainerCallback):
 
 def metrics_line(logs: dict, names=tuple(SHOWN)) -> str:
     """Those of `names` that `logs` has, and the time left where it is known."""
-    known = [name for name in SHOWN if name in names and isinstance(logs.get(name), int | float)]
-    line = "".join(SHOWN[name].format(logs[name]) for name in known if name != "padding_share" or logs[name] > 0.005)
+    known = {name: logs[name] for name in SHOWN if name in names and isinstance(logs.get(name), int | float)}
+    line = "".join(
+        SHOWN[name].format(value) for name, value in known.items() if name != "padding_share" or value > 0.005
+    )
     if "seconds_left" in logs:
         seconds = int(logs["seconds_left"])
         line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

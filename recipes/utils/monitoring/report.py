@@ -1,5 +1,4 @@
-"""report.html: what a run was, how it went and what came of it, in one file that opens anywhere; its plots are SVG that
-takes the colours of the page: no script, no font, light and dark."""
+"""report.html: what a run was, how it went, what came of it, in one file; its plots are SVG in the page's colours."""
 
 import io
 import math
@@ -21,7 +20,7 @@ from recipes.utils.monitoring.ledger import read_ledger
 from recipes.utils.page import write_page
 
 MODELS = ("base", "adapter", "merged")  # as evaluation names them
-WRONG, OTHERS, WORST = 8, 4, 20  # rows that are shown
+WRONG, OTHERS, WORST, POINTS = 8, 4, 20, 200  # rows that are shown; points of a curve that can be told apart
 LONGEST = 3000  # characters of an answer that are compared and shown
 ALIKE = 0.4  # below this share of common words, marks would say no more than that it is another text
 CURVES = [  # title, unit, axis, {key of metrics.jsonl: name}
@@ -44,7 +43,6 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE,
     "grid.linewidth": 0.6, "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.6,
 }  # fmt: skip
-POINTS = 200  # a curve: more could not be told apart
 
 
 class Report(TrainerCallback):
@@ -79,17 +77,21 @@ def write_report(folder: Path) -> None:
     folder, evaluation = Path(folder), Path(folder) / "evaluation"
     paths = folder / "run.json", evaluation / "metrics.json"
     record, scores = (read_json(path) if path.is_file() else {} for path in paths)
-    metrics, ledger = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "ledger.jsonl")
+    metrics, ledger, samples = (read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "samples"))
     answers = read_jsonl(evaluation / "predictions.jsonl")
+    plots = []
+    for title, unit, axis, keys in CURVES:
+        columns = {name: _column(metrics, key) for key, name in keys.items()}
+        if series := {name: column for name, column in columns.items() if column[0]}:
+            plots.append(curves(title, unit, series, axis))
     try:
         worst = read_ledger(folder)[:WORST]
     except UserError:  # it kept none, or its data files have changed
         worst = []
     write_page(
         folder / "report.html", "report.html", folder=folder.resolve().name, record=record, **scores.get("report", {}),
-        tiles=_tiles(record, metrics), curves=_curves(metrics), distributions=_distributions(record, answers, ledger),
-        examples=_examples(answers), samples=_samples(read_jsonl(folder / "samples.jsonl")), worst=worst,
-        longest=LONGEST,
+        tiles=_tiles(record, metrics), curves=plots, distributions=_distributions(record, answers, ledger),
+        examples=_examples(answers), samples=samples[::-1], worst=worst, longest=LONGEST,
     )  # fmt: skip
 
 
@@ -122,15 +124,6 @@ def _tiles(record: dict, metrics: list[dict]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _curves(metrics: list[dict]) -> list[Markup]:
-    plots = []
-    for title, unit, axis, keys in CURVES:
-        columns = {name: _column(metrics, key) for key, name in keys.items()}
-        if series := {name: column for name, column in columns.items() if column[0]}:
-            plots.append(curves(title, unit, series, axis))
-    return plots
-
-
 def _distributions(record: dict, answers: list[dict], ledger: list[dict]) -> list[Markup]:
     plots = []
     if lengths := record.get("rows", {}).get("train", {}).get("length_histogram"):
@@ -154,17 +147,12 @@ def _examples(answers: list[dict]) -> list[dict]:
     generated = [line for line in answers if "answer" in line.get("adapter", {})]
     ranked = sorted(generated, key=lambda line: line["adapter"]["chrf"])
     wrong = [line for line in ranked if not line["adapter"]["exact_match"]][:WRONG]
-    others = [line for line in generated if line not in wrong][:OTHERS]
-    return [
-        line | {
-            "wrong": line in wrong,
-            "answers": [
-                (name, mark_differences(line["expected"], line[name]["answer"]), line[name])
-                for name in MODELS if name in line
-            ],
-        }
-        for line in wrong + others
-    ]  # fmt: skip
+    shown = wrong + [line for line in generated if line not in wrong][:OTHERS]
+    for line in shown:
+        own = [(name, line[name]) for name in MODELS if name in line]
+        marked = [(name, mark_differences(line["expected"], answer["answer"]), answer) for name, answer in own]
+        line |= {"wrong": line in wrong, "answers": marked}
+    return shown
 
 
 def mark_differences(expected: str, answer: str) -> list[tuple[str, str]]:
@@ -181,14 +169,6 @@ def mark_differences(expected: str, answer: str) -> list[tuple[str, str]]:
     return [piece for piece in pieces if piece[0]]
 
 
-def _samples(lines: list[dict]) -> list[list[dict]]:
-    """The answers to each sampled prompt, the latest first."""
-    prompts: dict[str, list[dict]] = {}
-    for line in lines:
-        prompts.setdefault(line["where"], []).insert(0, line)
-    return list(prompts.values())
-
-
 def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: str = "") -> Markup:
     """Lines over optimizer steps: `series` is {name: (steps, values)}. A curve of very many points is drawn as their
     mean in stretches, with the range of values as a band. Words in `axis`: it begins at "zero", is "log" where values
@@ -201,8 +181,8 @@ def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: st
             at, middle = ([numbers[part].mean() for part in parts] for numbers in (steps, values))
             axes.plot(at, middle, color=colour, label=name, marker="o" if len(parts) <= 12 else None, markersize=3.5)
             if len(steps) > POINTS:
-                low, high = ([end(values[part]) for part in parts] for end in (np.min, np.max))
-                axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+                ends = np.array([(values[part].min(), values[part].max()) for part in parts])
+                axes.fill_between(at, *ends.T, color=colour, alpha=0.2, linewidth=0)
         every = np.concatenate([np.asarray(values, float) for _, values in series.values()])
         every = every[np.isfinite(every)]
         if "log" in axis and len(every) and every.min() > 0 and every.max() > 100 * every.min():

@@ -1,7 +1,7 @@
-"""At each evaluation, what the model answers to a few fixed validation prompts: one sees style change, and answers that
-run away."""
+"""What the model answers to a few validation prompts at each evaluation: style that changes, answers that run away."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -26,7 +26,7 @@ class Samples(TrainerCallback):
 
     def __init__(self, folder: Path, validation, tokenizer, count: int):
         self.path, self.encoder, self.prompts = Path(folder) / "samples.jsonl", Encoder(tokenizer), []
-        rows = getattr(validation, "rows", validation) if count else None
+        rows: Any = getattr(validation, "rows", validation) if count else None
         if {"input_ids", "labels"} <= set(getattr(rows, "column_names", None) or ()):
             count = min(count, len(rows))
             for place in (index * len(rows) // count for index in range(count)):
@@ -46,9 +46,8 @@ class Samples(TrainerCallback):
         if not self.prompts or not state.is_world_process_zero:
             return
         was_training = model.training
-        devices = [model.device] if model.device.type == "cuda" else []
+        devices, half = [model.device] * (model.device.type == "cuda"), torch.bfloat16 if args.bf16 else torch.float16
         # As in a step of training: what is trained is float32 beside a base in 16 bit, and autocast joins them.
-        half = torch.bfloat16 if args.bf16 else torch.float16
         autocast = torch.autocast(model.device.type, half, enabled=args.bf16 or args.fp16)
         with torch.random.fork_rng(devices), autocast:
             answers = generate_answers(model, self.encoder, [prompt for _, prompt, _ in self.prompts], MOST_TOKENS)

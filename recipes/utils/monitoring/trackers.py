@@ -20,24 +20,24 @@ class Trackers(TrainerCallback):
     Raises `UserError` for one that is not installed."""
 
     def __init__(self, names, folder: Path):
-        self.folder, self.args, self.close_wandb = Path(folder), None, None
+        self.folder, self.close_wandb = Path(folder), None
         try:
             self.trackers = {name: INTEGRATION_TO_CALLBACK[name]() for name in names}
         except (ImportError, RuntimeError) as error:
             raise UserError(f"training.report_to: {error}") from error
 
     def _event(self, event: str, args, state, control, **kwargs) -> None:
-        if event == "on_train_begin":  # the integrations send what args.to_dict says
-            record, self.args = self.folder / "run.json", copy.copy(args)
-            own = args.to_dict() | {"run": read_json(record) if record.is_file() else {}}
-            self.args.run_name, self.args.to_dict = args.run_name or self.folder.name, lambda: own
+        record, own = self.folder / "run.json", copy.copy(args)
+        own.run_name = args.run_name or self.folder.name
+        if event == "on_train_begin" and record.is_file():  # the integrations send what args.to_dict says
+            own.to_dict = lambda: args.to_dict() | {"run": read_json(record)}
         for name, tracker in list(self.trackers.items()):
             try:
                 if event == "on_train_begin" and name == "tensorboard":
                     tracker.logging_dir = tracker.logging_dir or str(self.folder / "tensorboard")
                 if event == "on_train_begin" and name == "wandb" and state.is_world_process_zero:
-                    self.close_wandb = open_wandb(self.args.run_name, self.folder)
-                getattr(tracker, event)(self.args or args, state, control, **kwargs)
+                    self.close_wandb = open_wandb(own.run_name, self.folder)
+                getattr(tracker, event)(own, state, control, **kwargs)
                 if event == "on_train_end" and name == "wandb" and self.close_wandb:
                     self.close_wandb()  # the next run of this process is another one
             except Exception as error:
@@ -51,7 +51,7 @@ for _name in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
 
 
 def open_wandb(name: str, folder: Path):
-    """Open wandb's run, offline where it would ask for a login or wait for a server; returns what closes it."""
+    """Open wandb's run so that it neither asks for a login nor waits for a server; returns what closes it."""
     import wandb
 
     if wandb.run:  # the user's own
@@ -59,10 +59,10 @@ def open_wandb(name: str, folder: Path):
     why = why_offline(wandb) if os.environ.get("WANDB_MODE", "online") == "online" else None
     project, place = os.environ.get("WANDB_PROJECT", "huggingface"), os.environ.get("WANDB_DIR", str(folder))
     settings = wandb.Settings(silent=True) if why else None
-    wandb.init(project=project, name=name, dir=place, mode="offline" if why else None, settings=settings)
+    run = wandb.init(project=project, name=name, dir=place, mode="offline" if why else None, settings=settings)
     if why:
-        say(f"wandb: {why} wandb sync {Path(wandb.run.dir).parent}")
-    return wandb.finish
+        say(f"wandb: {why} wandb sync {Path(run.dir).parent}")
+    return run.finish
 
 
 def why_offline(wandb) -> str | None:
