@@ -27,11 +27,8 @@ def step_of(checkpoint: Path) -> int:
 
 def publish(staged: Path, checkpoint: Path, content: dict) -> None:
     """Give the folder `staged`, with its manifest, the name `checkpoint` once it is on the disk. What bears the name
-    (damaged, or of steps that are done again) goes after.
-
-    `content` is for the manifest: "processes" that each keep a random state, whether an "evaluation_due" was put off,
-    and what the "run" is made of.
-    """
+    (damaged, or of steps that are done again) goes after. `content` is for the manifest: "processes" that each keep a
+    random state, whether an "evaluation_due" was put off, and what the "run" is made of."""
     files = {str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
              for path in sorted(staged.rglob("*")) if path.is_file()}  # fmt: skip
     written = datetime.now(timezone.utc).isoformat(timespec="microseconds")
@@ -71,12 +68,10 @@ def fault(checkpoint: Path) -> str | None:
             return f"it holds no {what}"
     if sum(name.startswith("rng_state") for name in files) < manifest.get("processes", 1):
         return "it holds no random state of some processes"
-    for name, entry in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+    sizes = {name: path.stat().st_size if (path := checkpoint / name).is_file() else None for name in files}
+    for name, size in sizes.items():
+        if size != files[name]["bytes"]:
+            return f"{name} is missing" if size is None else f"{name} has {size:,} bytes, not {files[name]['bytes']:,}"
     for name, entry in files.items():
         if file_hash(checkpoint / name) != entry["sha256"]:
             return f"{name} is not what was written (its checksum differs)"

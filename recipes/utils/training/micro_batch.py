@@ -16,8 +16,7 @@ class MicroBatch(NamedTuple):
 
 def observe(model, *listeners):
     """Call each of `listeners` with a `MicroBatch` after every forward pass of training through TRL's fused LM head,
-    which returns the log-probability of each label. Evaluation and generation are passed over. Returns a handle whose
-    `remove()` ends it."""
+    which returns the log-probability of each label. Returns a handle whose `remove()` ends it."""
 
     def hook(module, args, inputs, outputs):
         if module.training and inputs.get("fused_lm_head"):
@@ -31,29 +30,24 @@ def observe(model, *listeners):
 def read(inputs: dict, outputs) -> MicroBatch:
     """A `MicroBatch` of a forward pass: its keyword arguments from TRL's collator and a FusedCausalLMOutput.
 
-    Packed rows come flattened into one, [1, tokens], each document counting its positions from 0; rows that are not
-    packed come padded on the right, [rows, longest]. The copies to the host cost no wait of their own: TRL waits for
-    the forward pass at the same place, to log its token accuracy.
+    Packed rows come flattened into one, [1, tokens], others padded on the right, [rows, longest]. The copies to the
+    host cost no wait of their own: TRL waits for the forward pass at the same place, to log its token accuracy.
     """
     ids = inputs["input_ids"].cpu().numpy()
     nll, trained = np.zeros(ids.shape), np.zeros(ids.shape, dtype=np.int64)
     nll[:, 1:] = -outputs.log_probs.detach().float().cpu().numpy()  # zero where there is no label
     trained[:, 1:] = outputs.label_mask.cpu().numpy()
     starts, lengths = spans(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"))
-    trained = np.add.reduceat(trained.ravel(), starts)
-    nll = np.add.reduceat(nll.ravel(), starts)
+    nll, trained = np.add.reduceat(nll.ravel(), starts), np.add.reduceat(trained.ravel(), starts)
     kept = np.flatnonzero(trained)  # a row without a trained token is never made: such a stretch is padding
     documents = [ids.ravel()[starts[index] : starts[index] + lengths[index]] for index in kept]
     return MicroBatch(documents, nll[kept], trained[kept], ids.size)
 
 
 def spans(input_ids, position_ids=None, attention_mask=None) -> tuple[np.ndarray, np.ndarray]:
-    """(where each document of a micro-batch begins among its positions, all rows in one; its tokens). Where packed rows
-    are padded, each position of the padding counts as one more document.
-
-    `input_ids` [rows, length]; `position_ids` [rows, length], 0 where a packed document begins, or None for rows that
-    are not packed; `attention_mask` [rows, length], 0 on padding, or None where there is none.
-    """
+    """(where each document of a micro-batch begins among its positions, all rows in one; its tokens); each position of
+    padding of packed rows counts as one more. All are [rows, length]: `position_ids` 0 where a packed document begins,
+    None for rows that are not packed; `attention_mask` 0 on padding, None where there is none."""
     rows, length = input_ids.shape
     if position_ids is None:
         lengths = np.full(rows, length) if attention_mask is None else attention_mask.sum(1).cpu().numpy()

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig
 
 from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
-from recipes.utils.data import Counts, Finding, Prepared
+from recipes.utils.data import Finding, Prepared
 from recipes.utils.files import DISK_FULL, locked, read_json, write_json, write_jsonl
 from recipes.utils.model import adapter_shapes, check_base, commit_of, find_base, stored_shapes
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
@@ -46,10 +46,8 @@ FREE = """
     save_strategy save_total_limit skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id
     trackio_static_space_id use_cache
     """.split()  # noqa: SIM905
-MAY_GROW = ("training.num_train_epochs", "training.max_steps")
 ON_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedulers that step when it evaluates
 NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
-DATA_KEYS = ("over_length", "train_on", "system", "control_tokens")
 
 
 @dataclasses.dataclass
@@ -69,13 +67,13 @@ class Run:
 def begin(config: Config) -> Iterator[Run]:
     """Take the run's folder, which is locked in here, and find its base; a folder without a file goes in the end.
 
-    A folder that holds a run is never written over, but by `--resume` of that run; the run goes on from its newest
-    complete checkpoint, with the commit of the base that it began with. Without one it begins again in its folder, so
-    that a job which was killed early needs nobody.
+    A folder that holds a run is never written over, but by `--resume` of that run, from its newest complete checkpoint
+    and with the commit of the base that it began with. Without a checkpoint it begins again in its folder, so that a
+    job which was killed early needs nobody.
 
     Raises:
-        UserError: for what this machine cannot do; if a given folder holds a run or is in use, a checkpoint that was
-            named is not complete, or the base cannot be had.
+        UserError: for what this machine cannot do, a folder that holds a run or is in use, a checkpoint that is not
+            complete, or a base that cannot be had.
     """
     check_machine(config)
     with contextlib.ExitStack() as held:
@@ -179,19 +177,23 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         say(f"resume: nobody has recorded what {run.checkpoint} is made of, so nothing is compared")
         return
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
-    if "rows" in changed and len(changed.keys() & {"data.train", "chat template", "tokenizer", "training.max_length"}):
-        del changed["rows"]  # that is why
-    if "validation rows" in changed and len(changed) > 1:
-        del changed["validation rows"]
-    if "micro-batch" in changed and "effective batch" not in changed and "processes" not in changed:
+    if changed.keys() & {"data.train", "chat template", "tokenizer", "training.max_length"}:
+        changed.pop("rows", None)  # that is why
+    if len(changed) > 1:
+        changed.pop("validation rows", None)
+    if "micro-batch" in changed and not changed.keys() & {"effective batch", "processes"}:
         was, is_now = changed.pop("micro-batch")
         order = "at the same effective batch: sums are taken in another order"
         say(f"resume: micro-batches of {is_now} rows, not {was}, {order}")
-    for key in MAY_GROW:
+    for key in ("training.num_train_epochs", "training.max_steps"):
         if key in changed and changed[key][1] > changed[key][0] > 0:
             was, is_now = changed.pop(key)
             say(f"resume: {key} {is_now}, not {was}: the learning rate follows the longer schedule from here on")
-    lines = {key: f"{key}: {_short(a)} in the checkpoint, {_short(b)} now" for key, (a, b) in changed.items()}
+    lines = {}
+    for key, pair in changed.items():
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in pair]
+        short = [text if len(text) <= 60 else f"{text[:57]}..." for text in texts]
+        lines[key] = f"{key}: {short[0]} in the checkpoint, {short[1]} now"
     if "processes" in lines:
         dealt = "rows are dealt out by process, so go on with as many as it was begun with"
         raise UserError(f"--resume: {lines['processes']}; {dealt}")
@@ -216,34 +218,26 @@ def _describe(config: Config, trainer, train: Prepared, validation: Prepared | N
     validated = config.data.validation
     if validation and not isinstance(validated, float):
         validated = _digest(" ".join(validation.files.values()))
+    vocabulary = tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))
+    adapter = model.peft_config["default"].to_dict().items()
     description = {
         "data.train": _digest(" ".join(train.files.values())),
         "data.validation": validated,
-        **{f"data.{key}": getattr(config.data, key) for key in DATA_KEYS},
+        **{f"data.{key}": getattr(config.data, key) for key in ("over_length", "train_on", "system", "control_tokens")},
         "chat template": _digest(tokenizer.chat_template or ""),
-        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
+        "tokenizer": _digest(vocabulary),
         "base weights": _base_digest(model),
-        "model.dtype": config.model.dtype,
-        "model.adapter": config.model.adapter,
-        "model.compile_layers": config.model.compile_layers,
+        **{f"model.{key}": getattr(config.model, key) for key in ("dtype", "adapter", "compile_layers")},
         "attention": model.config._attn_implementation,
         **{f"quantization.{key}": value for key, value in _quantization(model).items()},
-        **{f"lora.{key}": value for key, value in model.peft_config["default"].to_dict().items()
-           if key not in NOT_OF_THE_ADAPTER},
+        **{f"lora.{key}": value for key, value in adapter if key not in NOT_OF_THE_ADAPTER},
         **{f"training.{key}": value for key, value in args.to_dict().items() if key not in free},
-        "effective batch": micro * args.gradient_accumulation_steps * processes,
-        "micro-batch": micro,
-        "processes": processes,
-        "sharded": trainer.is_fsdp_enabled,
+        "effective batch": micro * args.gradient_accumulation_steps * processes, "micro-batch": micro,
+        "processes": processes, "sharded": trainer.is_fsdp_enabled,
         "rows": _rows_digest(train.rows),
         "validation rows": _rows_digest(validation.rows) if validation else None,
     }  # fmt: skip
     return json.loads(json.dumps(description, default=lambda it: sorted(it) if isinstance(it, set) else str(it)))
-
-
-def _short(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _digest(text: str) -> str:
@@ -251,8 +245,7 @@ def _digest(text: str) -> str:
 
 
 def _rows_digest(rows) -> str:
-    """Of the token ids and labels of all rows in order, or of all that they have: what is trained on, however it came
-    about."""
+    """Of the token ids and labels of all rows in order, however they came about, or of all that they have."""
     digest, names = hashlib.sha256(), ["input_ids", "labels"]
     if not set(names) <= set(rows.column_names):
         return _digest(json.dumps(list(rows), default=str))
@@ -325,41 +318,27 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
     sections, findings = config.sections(), [finding for part in parts.values() for finding in part.findings]
     training = {key: value for key, value in sections["training"].items() if not key.endswith("token")}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    counted = {name: dataclasses.asdict(part.counts) if part.files else {} for name, part in parts.items()}
+    for name, part in parts.items():  # of rows that `prepare` did not make, their number is known
+        counted[name] |= {"rows": len(part.rows), "bad": len(part.counts.bad)}
     record = {
-        "format": FORMAT,
-        "status": "running",
-        "method": config.method,
-        "name": config.name,
-        "started": _now(),
-        **sections,
-        "commit": run.commit,
-        "training": {"output_dir": str(run.folder), **training},
-        "quantization": _quantization(trainer.model),
-        "versions": versions | {"python": platform.python_version()},
-        "device": device_name(config.training["use_cpu"]),
-        "processes": trainer.args.world_size,
+        "format": FORMAT, "status": "running", "method": config.method, "name": config.name, "started": _now(),
+        **sections, "training": {"output_dir": str(run.folder), **training},
+        "quantization": _quantization(trainer.model), "commit": run.commit,
+        "versions": versions | {"python": platform.python_version()}, "device": device_name(trainer.args.use_cpu),
+        "processes": trainer.args.world_size, "seed": trainer.args.seed, "rows": counted,
         "data_sha256": {file: digest for part in parts.values() for file, digest in part.files.items()},
-        "rows": {name: _counts(part) for name, part in parts.items()},
-        "seed": trainer.args.seed,
-        "findings": [finding._asdict() for finding in [*findings, *run.findings]],
-        "description": run.description,
-    }
-    before = run.folder / "run.json"
-    if run.checkpoint and before.is_file():
-        old = read_json(before)
+        "findings": [finding._asdict() for finding in [*findings, *run.findings]], "description": run.description,
+    }  # fmt: skip
+    if run.checkpoint and (run.folder / "run.json").is_file():
+        old = read_json(run.folder / "run.json")
         again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}
         record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
-        changed = [f"{name} {old['versions'].get(name)}, now {now}" for name, now in record["versions"].items()
-                   if old["versions"].get(name) != now]  # fmt: skip
+        before, now = old["versions"], record["versions"]
+        changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
         if changed:
             say(f"resume: other versions than the run was begun with: {'; '.join(changed)}")
     return record
-
-
-def _counts(part: Prepared) -> dict:
-    """What preparing the rows counted; of rows that `prepare` did not make, their number alone."""
-    rows, counts = {"rows": len(part.rows)}, part.counts
-    return dataclasses.asdict(counts) | rows | {"bad": len(counts.bad)} if counts != Counts() else rows
 
 
 def _now() -> str:
@@ -368,28 +347,23 @@ def _now() -> str:
 
 def out_of_memory(config: Config, trainer) -> str:
     """What to turn down, in the order of what it costs, with this run's numbers; ready to paste."""
-    args = trainer.args
+    args, evaluating = trainer.args, not trainer.model.training
     micro, accumulation, length = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_length
-    evaluating = not trainer.model.training
-    mends = []
-    if evaluating and args.per_device_eval_batch_size > 1:
-        mends.append("--training.per_device_eval_batch_size 1        costs little time")
-    if not (args.gradient_checkpointing or args.activation_checkpointing):
-        shrink = "saved activations shrink; about 1.4 times the time"
-        mends.append(f"--training.gradient_checkpointing true         {shrink}")
-    if micro > 1:
-        half = f"--training.per_device_train_batch_size {micro // 2}"
-        more = f"--training.gradient_accumulation_steps {micro * accumulation // (micro // 2)}"
-        mends.append(f"{half} {more}    the same effective batch of {micro * accumulation}")
-    if config.lora.get("lora_dropout"):
-        mends.append("--lora.lora_dropout 0    another run: begin it anew")
-    if config.method == "lora":
-        mends.append("recipes/sft_qlora.py in the place of sft_lora.py: the base in 4 bit; another run: begin it anew")
-    mends.append(f"--training.max_length {length // 2} (now {length}): longer rows are dropped; another run")
+    half, recomputes = max(1, micro // 2), args.gradient_checkpointing or args.activation_checkpointing
+    mends = {
+        "--training.per_device_eval_batch_size 1        costs little time":
+            evaluating and args.per_device_eval_batch_size > 1,
+        "--training.gradient_checkpointing true         saved activations shrink; about 1.4 times the time":
+            not recomputes,
+        f"--training.per_device_train_batch_size {half} --training.gradient_accumulation_steps "
+        f"{micro * accumulation // half}    the same effective batch of {micro * accumulation}": micro > 1,
+        "--lora.lora_dropout 0    another run: begin it anew": config.lora.get("lora_dropout"),
+        "recipes/sft_qlora.py in the place of sft_lora.py: the base in 4 bit; another run: begin it anew":
+            config.method == "lora",
+        f"--training.max_length {length // 2} (now {length}): longer rows are dropped; another run": True,
+    }  # fmt: skip
+    listed = [f"  {number}. {mend}" for number, mend in enumerate((mend for mend in mends if mends[mend]), 1)]
     memory = f" Peak: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB." if torch.cuda.is_available() else ""
-    listed = "\n".join(f"  {number}. {mend}" for number, mend in enumerate(mends, 1))
     when = f"{'in an evaluation after' if evaluating else 'in the step after'} step {trainer.state.global_step}"
-    return (
-        f"out of memory {when}, with micro-batches of {micro} × {length} tokens.{memory} In this order:\n{listed}\n"
-        f"then go on with: python recipes/sft_{config.method}.py CONFIG --resume"
-    )
+    head = f"out of memory {when}, with micro-batches of {micro} × {length} tokens.{memory} In this order:"
+    return "\n".join([head, *listed, f"then go on with: python recipes/sft_{config.method}.py CONFIG --resume"])

@@ -32,11 +32,11 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in counts.shapes.items())
     ignored = f"; ignored keys: {', '.join(counts.ignored_keys)}" if counts.ignored_keys else ""
     split = "of them are one answer of a chat: in its row it would not follow the prompt that inference sends"
-    tokens, filled = None, ""
+    packing, tokens = f"{packed:,} rows of {args.max_length}" if getattr(args, "packing", False) else "off", None
     if counts.tokens:
         share = f"{counts.trained_tokens / counts.tokens:.0%}: {config.data.train_on} answers"
         tokens = f"{counts.tokens:,}, trained on {counts.trained_tokens:,} ({share})"
-        filled = f", {counts.tokens / (packed * args.max_length):.1%} filled" if args.packing else ""
+        packing += f", {counts.tokens / (packed * args.max_length):.1%} filled" if args.packing else ""
     table = {
         "model": config.model.name_or_path + (f" at {run.commit[:12]}" if run.commit else ""),
         "precision": config.model.dtype + (", base in 4 bit" if config.method == "qlora" else ""),
@@ -47,7 +47,7 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
         "split": f"{counts.split:,} {split}" if counts.split else None,
         "not used": _left_out(counts, validation.counts if validation else Counts(), args, config.data.over_length),
         "tokens": tokens,
-        "packing": f"{packed:,} rows of {args.max_length}{filled}" if getattr(args, "packing", False) else "off",
+        "packing": packing,
         "effective batch": batch,
         "steps": f"{steps:,} ({an_epoch:,} an epoch)",
         "adapter": f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}",
@@ -78,35 +78,29 @@ def device_name(use_cpu: bool) -> str:
 
 
 def check_disk(args, model, steps: int) -> str:
-    """A line that says what the run's checkpoints need of the disk: as many as are kept, the best one, and the one that
-    is being written. Raises `UserError` if there is less."""
+    """What the checkpoints need of the disk: those that are kept, the best one, and the one that is being written.
+    Raises `UserError` if there is less."""
     folder, size = Path(args.output_dir), checkpoint_bytes(model, args)
     interval = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     saves = {"no": 0, "steps": math.ceil(steps / interval), "epoch": math.ceil(args.num_train_epochs)}
     kept = saves.get(args.save_strategy.value, 1)
     kept = min(kept, args.save_total_limit + args.load_best_model_at_end) if args.save_total_limit else kept
     needed = (kept + (kept > 0)) * size
-    held = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
-    free = shutil.disk_usage(folder).free + held
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     if needed > free:
-        raise UserError(
-            f"{folder}: {kept} checkpoints of {size / 1e9:.2f} GB and the one that is being written need "
-            f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: --training.save_total_limit 2, or another disk "
-            "with --training.output_dir"
-        )
+        need = f"{kept} checkpoints of {size / 1e9:.2f} GB and the one that is being written need {needed / 1e9:.2f} GB"
+        mend = "--training.save_total_limit 2, or another disk with --training.output_dir"
+        raise UserError(f"{folder}: {need}, and {free / 1e9:.2f} GB are free: {mend}")
     return f"{kept} of {size / 1e9:.2f} GB at most; {free / 1e9:,.0f} GB free" if kept else "none"
 
 
 def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
-    """Findings about settings that are fine each on their own: `args` is the SFTConfig, `packed_rows` the rows that the
-    trainer draws from, `rows` those before packing."""
-    found = []
-    steps, an_epoch = steps_of(args, packed_rows)
+    """Findings about settings that are fine each on their own; `rows` become `packed_rows`, which the trainer draws."""
+    found, (steps, an_epoch) = [], steps_of(args, packed_rows)
     if args.learning_rate < 5e-5 and isinstance(args, SFTConfig):  # preferences want far less
         rate = f"learning rate {args.learning_rate:g} is one for full fine-tuning; an adapter learns little there"
         found.append(f"{rate}: --training.learning_rate 2e-4")
-    warmup = args.get_warmup_steps(steps)
-    if warmup >= steps > 1:
+    if (warmup := args.get_warmup_steps(steps)) >= steps > 1:
         long = f"the warm-up of {warmup} steps is as long as the run of {steps}, so the learning rate is never reached"
         found.append(f"{long}: --training.warmup_steps 0.03")
     if steps < 100:

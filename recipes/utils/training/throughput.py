@@ -20,7 +20,7 @@ class Throughput:
     """
 
     def __init__(self, accelerator, model, dtype: str):
-        self.accelerator, self.model = accelerator, model
+        self.accelerator, self.model, self.process = accelerator, model, psutil.Process()
         self.flops: Flops | None = None  # counted at the first micro-batch: a model without a head shows none
         self.on_gpu = accelerator.device.type == "cuda"
         # TRL's table of dense rates, from the makers' data sheets; None for a GPU that is not in it, and for float32. A
@@ -28,9 +28,8 @@ class Throughput:
         name = torch.cuda.get_device_name() if self.on_gpu else None
         self.peak = get_peak_flops(name, dtype) if name and "MIG" not in name else None
         self.counts = np.zeros(4)  # positions, tokens, trained tokens, FLOPs
-        self.seconds = self.highest = 0.0
-        self.mark: float | None = None  # since when it trains
-        self.process, self.left_out = psutil.Process(), False
+        self.seconds = self.mark = self.highest = 0.0
+        self.paused, self.left_out = True, False
 
     def see(self, batch: MicroBatch) -> None:
         self.flops = self.flops or count_flops(self.model)
@@ -38,22 +37,18 @@ class Throughput:
         self.counts += (batch.slots, lengths.sum(), trained, self.flops.of(lengths, trained))
 
     def step_begins(self) -> None:
-        self.mark = time.monotonic() if self.mark is None else self.mark
+        self.mark, self.paused = time.monotonic() if self.paused else self.mark, False
 
     def step_ends(self) -> None:
         now = time.monotonic()
-        self.seconds += 0 if self.mark is None else now - self.mark
-        self.mark = now
+        self.seconds, self.mark = self.seconds + now - self.mark, now
 
     def pause(self) -> None:
-        self.mark = None
+        self.paused = True
 
     def figures(self) -> dict[str, float]:
-        """Figures since the last call, of all processes together; those of the machine are this process's own. Where no
-        micro-batch was shown, only the latter, and a line says so once.
-
-        Every process must call it: they add up their counts.
-        """
+        """Figures since the last call, of all processes together (each must call it), and of this process's machine;
+        where no micro-batch was shown, only the latter, and a line says so once."""
         counts = torch.tensor(self.counts, dtype=torch.float32, device=self.accelerator.device)
         slots, tokens, trained, flops = self.accelerator.reduce(counts, "sum").tolist()
         seconds, self.counts, self.seconds = max(self.seconds, 1e-9), np.zeros(4), 0.0
@@ -69,22 +64,19 @@ class Throughput:
         return figures | self.machine()
 
     def machine(self) -> dict[str, float]:
-        """Memory and use of this process's GPU, or of the process where there is none."""
+        """Memory and use of this process's GPU; without one, of the process, its CPU's since the last call."""
         if self.on_gpu:
             return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9, **self._gpu()}
-        memory = self.process.memory_info().rss / 1e9
+        memory, cpu = self.process.memory_info().rss / 1e9, self.process.cpu_percent()
         self.highest = max(self.highest, memory)
-        cpu = self.process.cpu_percent()  # since the last call
         return {"peak_memory_gb": self.highest, "process_memory_gb": memory, "cpu_percent": cpu}
 
     def _gpu(self) -> dict[str, float]:
         """What NVML says of the GPU; nothing where it cannot be asked (in some containers, on parts of a GPU)."""
         try:
-            return {
-                "gpu_utilization": torch.cuda.utilization(),
-                "gpu_power_w": torch.cuda.power_draw() / 1000,
-                "gpu_temperature_c": torch.cuda.temperature(),
-            }
+            watts = torch.cuda.power_draw() / 1000
+            use = {"gpu_utilization": torch.cuda.utilization(), "gpu_power_w": watts}
+            return use | {"gpu_temperature_c": torch.cuda.temperature()}
         except Exception as error:  # pynvml has an exception of its own for each refusal
             say(f"GPU utilisation, power and temperature are not shown: {error}")
             self._gpu = dict  # type: ignore[method-assign]
@@ -92,8 +84,8 @@ class Throughput:
 
 
 class Flops(NamedTuple):
-    """FLOPs of training: `token` for each token, `label` more for each token with a label, `pair` more for each pair of
-    a token and one that it attends to (half the square of a document's length, less outside of a sliding window)."""
+    """FLOPs of training: `token` for each token, `label` more for each one with a label, `pair` more for each pair of a
+    token and one that it attends to (half the square of a document's length, less outside of a sliding window)."""
 
     token: int
     label: int
@@ -110,25 +102,20 @@ class Flops(NamedTuple):
 def count_flops(model) -> Flops:
     """The FLOPs of training `model`, recomputation left out, as MFU is defined (PaLM, arXiv 2204.02311, appendix B).
 
-    Each weight of a linear layer takes 2 FLOPs a token forward and 2 for the gradient of its input; one that is trained
-    takes 2 more for its own. So with N frozen weights, r of the adapter and H of the head: 4N + 6r a token, and 4H a
-    labelled token, since only those go through TRL's fused head (6H where it is trained). Attention takes 4 FLOPs a
-    pair, head and dimension forward (query by key, weight by value), twice that backward. The gradient of the first
-    layer's input, which nobody needs, is counted: 1 part in the number of layers at most.
+    A weight of a linear layer takes 2 FLOPs a token forward, 2 for the gradient of its input and, if it is trained, 2
+    for its own: 4N + 6r a token for N frozen and r trained ones. The H of the head take 4H (trained: 6H) a labelled
+    token, since only those go through TRL's fused head. Attention takes 4 FLOPs a pair, head and dimension forward
+    (query by key, weight by value), twice that backward. The first layer's input is counted as if it had a gradient.
     """
-
-    def each(module) -> int:
-        return 6 if module.weight.requires_grad else 4
-
-    head = model.get_output_embeddings()
+    head, token = model.get_output_embeddings(), 0
     skipped = {id(module) for module in head.modules()}
-    token = 0
     for name, module in model.named_modules():
         # original_module: the untrained copy that PEFT keeps of a module that is trained whole
         if isinstance(module, torch.nn.Linear) and id(module) not in skipped and "original_module" not in name:
-            token += each(module) * module.in_features * module.out_features  # a 4-bit weight is stored packed
+            each = 6 if module.weight.requires_grad else 4
+            token += each * module.in_features * module.out_features  # a 4-bit weight is stored packed
     config = model.config.get_text_config()
+    label = (6 if head.weight.requires_grad else 4) * config.hidden_size * config.vocab_size
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pair = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers
-    label = each(head) * config.hidden_size * config.vocab_size
     return Flops(token, label, pair, getattr(config, "sliding_window", None))

@@ -83,8 +83,6 @@ class Resumable(_Trainer):
     def _send_telemetry(self):
         """Nothing is told to anybody."""
 
-    # Training, from its beginning or a checkpoint, to its end or a stop.
-
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Train; `resume_from_checkpoint` is a folder, or True for the newest complete checkpoint in args.output_dir.
 
@@ -118,8 +116,6 @@ class Resumable(_Trainer):
             super()._run_epoch(**kwargs)
         else:  # a finished run that is taken up: the library would make one step more
             self.control.should_training_stop = True
-
-    # Checkpoints.
 
     def _save_checkpoint(self, model, trial):
         """Write the checkpoint under another name, and rename it when it is on the disk.
@@ -163,8 +159,6 @@ class Resumable(_Trainer):
         if args.should_save:
             rotate_checkpoints(str(folder), limit, state.best_model_checkpoint)
 
-    # What the model was given and what it answered.
-
     def _look(self, module, args, inputs, outputs):
         """The forward hook: keep the documents of a micro-batch, and the loss of each where the fused head tells."""
         if inputs.get("fused_lm_head"):
@@ -193,8 +187,6 @@ class Resumable(_Trainer):
             logs.update(self._throughput.figures())
         super().log(logs, start_time)
 
-    # Numbers that are not finite.
-
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient norm before clipping, which would make zeros of all gradients beside an infinite one.
 
@@ -202,10 +194,10 @@ class Resumable(_Trainer):
         gradient is normal (the scaler skips the step), so there the loss alone counts.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        norm, loss = whole_norm(grad_norm), float(sum(self._losses))
-        absurd = math.isfinite(loss) and ABSURD_NORM < norm < math.inf
+        norm, finite = whole_norm(grad_norm), math.isfinite(float(sum(self._losses)))
+        absurd = finite and ABSURD_NORM < norm < math.inf
         what = f"gradient norm is {norm:.1e}" if absurd else "loss or its gradient is not finite"
-        fine = math.isfinite(loss) and (self.args.fp16 or norm <= ABSURD_NORM)
+        fine = finite and (self.args.fp16 or norm <= ABSURD_NORM)
         self._end_unless(fine, f"step {self.state.global_step + 1}: the {what}", "train")
         self._losses, self._seen = [], []
         return grad_norm
@@ -230,9 +222,9 @@ class Resumable(_Trainer):
         named = ", ".join(rows[:ROWS_NAMED]) or "unknown"
         named += f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
         kept = ", ".join(sorted(path.name for path in Path(self.args.output_dir).glob("checkpoint-*"))) or "none"
-        mends = "lower --training.learning_rate, or see that the base suits model.dtype"
-        look = f"Look at the rows (recipes/inspect_data.py), {mends}"
-        raise RunEnded("diverged", f"{what}, from these rows: {named}\nThe step was not taken; kept: {kept}. {look}")
+        mends = "Look at the rows (recipes/inspect_data.py), lower --training.learning_rate, or see that the base suits"
+        not_taken = f"The step was not taken; kept: {kept}. {mends} model.dtype"
+        raise RunEnded("diverged", f"{what}, from these rows: {named}\n{not_taken}")
 
 
 class ResumableTrainer(Resumable, SFTTrainer):
@@ -281,10 +273,9 @@ class _Events(TrainerCallback):
     """
 
     def __init__(self, trainer: Resumable, checkpoint: str | None):
-        self.trainer, self.checkpoint = trainer, checkpoint
+        self.trainer, self.checkpoint, self.random_state = trainer, checkpoint, torch.random.get_rng_state()
         self.asked_by: str | None = None
         self.saved = self.evaluation_due = False
-        self.random_state = torch.random.get_rng_state()
 
     def ask(self, number, frame) -> None:
         """The signal handler."""
@@ -380,8 +371,7 @@ def _agreed(here: bool, args) -> bool:
 
 
 def checkpoint_bytes(model, args) -> int:
-    """Bytes of one checkpoint: the float32 adapter, the optimizer's two moments of it (in 8 bit: two bytes), and small
-    files, generously."""
+    """Bytes of one checkpoint: the float32 adapter, the optimizer's two moments of it, and small files, generously."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable * (4 + (2 if "8bit" in args.optim else 8)) + (32 << 20)
 
