@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import pandas
 from rich.table import Table
 
-from recipes.utils.evaluation import SCORES, compare, own_interval, read_rows, show, show_interval
+from recipes.utils.evaluation import SCORES, compare, figures, own_interval, read_rows, show, show_interval
 from recipes.utils.files import read_json, read_jsonl
 from recipes.utils.page import write_page
 
@@ -75,9 +75,8 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
         say(note)
     rows = [line[(line != "") | (line.index == "validation loss")].to_dict() for _, line in table.iterrows()]
     if csv:
-        shown = [{"run": one["run"], "status": one["status"]} for one in found]
-        numbers = [one["numbers"] | {"not_comparable": " ".join(one["other"])} for one in found]
-        lines = pandas.concat([pandas.DataFrame(shown), settings[keys], pandas.DataFrame(numbers)], axis=1)
+        lines = pandas.DataFrame([one["numbers"] | {"not_comparable": " ".join(one["other"])} for one in found])
+        lines = pandas.concat([pandas.DataFrame(found)[["run", "status"]], settings[keys], lines], axis=1)
         lines.rename(columns={"eval_loss": "best_validation_loss"}).to_csv(csv, index=False)
         say(f"written: {csv}")
     if html:
@@ -88,37 +87,35 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
 
 def read(folder: Path) -> dict:
     """Of a run: `settings`, `numbers` (losses in nats, tokens a second, GB, seconds; scores with 95 % intervals), its
-    `rows` as they were scored, and what `data` it had."""
+    `rows` as they were scored, and by what its `data` is known: file hashes, counts of rows and of trained tokens."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
     record, scored = read_json(folder / "run.json"), folder / "evaluation" / "predictions.jsonl"
+    counts, options, files = record["rows"], record["data"], record["data_sha256"]
     settings = {key: record[key] for key in ("method", "seed", "device")}
     for section in ("model", "data", "lora", "quantization", "training"):
         settings |= {f"{section}.{key}": value for key, value in record.get(section, {}).items()}
     settings |= {"model.revision": record["commit"]} if record.get("commit") else {}
-    settings |= {"train rows": (record["rows"].get("train") or {}).get("rows")}
+    settings |= {"train rows": (counts.get("train") or {}).get("rows")}
     metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(RESULTS), dtype=float)
     numbers = metrics.agg({name: how for name, (how, *_) in RESULTS.items()}).dropna().to_dict()
     numbers |= {"seconds": record["train"]["train_runtime"]} if "train" in record else {}
-    data, rows = {part: known_by(record, part) for part in ("train", "validation")}, []
+    data, rows = {}, []
+    for part in [part for part in ("train", "validation") if counts.get(part)]:
+        share = [options[part], record["seed"]] if isinstance(options[part], float) else []
+        paths = options["train" if share else part]
+        names = [str(Path(path)) for path in ([paths] if isinstance(paths, str) else paths or ())]
+        hashes = {str(files.get(path)) for name in names for path in matching(files, name) or [name]}
+        data[part] = [*sorted(hashes), *share, counts[part]["rows"], counts[part]["trained_tokens"]]
     if scored.is_file() and (rows := read_rows(scored).get("adapter", [])):
-        written = read_json(scored.with_name("metrics.json"))
-        for name in [name for name in SCORES if name in written["adapter"]]:
+        for name, value in [(name, value) for name, value in figures(rows).items() if name in SCORES]:
             low, high = own_interval(rows, name) or (None, None)
-            numbers |= {name: written["adapter"][name], f"{name}_low": low, f"{name}_high": high}
-        data["test"] = [written["of"]["rows_sha256"], sum(row["tokens"] for row in rows), len(rows)]
-    one = {"run": str(folder), "status": record["status"], "numbers": numbers, "rows": rows, "data": data}
-    return one | {"settings": {key: value for key, value in settings.items() if key not in NOT_SETTINGS}}
-
-
-def known_by(record: dict, part: str) -> list | None:
-    """Hashes of the files of `part`, and counts: of tokens too, since a loss a token depends on what the tokens are."""
-    counts, paths, files = record["rows"].get(part), record["data"][part], record["data_sha256"]
-    share = [paths, record["seed"]] if isinstance(paths, float) else []
-    paths = record["data"]["train"] if share else paths
-    names = [str(Path(path)) for path in ([paths] if isinstance(paths, str) else paths or ())]
-    hashes = {str(files.get(path)) for name in names for path in matching(files, name) or [name]}
-    return counts and [*sorted(hashes), *share, counts["rows"], counts["trained_tokens"]]
+            numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        digest = read_json(scored.with_name("metrics.json"))["of"]["rows_sha256"]
+        data["test"] = [digest, sum(row["tokens"] for row in rows), len(rows)]
+    settings = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+    start = {"run": str(folder), "status": record["status"], "settings": settings}
+    return start | {"numbers": numbers, "rows": rows, "data": data}
 
 
 def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
@@ -129,20 +126,21 @@ def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
         value = one["settings"].get(key)
         text = "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         row[name if short.count(name) == 1 else key] = text
-    marks = {part: " †" * (part in one["other"]) for part in NOTES}
-    results = {label: (numbers.get(name), form) for name, (_, label, form) in RESULTS.items()}
-    texts = {label: "" if value is None else format(value, form) for label, (value, form) in results.items()}
-    row["validation loss"] = texts.pop("validation loss") + marks["validation"]
+    results = {}
+    for name, (_, label, form) in RESULTS.items():
+        mark = " †" * (name == "eval_loss" and "validation" in one["other"])
+        results[label] = format(numbers[name], form) + mark if name in numbers else ""
+    row["validation loss"] = results.pop("validation loss")
     for name in SHOWN:
         value, low, high = (numbers.get(name + end) for end in ("", "_low", "_high"))
         interval = "" if low is None else f" ({show(name, low)} to {show(name, high)})"
-        label = "test loss" if name == "loss" else SCORES[name].label
-        row[label] = "" if value is None else show(name, value) + interval + marks["test"]
+        text = "" if value is None else show(name, value) + interval + " †" * ("test" in one["other"])
+        row["test loss" if name == "loss" else SCORES[name].label] = text
     alike = one is not first and one["rows"] and first["rows"] and "test" not in one["other"]
     found = compare(one["rows"], first["rows"]) if alike else {}
     judged = [(name, found[name]) for name in ("loss", "exact_match") if name in found]
     words = [f"{SCORES[name].label} {score['verdict']} ({show_interval(name, score)})" for name, score in judged]
-    row |= {f"against {first['name']}": "; ".join(words), **texts}
+    row |= {f"against {first['name']}": "; ".join(words), **results}
     return row | {"not comparable": ", ".join(f"other {part} rows" for part in one["other"])}
 
 
