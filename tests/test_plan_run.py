@@ -74,18 +74,68 @@ def test_without_a_gpu_here_one_must_be_named(mistral, monkeypatch, capsys):
     assert "--gpu 24GB" in capsys.readouterr().err
 
 
-def test_speed_is_what_was_measured_on_that_gpu_for_that_shape(mistral, capsys, tmp_path, monkeypatch):
-    measured = {
-        "gpu": "a made-up GPU H200", "shape": ["mistral", 4096, 32], "method": "lora", "ours": True,
-        "date": "2000-01-01", "checkpointing": False, "variant": "a variant", "useful_tokens_per_second": 1000.0,
-    }  # fmt: skip
-    runs = [measured, {**measured, "shape": ["qwen2", 3584, 28], "useful_tokens_per_second": 9000.0}]
-    (tmp_path / "measured.json").write_text(json.dumps({"runs": runs}))
-    monkeypatch.setattr(fit, "MEASURED", tmp_path / "measured.json")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MEASURED = {
+    "gpu": "a made-up GPU H200", "shape": ["mistral", 4096, 32], "method": "lora", "ours": True, "date": "2000-01-01",
+    "checkpointing": False, "variant": "a variant", "useful_tokens_per_second": 1000.0, "targets": ATTENTION,
+    "settings": {"packing": True, "method": "lora", "checkpointing": False, "targets": "qkvo"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A function that writes what was measured: a run for each dict of differences from `MEASURED`."""
+
+    def write(*others: dict) -> None:
+        runs = [{**MEASURED, **other, "settings": {**MEASURED["settings"], **other}} for other in others]
+        (tmp_path / "measured.json").write_text(json.dumps({"runs": runs}))
+        monkeypatch.setattr(fit, "MEASURED", tmp_path / "measured.json")
+
+    return write
+
+
+FASTER = {"useful_tokens_per_second": 9000.0}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"shape": ["qwen2", 3584, 28]},
+        {"gpu": "NVIDIA A100-SXM4-80GB"},
+        {"ours": False},
+        {"method": "qlora"},
+        {"checkpointing": True},
+        {"packing": False},
+        {"compile": True},
+        {"liger": True},
+        {"fast_lora": True},
+        {"targets": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_speed_is_the_fastest_measured_for_that_shape_gpu_and_settings(mistral, capsys, measured, other):
+    measured({}, {"useful_tokens_per_second": 900.0}, {**FASTER, **other})
     text = shown(capsys, *mistral, "--gpu", "H200")
     assert "1,000 tokens/s (a variant, a made-up GPU H200, 2000-01-01)" in text
     assert "10 million tokens × 3 epochs take 8.3 h" in text
-    assert "not measured" in shown(capsys, *mistral, "--gpu", "H100")
+    assert "not measured on this GPU (H100)" in shown(capsys, *mistral, "--gpu", "H100")
+
+
+def test_where_others_alone_were_measured_the_nearest_is_named_with_what_is_other(mistral, capsys, measured):
+    every = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+    near, far = {"targets": every, "liger": True}, {"targets": every, "liger": True, "compile": True}
+    measured(near, {**FASTER, **far}, {**FASTER, "method": "qlora"})
+    text = shown(capsys, *mistral, "--gpu", "H200")
+    assert "not measured with this run's targets, liger; nearest: 1,000 tokens/s (a variant, a made-up GPU" in text
+    assert "million" not in text
+    text = shown(capsys, *mistral, "--gpu", "H200", "--lora.target_modules", "all-linear")
+    assert "not measured with this run's liger; nearest" in text
+
+
+def test_the_speeds_that_are_recorded_can_be_quoted(mistral, capsys):
+    """By the file in the repository, where it is there."""
+    if fit.MEASURED.is_file():
+        assert "tokens/s" in shown(capsys, *mistral, "--gpu", "H100")
 
 
 def test_a_model_that_cannot_be_predicted_is_told_in_a_line(mistral, capsys):

@@ -412,16 +412,18 @@ os.wait()
 grown = float((folder / "grown").read_text())
 
 def merge_and_die(output, last):
-    """Merge in a fork that kills itself at the last-th file that it opens, renames, ...; without one, count them."""
+    """Merge in a fork that kills itself at the last-th file that it opens, renames, ... from the first in its folder on;
+    without one, count them."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    count = itertools.count(1)
+    count, begun = itertools.count(1), []
 
-    def die(event, _):
+    def die(event, about):
         if event == "open" or event.startswith(("os.", "shutil.")):
-            if next(count) == last:
+            begun[:] = begun or [0] * (".partial-" in str(about))  # the libraries' imports before that are no merge
+            if begun and next(count) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(die)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
 from rich.table import Table
 from trl import SFTConfig
 
@@ -14,7 +15,7 @@ from recipes.utils.config import Config
 from recipes.utils.console import UserError, out
 from recipes.utils.files import read_json
 from recipes.utils.model import VARLEN, attention_and_reason
-from recipes.utils.planning.memory import Memory, Step, predict
+from recipes.utils.planning.memory import Memory, Step, on_meta, predict
 
 # What benchmarks/train_gpu.py measured; absent until it has run.
 MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"
@@ -41,11 +42,14 @@ def fits(memory: Memory, available: int) -> bool:
     return memory.total <= available * (1 - RESERVE)
 
 
+def lora_of(config: Config) -> LoraConfig:
+    """The adapter that the run trains: a new one, or the one that it goes on from."""
+    return PeftConfig.from_pretrained(config.model.adapter) if config.model.adapter else LoraConfig(**config.lora)
+
+
 def memory_of_steps(config: Config, model_config, attention: str, sizes: list[int]) -> dict[tuple, Memory]:
-    """{(method, activation checkpointing, rows): memory} of a training step with each of `sizes` rows a micro-batch,
-    for the adapter that the run trains: a new one, or the one that it goes on from."""
-    args, continued = SFTConfig(**config.training), config.model.adapter
-    lora = PeftConfig.from_pretrained(continued) if continued else LoraConfig(**config.lora)
+    """{(method, activation checkpointing, rows): memory} of a training step with each of `sizes` rows a micro-batch."""
+    args = SFTConfig(**config.training)
     common = {
         "dtype": config.model.dtype, "attention": attention, "length": args.max_length, "packed": args.packing,
         "input_cast": config.model.adapter_input_cast, "optimizer": str(args.optim),
@@ -54,7 +58,7 @@ def memory_of_steps(config: Config, model_config, attention: str, sizes: list[in
     }  # fmt: skip
     ways = [(checkpointing, rows) for checkpointing in (True, False) for rows in sizes]
     steps = [Step(checkpointing=checkpointing, rows=rows, **common) for checkpointing, rows in ways]
-    found = zip(ways, predict(model_config, lora, steps), strict=True)
+    found = zip(ways, predict(model_config, lora_of(config), steps), strict=True)
     return {(method, *way): both[method] for way, both in found for method in both}
 
 
@@ -140,15 +144,33 @@ def is_gpu(device: str, gpu: str) -> bool:
 
 
 def measured_speed(config: Config, model_config, method: str, gpu: str, checkpointing: bool) -> str:
-    """The fastest rate measured for a model of this shape on `gpu`, and the hours that follow from it, or none."""
+    """The fastest rate measured on `gpu` for a model of this shape with the run's settings, and the hours that follow
+    from it; the nearest settings that were measured; or that nothing was."""
     shape = [model_config.model_type, model_config.hidden_size, model_config.num_hidden_layers]
-    asked = (True, shape, method, checkpointing)
     runs = [run for run in (read_json(MEASURED)["runs"] if MEASURED.is_file() else []) if is_gpu(run["gpu"], gpu)]
-    rates = [run for run in runs if (run["ours"], run["shape"], run["method"], run["checkpointing"]) == asked]
-    if not rates:
+    runs = [run for run in runs if run["ours"] and run["shape"] == shape]
+    if not runs:
         return f"not measured on this GPU ({gpu})"
-    best = max(rates, key=lambda run: run["useful_tokens_per_second"])
-    rate, epochs = best["useful_tokens_per_second"], SFTConfig(**config.training).num_train_epochs
-    hours = f"10 million tokens × {epochs:g} epochs take {10e6 * epochs / rate / 3600:.1f} h"
-    where = f"{best['variant']}, {best['gpu']}, {best['date']}"
-    return f"{rate:,.0f} tokens/s ({where}): {hours}; the recipe's --dry-run counts yours"
+    args = SFTConfig(**config.training)
+    model = on_meta(model_config, lora_of(config), config.model.dtype, layers=2)
+    targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    asked = {
+        "method": method, "targets": targets, "packing": args.packing, "checkpointing": checkpointing,
+        "compile": config.model.compile_layers, "liger": args.use_liger_kernel,
+        "fast_lora": getattr(config.model, "fast_lora", False),
+    }  # fmt: skip
+
+    def others(run: dict) -> list[str]:
+        has = {**run.get("settings", {}), **run, "targets": set(run["targets"])}
+        return [name for name, value in asked.items() if has.get(name, False) != value]
+
+    def distance(run: dict) -> tuple:
+        return "method" in others(run), len(others(run)), -run["useful_tokens_per_second"]
+
+    best = min(runs, key=distance)
+    rate = f"{best['useful_tokens_per_second']:,.0f} tokens/s ({best['variant']}, {best['gpu']}, {best['date']})"
+    if other := others(best):
+        return f"not measured with this run's {', '.join(other)}; nearest: {rate}"
+    hours = 10e6 * args.num_train_epochs / best["useful_tokens_per_second"] / 3600
+    long = f"10 million tokens × {args.num_train_epochs:g} epochs take {hours:.1f} h"
+    return f"{rate}: {long}; the recipe's --dry-run counts yours"
