@@ -412,7 +412,7 @@ os.wait()
 grown = float((folder / "grown").read_text())
 
 def merge_and_die(output, last):
-    """Merge in a fork that kills itself at the last-th file that it opens, renames, ... from the first in its folder on;
+    """Merge in a fork that kills itself at the last-th file that it opens, renames, ... from the first in its folder;
     without one, count them."""
     child = os.fork()
     if child:
