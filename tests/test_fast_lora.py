@@ -111,7 +111,7 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_pefts(device, method, checkp
     )
     assert taken[True] > 0 == taken[False]
     assert abs(one["loss"] - other["loss"]) < 1e-2
-    assert 0 < apart_as_a_whole(one, exact) < 1.1 * apart_as_a_whole(other, exact)
+    assert 0 < apart_as_a_whole(one, exact) < 1.25 * apart_as_a_whole(other, exact)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
