@@ -17,6 +17,7 @@ is not one full row is refused.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -229,7 +230,8 @@ def measure(
                 synchronise()
                 clock.append(time.perf_counter())
             if state.global_step == warm_up + timed:
-                profiler.start()
+                with contextlib.suppress(RuntimeError):  # no CUPTI
+                    profiler.start()
 
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:
@@ -249,9 +251,12 @@ def measure(
     synchronise()
     seconds = (clock[1] if profiled else time.perf_counter()) - clock[0]
     if profiled:
-        profiler.stop()
-        print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=50, max_name_column_width=120),
-              file=sys.stderr)  # fmt: skip
+        with contextlib.suppress(RuntimeError, AssertionError):
+            profiler.stop()
+            found = profiler.key_averages()
+            print(
+                found.table(sort_by="self_device_time_total", row_limit=50, max_name_column_width=120), file=sys.stderr
+            )
         counts, losses = counts[: warm_up + timed], losses[: warm_up + timed]
     useful, seen, trained = (sum(int(step[i]) for step in counts[warm_up:]) for i in range(3))
     lengths = [len(ids) for ids in rows["input_ids"]]
