@@ -473,12 +473,13 @@ def one_process(name: str, options, seconds: float, following: str | None = None
     if options.log:
         with options.log.open("a") as log:
             log.write(f"==== {options.model}, {name}: {time.monotonic() - began:.0f} s\n{output}{errors}\n")
-    if process.returncode and not why:
+    record = [line for line in output.splitlines() if line.startswith('{"model"')]  # others may print after it
+    if not record and not why:
         why = next((line for line in reversed(errors.splitlines()) if line.strip()), f"ended with {process.returncode}")
     if why:
         print(f"failed: {name}: {why}\n{errors[-2000:]}", flush=True)
         return {"failed": why, "date": date.today().isoformat()}
-    record = json.loads(output.splitlines()[-1])
+    record = json.loads(record[-1])
     print(
         f"    {record['useful_tokens_per_second']:,.0f} useful tokens/s, {time.monotonic() - began:.0f} s", flush=True
     )
