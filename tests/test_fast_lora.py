@@ -110,7 +110,7 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_pefts(device, method, checkp
         step(adapted(method, "bfloat16", device, fast, checkpointing), "bfloat16", device) for fast in (True, False)
     )
     assert taken[True] > 0 == taken[False]
-    assert abs(one["loss"] - other["loss"]) < 1e-2
+    assert abs(one["loss"] - other["loss"]) < 2e-3 * other["loss"]
     assert 0 < apart_as_a_whole(one, exact) < 1.25 * apart_as_a_whole(other, exact)
 
 
