@@ -4,10 +4,10 @@ import argparse
 import importlib.util
 import json
 
-from recipes.utils import attention
-
 import pytest
 from conftest import ROOT
+
+from recipes.utils.model import attention
 
 spec = importlib.util.spec_from_file_location("train_gpu", ROOT / "benchmarks" / "train_gpu.py")
 train_gpu = importlib.util.module_from_spec(spec)
@@ -41,7 +41,7 @@ def test_rungs_on_the_same_rows_have_the_same_losses_and_other_attention_has_not
     json.dumps([sdpa, ours, padded])
 
 
-@pytest.mark.parametrize("rung", ["TRL, stock", "Q-LoRA, packed"])
+@pytest.mark.parametrize("rung", ["TRL, stock", "Q-LoRA, packed, fast LoRA", "config"])
 def test_other_rungs_train(model, short, rung):
     record = train_gpu.measure("tiny", rung, model)
     assert record["method"] == ("qlora" if "Q-LoRA" in rung else "lora")
@@ -51,10 +51,11 @@ def test_other_rungs_train(model, short, rung):
 def test_calls_merge_their_results_and_go_on_where_the_last_one_stopped(tmp_path, model, monkeypatch, capsys):
     ran = []
 
-    def quick(name, options, seconds):
+    def quick(name, options, seconds, following):
         ran.append(name)
         return {
-            "model": "tiny", "variant": name, "gpu": train_gpu.device_name(), "date": "2000-01-01", "losses": [float(len(ran))], "mfu": 0.5,
+            "model": "tiny", "variant": name, "gpu": train_gpu.device_name(), "date": "2000-01-01",
+            "losses": [float(len(ran))], "mfu": 0.5,
             "useful_tokens_per_second": 1.0, "peak_allocated_gb": None, "predicted_gb": None, "ours": True,
             "method": "lora", "settings": {"packing": True},
         }  # fmt: skip
@@ -95,14 +96,57 @@ def test_calls_merge_their_results_and_go_on_where_the_last_one_stopped(tmp_path
     assert len([run for run in kept if run["variant"] == "packed"]) == 2  # the first one's is kept
 
 
-def test_a_rung_runs_in_a_process_of_its_own_and_one_that_takes_too_long_is_given_up(model, capsys, monkeypatch):
-    options = argparse.Namespace(model="tiny", folder=model.parent, unsloth=None, micro_batch=1)
-    record = train_gpu.one_process("packed, sdpa", options, 200)
+def test_a_rung_runs_in_a_process_of_its_own_and_one_that_takes_too_long_is_given_up(
+    model, capsys, monkeypatch, tmp_path
+):
+    options = argparse.Namespace(model="tiny", folder=model.parent, unsloth=None, micro_batch=1, log=tmp_path / "log",
+                                 profile=["packed, sdpa"])  # fmt: skip
+    record = train_gpu.one_process("packed, sdpa", options, 200, following="packed")
     assert (record["micro_batch"], len(record["losses"])) == (1, train_gpu.WARM_UP + train_gpu.TIMED)
-    ask = train_gpu.ask
-    monkeypatch.setattr(train_gpu, "ask", lambda *words, **how: ask(*words, **{**how, "timeout": 0.1}))
-    assert train_gpu.one_process("packed", options, 200) is None
+    assert "Self CPU time total" in options.log.read_text()
+    assert list(train_gpu.WAITING) == ["packed"]
+    waiting = train_gpu.WAITING["packed"]
+    monkeypatch.setattr(waiting, "communicate", lambda words, timeout: waiting.wait(0.1))
+    assert train_gpu.one_process("packed", options, 200)["failed"] == "not done after 200 s"
+    assert waiting.returncode != 0
+    assert train_gpu.WAITING == {}
     assert "failed: packed: not done" in capsys.readouterr().out
+
+
+def test_a_rung_that_fails_is_kept_as_failed_and_the_others_stay(tmp_path, model, monkeypatch, capsys):
+    def quick(name, options, seconds, following):
+        if name == "packed":
+            return {"failed": "OutOfMemoryError: no", "date": "2000-01-01"}
+        return {"model": "tiny", "variant": name, "gpu": "CPU", "date": "2000-01-01", "losses": [1.0], "mfu": 0.5,
+                "useful_tokens_per_second": 1.0, "peak_allocated_gb": None, "predicted_gb": None, "ours": True,
+                "method": "lora", "settings": {"packing": True}}  # fmt: skip
+
+    monkeypatch.setattr(train_gpu, "one_process", quick)
+    words = ["tiny", "--folder", str(model.parent), "--json", str(tmp_path / "found.json")]
+    words += ["--only", "packed, sdpa", "packed", "packed, varlen"]
+    monkeypatch.setattr("sys.argv", ["train_gpu.py", *words])
+    train_gpu.main()
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert [run["variant"] for run in kept["runs"]] == ["packed, sdpa", "packed, varlen"]
+    assert [(run["variant"], run["failed"]) for run in kept["failed"]] == [("packed", "OutOfMemoryError: no")]
+
+
+def test_a_rung_that_unpacks_its_rows_is_refused():
+    train_gpu.check_packed((1, 8190), 8192)
+    for shape in ((2, 4096), (1, 1200), (8, 1024)):
+        with pytest.raises(RuntimeError, match="not packed"):
+            train_gpu.check_packed(shape, 8192)
+
+
+def test_unsloth_in_its_own_folder_sees_no_other_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    options = argparse.Namespace(model="tiny", folder=tmp_path, unsloth=tmp_path / "unsloth")
+
+    def path(command, env, text):
+        return env["PYTHONPATH"]
+
+    assert train_gpu.ask(options, unsloth=True, call=path) == f"{tmp_path / 'unsloth'}:{ROOT}"
+    assert train_gpu.ask(options, call=path) == f"{ROOT}:/ours"
 
 
 def test_flops_of_a_token_are_those_of_the_floor():
