@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY, copy_run, run_recipe, small_config
 
+from recipes import sft_lora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
+from recipes.utils.data import Prepared, prepare
 from recipes.utils.training import begin
 from recipes.utils.training.checkpoint import MANIFEST, _digest, publish
 
@@ -73,8 +75,11 @@ def test_an_explicit_folder_that_holds_a_run_is_refused_and_an_empty_one_is_take
     with begin(config({"training.output_dir": "empty"})) as run:
         assert run.folder == Path("empty")
     assert (tmp_path / "empty").is_dir()
-    with pytest.raises(UserError, match="is a file, not a folder"):
-        begin(config({"training.output_dir": "/etc/hostname"})).__enter__()
+    for flags in ({}, {"resume": "latest"}):
+        with pytest.raises(UserError, match="is a file, not a folder"):
+            begin(config({"training.output_dir": "/etc/hostname"}, **flags)).__enter__()
+        with pytest.raises(UserError, match="cannot be made: Not a directory"):
+            begin(config({"training.output_dir": "/etc/hostname/run"}, **flags)).__enter__()
 
 
 def test_a_checkpoint_of_another_folder_is_refused(config, tmp_path):
@@ -138,3 +143,20 @@ def test_a_copy_without_a_record_is_resumed_and_says_what_it_cannot_compare(lora
     assert "nobody has recorded what" in " ".join(capsys.readouterr().out.split())
     first, again = ((path / "adapter_model.safetensors").read_bytes() for path in (lora_run, folder))
     assert first == again
+
+
+def test_rows_that_prepare_did_not_make_are_counted_in_the_record(config_file, monkeypatch, capsys):
+    """A copy that trains on a Dataset of its own writes Prepared(dataset): no more than their number is known."""
+
+    def own_rows(*args):
+        train, validation = prepare(*args)
+        return Prepared(train.rows.remove_columns(["where", "fingerprint"])), Prepared(validation.rows)
+
+    monkeypatch.setattr(sft_lora, "prepare", own_rows)
+    folder = sft_lora.train_lora(load_config(config_file(training={"max_steps": 1}), {}, "lora"))
+    assert json.loads((folder / "run.json").read_text())["rows"] == {
+        "train": {"rows": 48, "bad": 0}, "validation": {"rows": 8, "bad": 0},
+    }  # fmt: skip
+    table = capsys.readouterr().out
+    assert "48 train, 8 validation" in table
+    assert "trained on" not in table

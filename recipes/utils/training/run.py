@@ -69,21 +69,16 @@ def begin(config: Config) -> Iterator[Run]:
 
     A folder that holds a run is never written over, but by `--resume` of that run, from its newest complete checkpoint
     and with the commit of the base that it began with. Without a checkpoint it begins again in its folder, so that a
-    job which was killed early needs nobody.
-
-    Raises:
-        UserError: for what this machine cannot do, a folder that holds a run or is in use, a checkpoint that is not
-            complete, or a base that cannot be had.
+    job which was killed early needs nobody. Raises `UserError` for what this machine cannot do, a folder that holds a
+    run or is in use, a checkpoint that is not complete, and a base that cannot be had.
     """
     check_machine(config)
     with contextlib.ExitStack() as held:
         folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
         record, model = folder / "run.json", config.model
-        before = read_json(record) if checkpoint and record.is_file() else {}
-        known = before.get("commit")
-        if any(before.get("model", {}).get(key) != getattr(model, key) for key in ("name_or_path", "revision")):
-            known = None  # another base is asked for
-        commit = _on_first(config, lambda: commit_of(find_base(model, known)))
+        before = read_json(record) if checkpoint and record.is_file() else {"model": {}}
+        same = all(before["model"].get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
+        commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
         run = Run(folder, find_base(model, commit), commit, checkpoint)
         check_base(run.base, model, config.training["use_cpu"], config.use_cpu_asked)
         yield run
@@ -108,14 +103,17 @@ def _on_first(config: Config, decide: Callable[[], Any]) -> Any:
 def _take_folder(config: Config, held: contextlib.ExitStack) -> tuple[Path, None]:
     """The folder of a new run: the one that was given, or the first of its numbered ones that is free."""
     given, default = config.output_dir, f"runs/{config.name}-{config.method}"
-    if given and Path(given).exists() and not Path(given).is_dir():
-        raise UserError(f"training.output_dir: {given} is a file, not a folder")
     numbered = itertools.chain([default], (f"{default}-{number}" for number in itertools.count(2)))
     for folder in map(Path, [given] if given else numbered):
-        with contextlib.ExitStack() as attempt, contextlib.suppress(*(() if given else (UserError,))):
-            attempt.enter_context(_held(folder))
-            holds_a_run = any((folder / name).exists() for name in ("run.json", "adapter_config.json"))
-            if not holds_a_run and not any(folder.glob("checkpoint-*")):
+        with contextlib.ExitStack() as attempt:
+            try:
+                attempt.enter_context(_held(folder))
+            except UserError:  # in use
+                if given or not folder.is_dir():
+                    raise
+                continue
+            of_a_run = ("run.json", "adapter_config.json", "checkpoint-*")
+            if not any(found for name in of_a_run for found in folder.glob(name)):
                 held.push(attempt.pop_all())
                 return folder, None
     raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
@@ -124,21 +122,19 @@ def _take_folder(config: Config, held: contextlib.ExitStack) -> tuple[Path, None
 def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | None]:
     """(the folder of the run that was named, or else of this config's that was written last; its checkpoint)."""
     given, default, named = config.output_dir, Path(f"runs/{config.name}-{config.method}"), str(config.resume)
-    if named != "latest":
-        checkpoint: Path | None = Path(named)
+    checkpoint: Path | None = Path(named)
+    if named == "latest":
+        records = {path: path / "run.json" for path in (default, *default.parent.glob(f"{default.name}-*"))}
+        written = {path: record.stat().st_mtime if record.is_file() else 0.0 for path, record in records.items()}
+        folder = Path(given) if given else max(written, key=lambda path: written[path])
+    else:
         folder = Path(named).parent
         if given and Path(given).resolve() != folder.resolve():
             raise UserError(f"--resume: {named} is not in training.output_dir {given}; leave one of the two out")
         if why := fault(Path(named)) if Path(named).is_dir() else "there is no such folder":
             raise UserError(f"--resume: {named}: {why}; --resume alone takes the newest complete checkpoint")
-        held.enter_context(_held(folder))
-    else:
-        records = {path: path / "run.json" for path in (default, *default.parent.glob(f"{default.name}-*"))}
-        written = {path: record.stat().st_mtime if record.is_file() else 0.0 for path, record in records.items()}
-        folder = Path(given) if given else max(written, key=lambda path: written[path])
-        held.enter_context(_held(folder))
-        checkpoint = newest_complete(folder)
-    record = folder / "run.json"
+    held.enter_context(_held(folder))
+    checkpoint, record = newest_complete(folder) if named == "latest" else checkpoint, folder / "run.json"
     older = record.is_file() and read_json(record).get("format") != FORMAT
     if older or (checkpoint and "run" not in read_manifest(checkpoint)):
         raise UserError(f"--resume: {folder} was begun by an older version of these recipes; begin a new run")
@@ -149,7 +145,11 @@ def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | Non
 def _held(folder: Path) -> Iterator[None]:
     """Make `folder`, with its parents, and lock it; what holds nothing in the end goes again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "is a file, not a folder" if folder.is_file() else f"cannot be made: {error.strerror}"
+        raise UserError(f"training.output_dir: {folder} {why}") from error
     try:
         with locked(folder):
             yield
@@ -163,12 +163,9 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def check_same_run(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
-    """Describe the run, and at a resume compare that with the checkpoint's description.
-
-    Raises:
-        UserError: naming each setting that is not the same, unless `--accept-changes` was given; and always for an
-            adapter of other shapes, or another number of processes.
-    """
+    """Describe the run, and at a resume compare that with the checkpoint's description. Raises `UserError` naming each
+    setting that is not the same, unless `--accept-changes` was given; and always for an adapter of other shapes, or
+    another number of processes."""
     run.description = _describe(config, trainer, train, validation)
     if run.checkpoint is None:
         return
@@ -277,11 +274,8 @@ def _quantization(model) -> dict:
 @contextlib.contextmanager
 def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> Iterator[dict]:
     """Keep run.json true: `running` while the body runs, then how it ended: `finished`, `stopped`, `diverged` or
-    `failed`. Yields a dict for the results to be written at the end.
-
-    What the body raises goes on; running out of memory, or of disk, becomes a `RunEnded` that says what to do. Rows
-    that were skipped go to bad_rows.jsonl.
-    """
+    `failed`. Yields a dict for the results to be written at the end. What the body raises goes on; running out of
+    memory, or of disk, becomes a `RunEnded` that says what to do. Rows that were skipped go to bad_rows.jsonl."""
     record = _record(run, config, trainer, train, validation)
     results: dict = {}
 

@@ -52,11 +52,11 @@ class StopHere(Exception):
 
 
 class Resumable(_Trainer):
-    """What a trainer of TRL lacks to be killed and taken up again.
+    """What a trainer of TRL lacks to be killed and taken up again. The rows of `train_dataset` and `eval_dataset` are
+    named where they have `input_ids` and `where` (file:line). What the libraries raise about settings that they alone
+    can judge (a target module that the model lacks) is a `UserError`."""
 
-    The rows of `train_dataset` and `eval_dataset` are named where they have `input_ids` and `where` (file:line). What
-    the libraries raise about settings that only they can judge (a target module that the model lacks) is a `UserError`.
-    """
+    _counted = False  # this micro-batch, by the throughput
 
     def __init__(self, *args, **kwargs):
         # before packing, which leaves no more of a row than its token ids
@@ -64,7 +64,6 @@ class Resumable(_Trainer):
         self._events: _Events | None = None  # while it trains
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self._seen: list[tuple[np.ndarray, float | None]] = []  # their documents, with the loss where it is known
-        self._counted = False  # this micro-batch
         try:
             super().__init__(*args, **kwargs)
         except torch.OutOfMemoryError:
@@ -85,10 +84,8 @@ class Resumable(_Trainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Train; `resume_from_checkpoint` is a folder, or True for the newest complete checkpoint in args.output_dir.
-
         SIGTERM, SIGINT, SIGUSR1 and a `Deadline` end it after the step in hand, with a checkpoint and `RunEnded` of the
-        word `stopped`; a second SIGINT ends it at once.
-        """
+        word `stopped`; a second SIGINT ends it at once."""
         folder, found = Path(self.args.output_dir), resume_from_checkpoint
         found = newest_complete(folder) if found is True else found
         checkpoint = str(found) if found else None
@@ -118,11 +115,9 @@ class Resumable(_Trainer):
             self.control.should_training_stop = True
 
     def _save_checkpoint(self, model, trial):
-        """Write the checkpoint under another name, and rename it when it is on the disk.
-
-        trainer_state.json names no best checkpoint, which would be a path of this machine: a resume finds it by its
-        step. Raises `RunEnded` where a checkpoint cannot be written; the one before it stays.
-        """
+        """Write the checkpoint under another name, and rename it when it is on the disk. trainer_state.json names no
+        best checkpoint, which would be a path of this machine: a resume finds it by its step. Raises `RunEnded` where a
+        checkpoint cannot be written; the one before it stays."""
         args, state, folder, limit = self.args, self.state, Path(self.args.output_dir), self.args.save_total_limit
         final = folder / f"checkpoint-{state.global_step}"
         staging, staged = folder / ".saving", folder / ".saving" / final.name
@@ -188,15 +183,12 @@ class Resumable(_Trainer):
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient norm before clipping, which would make zeros of all gradients beside an infinite one.
-
-        Raises `RunEnded` of the word `diverged` if it, or a loss of this step, is not finite. In float16 an infinite
-        gradient is normal (the scaler skips the step), so there the loss alone counts.
-        """
+        """The gradient norm before clipping, which would make zeros of all gradients beside an infinite one. Raises
+        `RunEnded` of the word `diverged` if it, or a loss of this step, is not finite. In float16 an infinite gradient
+        is normal (the scaler skips the step), so there the loss alone counts."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         norm, finite = whole_norm(grad_norm), math.isfinite(float(sum(self._losses)))
-        absurd = finite and ABSURD_NORM < norm < math.inf
-        what = f"gradient norm is {norm:.1e}" if absurd else "loss or its gradient is not finite"
+        what = f"gradient norm is {norm:.1e}" if finite and norm < math.inf else "loss or its gradient is not finite"
         fine = finite and (self.args.fp16 or norm <= ABSURD_NORM)
         self._end_unless(fine, f"step {self.state.global_step + 1}: the {what}", "train")
         self._losses, self._seen = [], []
@@ -237,8 +229,8 @@ class Deadline(TrainerCallback):
 
     def __init__(self, max_hours: float | None):
         self.end = psutil.Process().create_time() + max_hours * 3600 if max_hours else math.inf
-        self.longest_step = self.longest_save = 0.0
-        self.began, self.asked, self.reached = time.monotonic(), False, False
+        self.longest_step = self.longest_save = self.began = 0.0
+        self.asked = self.reached = False
 
     def is_near(self) -> bool:
         """True when it is one more step and two saves away."""
@@ -266,11 +258,9 @@ class Deadline(TrainerCallback):
 
 class _Events(TrainerCallback):
     """What a `Resumable` does at the events of one call of `train`: take up `checkpoint` where it ended, and ask after
-    each step, evaluated batch and save whether to stop.
-
-    An evaluation that is due at a stop is put off, since a batch system does not wait for it: the checkpoint says so,
-    and the resumed run evaluates first and saves that checkpoint anew, as the run that was not stopped would have it.
-    """
+    each step, evaluated batch and save whether to stop. An evaluation that is due at a stop is put off, since a batch
+    system does not wait for it: the checkpoint says so, and the resumed run evaluates first and saves that checkpoint
+    anew, as the run that was not stopped would have it."""
 
     def __init__(self, trainer: Resumable, checkpoint: str | None):
         self.trainer, self.checkpoint, self.random_state = trainer, checkpoint, torch.random.get_rng_state()
