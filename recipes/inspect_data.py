@@ -60,8 +60,8 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
     """
     # 1. The rows as the recipes prepare them, and what is found in them; what would stop a run does not stop here.
     args = SFTConfig(**config.training)
-    base = find_base(config.model, weights=False)
-    tokenizer, template_reason = read_tokenizer(base, config.model.chat_template, config.model.trust_remote_code)
+    base, model = find_base(config.model, weights=False), config.model
+    tokenizer, template_reason = read_tokenizer(base, model.chat_template, model.trust_remote_code)
     train, validation = prepare(config.data, tokenizer, args, report=False)
 
     # 2. Packed and counted at this config.
@@ -71,13 +71,9 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
         packing = {"rows": packed, "fill": train.counts.tokens / (packed * args.max_length)}
     findings = train.findings + (validation.findings if validation else []) + check_settings(args, packed, len(columns))
     steps, steps_an_epoch = steps_of(args, packed)
-    lengths: list[int] = []
-    answers: Counter[int] = Counter()
-    for batch in columns.iter(1000):
-        lengths += map(len, batch["labels"])
-        answers.update(map(_answers, batch["labels"]))
-    counted, edges = np.histogram(lengths, bins=BINS)
-    bars = zip(edges[:-1], edges[1:], counted, strict=True)
+    counted = [(len(labels), _answers(labels)) for batch in columns.iter(1000) for labels in batch["labels"]]
+    lengths, answers = zip(*counted, strict=True)
+    bars, edges = np.histogram(lengths, bins=BINS)
 
     # 3. The rows that are shown.
     worst = read_ledger(ledger)[:WORST] if ledger else []
@@ -91,8 +87,9 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
         "chat_template": template_reason,
         "train": asdict(train.counts), "validation": asdict(validation.counts) if validation else None,
         "lengths": {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 90, 95, 99, 100)},
-        "histogram": [{"from": int(start), "to": int(end), "rows": int(count)} for start, end, count in bars],
-        "answers_a_row": dict(answers), "packing": packing, "max_length": args.max_length,
+        "histogram": [{"from": int(start), "to": int(end), "rows": int(count)}
+                      for start, end, count in zip(edges[:-1], edges[1:], bars, strict=True)],
+        "answers_a_row": dict(Counter(answers)), "packing": packing, "max_length": args.max_length,
         "steps": steps, "steps_an_epoch": steps_an_epoch,
         "findings": [finding._asdict() for finding in findings], "ledger": [entry._asdict() for entry in worst],
         "rows": [{"where": item["where"], "tokens": token_pieces(tokenizer, item["input_ids"], item["labels"])}
@@ -114,14 +111,13 @@ def _answers(labels: list[int]) -> int:
 
 
 def main(given: CommandLine) -> None:
-    options = given.options
-    html, as_json = options["html"], options["as_json"]
+    html, as_json, *shown = (given.options[name] for name in ("html", "as_json", "rows", "row", "pick", "ledger"))
     if html and not Path(html).absolute().parent.is_dir():
         raise UserError(f"--html {html}: there is no such folder")
     method = "qlora" if any(key.startswith("quantization") for key in {**given.yaml, **given.flags}) else "lora"
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # it is for the JSON alone then
         config = read_config(given, method)
-        report = inspect_data(config, options["rows"], options["row"], options["pick"], options["ledger"])
+        report = inspect_data(config, *shown)
         if html:
             write_data_page(Path(html), config, report)
             say(f"written: {html}")

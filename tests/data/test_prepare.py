@@ -256,6 +256,14 @@ def test_a_share_splits_the_rows_and_loses_none(tmp_path):
     assert 30 < len(parts[1]) < 90
     with pytest.raises(UserError, match="share between 0 and 1"):
         prepared(path, tokenizer, validation=1.5)
+    with pytest.raises(UserError, match="with a share of 1e-09 no validation row is left; give another share"):
+        prepared(path, tokenizer, validation=1e-9)
+
+
+def test_an_empty_list_of_files_is_a_user_error():
+    args = SimpleNamespace(max_length=512, seed=1)
+    with pytest.raises(UserError, match=r"data\.train: names no rows"):
+        prepare(DataOptions(train=[]), FAMILIES["qwen2"][0](), args)
 
 
 def test_an_unchanged_file_is_not_prepared_again_and_an_edit_that_keeps_the_mtime_is(tmp_path, monkeypatch):

@@ -199,11 +199,10 @@ class Encoder:
             probe, probe_marked = render(self.tokenizer, probes)
             ends = zip(self._rendered_starts(probe, probes, None), probe_marked, strict=True)
             offsets = [None if end is None else end - start for end, (start, _) in ends]
-            fixed = re.split(f"{MARK}\\d+{MARK}", probe)
-            self._forms[form] = (fixed, re.findall(f"{MARK}(\\d+){MARK}", probe), offsets)
-        fixed, order, offsets = self._forms[form]
-        words = [messages[int(number)]["content"] for number in order]
-        if text != "".join(part for pair in zip(fixed, [*words, ""], strict=True) for part in pair):
+            *fixed, last = re.split(f"{MARK}(\\d+){MARK}", probe)  # text, a message's number, text, ...
+            self._forms[form] = (fixed[::2], list(map(int, fixed[1::2])), last, offsets)
+        fixed, order, last, offsets = self._forms[form]
+        if text != "".join(part + messages[n]["content"] for part, n in zip(fixed, order, strict=True)) + last:
             return self._rendered_starts(text, messages, tools)
         return [None if step is None else start + step for step, (start, _) in zip(offsets, marked, strict=True)]
 

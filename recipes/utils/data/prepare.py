@@ -1,7 +1,5 @@
 """Files to training rows: hashed, then read, checked, rendered, tokenised and labelled once, and kept for the next run.
-
-datasets is imported where rows are made or read: a merge and a chat, which import this package, can spare it.
-"""
+datasets is imported where rows are made or read: a merge and a chat, which import this package, can spare it."""
 
 import contextlib
 import dataclasses
@@ -111,8 +109,6 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
         key = _key(names, files, options, tokenizer, args)
         entry = _cached(key, names, paths, options, tokenizer, args)
         for part, (prepared, signed) in entry.items():
-            if not prepared.rows:
-                raise UserError(_nothing_left(prepared.counts, options, part, args.max_length))
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
             parts[part], signatures[part] = dataclasses.replace(prepared, files=files, findings=found), signed
     train, validation = parts["train"], parts.get("validation")
@@ -131,9 +127,9 @@ class _Part:
         from datasets.arrow_writer import ArrowWriter
 
         self.path, self.options, self.max_length = path, options, max_length
-        ids = List(Value("int32"))
-        features = {"input_ids": ids, "labels": ids, "where": Value("string"), "fingerprint": Value("int64")}
-        self.writer = ArrowWriter(features=Features(features), path=str(path))
+        ids, where, text = List(Value("int32")), Value("string"), Value("int64")
+        features = Features({"input_ids": ids, "labels": ids, "where": where, "fingerprint": text})
+        self.writer = ArrowWriter(features=features, path=str(path))
         self.counts = Counts()
         self.lengths: list[int] = []  # of all rows, in tokens
         self.signed: dict[str, list[int]] = {}  # file:line: [the row's number, its signature]
@@ -247,8 +243,18 @@ def _signature(chat: Chat) -> list[int]:
 
 
 def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, tokenizer) -> Iterator[Finding]:
-    """Rows lost to max_length, answers that end no turn, prompts that carry loss, a beginning twice."""
-    counts = prepared.counts
+    """Rows lost to max_length, answers that end no turn, prompts that carry loss, a beginning twice. Raises a
+    `UserError` if no row is left."""
+    counts, nothing = prepared.counts, f"no {part} row is left"
+    if not counts.rows and counts.over_length:
+        over = f"{counts.over_length} are over training.max_length {args.max_length}"
+        raise UserError(f"{nothing} to use: {over}; 99 % would fit in {counts.length_99}")
+    if not counts.rows and counts.bad:
+        bad = f"{counts.bad[0]['where']}: {counts.bad[0]['error']}"
+        raise UserError(f"{nothing} to use: all {len(counts.bad)} are bad, such as {bad}")
+    if not counts.rows:
+        share = f"data.validation: with a share of {options.validation} {nothing}; give another share, or a file"
+        raise UserError(share if isinstance(options.validation, float) else f"data.{part}: names no rows")
     all_rows, lost = counts.rows + counts.dropped, counts.lost_tokens / counts.all_tokens
     if max(counts.over_length / all_rows, lost) > options.max_over_length:
         over = f"{counts.over_length:,} of {all_rows:,} {part} rows are over training.max_length {args.max_length}"
@@ -307,25 +313,10 @@ def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: n
         yield Finding("warn", f"{flatter}: {shown}")
 
 
-def _nothing_left(counts: Counts, options: DataOptions, part: str, max_length: int) -> str:
-    nothing = f"no {part} row is left"
-    if counts.over_length:
-        over = f"{counts.over_length} are over training.max_length {max_length}; 99 % would fit in {counts.length_99}"
-        return f"{nothing} to use: {over}"
-    if counts.bad:
-        first = counts.bad[0]
-        return f"{nothing} to use: all {len(counts.bad)} are bad, such as {first['where']}: {first['error']}"
-    if isinstance(options.validation, float):
-        return f"data.validation: with a share of {options.validation} {nothing}; give another share, or a file"
-    return f"data.{part}: names no rows"
-
-
-# Rows on the disk, found again by content: an edit is noticed, an unchanged file costs only its reading.
-
-
 def _cached(key: str, *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
-    """{part: (rows, signatures)} of the cache's entry `key`. Where there is none, or a damaged one, it is made of
-    `sources`, as `_write` takes them; one process of a machine does, and the others wait for it."""
+    """{part: (rows, signatures)} of the cache's entry `key`: found again by content, so an edit is noticed, and what is
+    unchanged costs only its reading. Where there is none, or a damaged one, it is made of `sources`, as `_write` takes
+    them; one process of a machine does, and the others wait for it."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
@@ -382,17 +373,10 @@ def _key(names: tuple[str, ...], files: dict[str, str], options: DataOptions, to
     settings |= {"names": names, "share": options.validation if len(names) > 1 else options.validation is not None}
     settings |= {"max_length": args.max_length, "seed": args.seed}
     versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
-    digest = hashlib.sha256(repr([settings, versions, files]).encode())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(module.read_bytes())
-    if "strftime_now" in tokenizer.chat_template:
-        digest.update(str(datetime.date.today()).encode())  # such a template writes the date
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(repr([tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]).encode())
-    return digest.hexdigest()[:32]
-
-
-# By what a row is found again: its tokens once it is packed, its text where copies of it are looked for.
+    code = [module.read_bytes() for module in sorted(Path(__file__).parent.glob("*.py"))]
+    today = datetime.date.today() if "strftime_now" in tokenizer.chat_template else None  # such a template writes it
+    texts = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())
+    return hashlib.sha256(repr([settings, versions, files, code, today, texts]).encode()).hexdigest()[:32]
 
 
 def document_hash(input_ids) -> bytes:

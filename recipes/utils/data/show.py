@@ -1,4 +1,4 @@
-"""What would be trained on, shown at a terminal and on a page: token ids as text, each with what is done with it."""
+"""What would be trained on, at a terminal and on a page: token ids as text, each with what is done with it."""
 
 from itertools import groupby
 from pathlib import Path
@@ -26,19 +26,15 @@ def token_pieces(tokenizer, input_ids: list[int], labels: list[int]) -> list[tup
         held: list[int] = []
         for token, _ in group:
             held.append(token)
-            if "\ufffd" not in _text(tokenizer, held):  # else the character goes on in the next token
-                pieces.append((_text(tokenizer, held), kind))
+            text = tokenizer.decode(held, clean_up_tokenization_spaces=False)
+            if tokenizer.convert_ids_to_tokens(held[0]).startswith("▁") and not text.startswith(" "):
+                text = f" {text}"  # sentencepiece drops the blank of what it takes for a row's first token
+            if "\ufffd" not in text:  # else the character goes on in the next token
+                pieces.append((text, kind))
                 held = []
         if held:
-            pieces.append((_text(tokenizer, held), kind))
+            pieces.append((text, kind))
     return pieces
-
-
-def _text(tokenizer, ids: list[int]) -> str:
-    """The text of tokens within a row: sentencepiece drops the blank of a row's first token, so another goes before."""
-    blank = " " if tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁") else ""
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text if text.startswith(blank) else blank + text
 
 
 def print_data(name: str, report: dict) -> None:
@@ -70,10 +66,10 @@ def print_data(name: str, report: dict) -> None:
         say(f"  {entry['where']}  {losses}  {entry['excess']:+.2f}  {entry['tokens']} tokens")
     legend = "green is trained on, control tokens are magenta" if out.is_terminal else "«» is trained on"
     for row in report["rows"]:
-        text, kinds = Text(), ["context", *(kind for _, kind in row["tokens"]), "context"]
-        for place, (token, kind) in enumerate(row["tokens"], start=1):
-            opens, closes = (kind == "trained" != kinds[place + step] and not out.is_terminal for step in (-1, 1))
-            text.append("«" * opens + token.replace("\n", "⏎\n") + "»" * closes, STYLES[kind])
+        text = Text()
+        for kind, group in groupby(row["tokens"], lambda token: token[1]):
+            shown = "".join(token for token, _ in group).replace("\n", "⏎\n")
+            text.append(f"«{shown}»" if kind == "trained" and not out.is_terminal else shown, STYLES[kind])
         say(f"\n{row['where']}   ({legend}; the rest is read, not learnt)")
         out.print(text, soft_wrap=True)
 
