@@ -3,7 +3,7 @@
 import copy
 import os
 import socket
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,10 +29,11 @@ class Trackers(TrainerCallback):
     def _event(self, event: str, args, state, control, **kwargs) -> None:
         record, own = self.folder / "run.json", copy.copy(args)
         own.run_name = args.run_name or self.folder.name
-        if event == "on_train_begin" and record.is_file():  # the integrations send what args.to_dict says
-            own.to_dict = lambda: args.to_dict() | {"run": read_json(record)}
+        run = {"run": read_json(record)} if event == "on_train_begin" and record.is_file() else {}
         for name, tracker in list(self.trackers.items()):
             try:
+                # The integrations send what args.to_dict says; a parameter of MLflow holds 250 characters.
+                own.to_dict = partial(dict, args.to_dict(), **run) if run and name != "mlflow" else args.to_dict
                 if event == "on_train_begin" and name == "tensorboard":
                     tracker.logging_dir = tracker.logging_dir or str(self.folder / "tensorboard")
                 if event == "on_train_begin" and name == "wandb" and state.is_world_process_zero:
