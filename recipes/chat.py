@@ -33,7 +33,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
 from recipes.utils.data import Encoder
-from recipes.utils.model import load_adapter, load_adapter_tokenizer, newest_run, read_adapter
+from recipes.utils.evaluation import load_adapter, load_adapter_tokenizer, newest_run, read_adapter
 
 
 def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None) -> list[dict]:

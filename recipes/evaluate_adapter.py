@@ -40,8 +40,17 @@ if __name__ == "__main__":
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import evaluate, print_evaluation, rows_to_score, score_scales, write_evaluation
-from recipes.utils.model import check_linear, load_adapter, newest_run, read_run
+from recipes.utils.evaluation import (
+    check_linear,
+    evaluate,
+    load_adapter,
+    newest_run,
+    print_evaluation,
+    read_run,
+    rows_to_score,
+    score_scales,
+    write_evaluation,
+)
 from recipes.utils.monitoring import refresh_report
 
 

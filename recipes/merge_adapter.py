@@ -37,6 +37,7 @@ if __name__ == "__main__":
     given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
 from recipes.utils.data import Encoder
+from recipes.utils.evaluation import base_of, check_linear, load_adapter_tokenizer, newest_run, read_adapter
 from recipes.utils.files import staged
 from recipes.utils.merge import (
     compare_with_adapter,
@@ -48,7 +49,6 @@ from recipes.utils.merge import (
     write_generation_config,
     write_tokenizer,
 )
-from recipes.utils.model import base_of, check_linear, load_adapter_tokenizer, newest_run, read_adapter
 
 
 def merge_adapter(

@@ -1,4 +1,4 @@
-"""A model hub on this machine: folders served as huggingface_hub's client asks for them, with a count of the requests."""
+"""A model hub on this machine: folders served as huggingface_hub's client asks for them, and a list of the requests."""
 
 import contextlib
 import hashlib
@@ -12,8 +12,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def local_hub(models: dict[str, Path], gated=()):
-    """Serve `models` ({"someone/name": folder}) and yield (the endpoint's address, the list of paths asked for, a list with
-    the commit that all of them are at, which may be changed)."""
+    """Serve `models` ({"someone/name": folder}) and yield (the endpoint's address, the list of paths asked for, a list
+    with the commit that all of them are at, which may be changed)."""
     asked, commit = [], [COMMIT]
 
     class Hub(BaseHTTPRequestHandler):

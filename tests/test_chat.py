@@ -14,7 +14,8 @@ from recipes.chat import chat
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.console import UserError
 from recipes.utils.data import Encoder
-from recipes.utils.model import generate_answers, load_adapter, read_adapter
+from recipes.utils.evaluation import load_adapter, read_adapter
+from recipes.utils.model import generate_answers
 
 
 @pytest.fixture(scope="module")

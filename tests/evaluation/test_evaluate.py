@@ -13,14 +13,16 @@ from recipes.utils.data import Encoder, read_chats
 from recipes.utils.evaluation import (
     evaluate,
     figures,
+    load_adapter,
     read_rows,
+    read_run,
     rows_to_score,
     score_answers,
     score_scales,
     sum_up,
     write_evaluation,
 )
-from recipes.utils.model import generate_answers, load_adapter, read_run
+from recipes.utils.model import generate_answers
 
 
 @pytest.fixture(scope="module")

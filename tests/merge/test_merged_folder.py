@@ -17,9 +17,10 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.console import UserError
 from recipes.utils.data import Encoder, read_chats
+from recipes.utils.evaluation import base_of, load_adapter, read_adapter, set_scale
 from recipes.utils.merge import write_card, write_generation_config, write_tokenizer
 from recipes.utils.merge.export import plain_template
-from recipes.utils.model import base_of, generate_answers, load_adapter, read_adapter, set_scale
+from recipes.utils.model import generate_answers
 
 SECRET = "hf_thisIsASecretToken"
 TEMPLATES = ROOT / "configs" / "chat_templates"

@@ -15,7 +15,8 @@ MOVED = COMMIT[::-1]
 PREAMBLE = """if True:
     import sys
     from recipes.utils.console import UserError
-    from recipes.utils.model import ModelOptions, base_of, commit_of, find_base, load_base, name_of, read_run
+    from recipes.utils.evaluation import base_of, read_run
+    from recipes.utils.model import ModelOptions, commit_of, find_base, load_base, name_of
     from huggingface_hub import constants
 """
 

@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipes.utils.console import UserError, out, say
 from recipes.utils.data import Chat, DataOptions, Encoded, Encoder, Reading, held_out, stream_chats
+from recipes.utils.evaluation.runs import set_scale
 from recipes.utils.evaluation.statistics import SCORES, compare, figures, score_text, sentence, show, show_interval
 from recipes.utils.files import read_jsonl, write_json, write_jsonl
-from recipes.utils.model import batches, generate_answers, set_scale
+from recipes.utils.model import batches, generate_answers
 
 MODELS = ("base", "adapter", "merged")
 SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered

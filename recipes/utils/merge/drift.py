@@ -9,9 +9,9 @@ import torch
 
 from recipes.utils.console import UserError, print_table, say
 from recipes.utils.data import Chat, Encoded, Encoder, read_chats
+from recipes.utils.evaluation import load_adapter, rows_to_score, set_scale
 from recipes.utils.files import check_space
 from recipes.utils.merge.stream import NotStreamable, stream_merge
-from recipes.utils.model import load_adapter, set_scale
 
 PIECE = 128  # tokens whose logits are compared at a time: in float64 those of one take a megabyte
 SHORT_CHAT = Chat([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}], "")
@@ -20,8 +20,6 @@ SHORT_CHAT = Chat([{"role": "user", "content": "Why?"}, {"role": "assistant", "c
 def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
     """The file `data`, or the run's validation rows, or, where it has none, its test or its train rows; where these
     files are elsewhere now, a chat of two words: the merge must not depend on the data."""
-    from recipes.utils.evaluation import rows_to_score  # here: its scores take longer to import than a merge to verify
-
     if data:
         return read_chats(data)
     if "data" not in record:

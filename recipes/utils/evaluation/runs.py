@@ -1,0 +1,105 @@
+"""Runs and adapters on the disk: found, read, and loaded again, at another strength if it must be."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from recipes.utils.console import UserError, say
+from recipes.utils.data import read_tokenizer
+from recipes.utils.files import read_json
+from recipes.utils.model import CHANGE_THE_BASE, ModelOptions, attention_and_reason, commit_of, find_base, load_base
+
+
+def read_run(folder: Path) -> dict:
+    """The record (run.json) of the run in `folder`. Raises `UserError` where there is none, or no adapter of it."""
+    if not (Path(folder) / "run.json").is_file():
+        raise UserError(f"{folder}: is no run folder (it has no run.json)")
+    return read_adapter(folder)
+
+
+def newest_run(root: Path | str = "runs") -> Path:
+    """The run below `root` that finished last. Raises `UserError` where none has."""
+    records = ((read_json(path), path.parent) for path in Path(root).glob("*/run.json"))
+    finished = [(record["finished"], path) for record, path in records if record["status"] == "finished"]
+    if not finished:
+        raise UserError(f"no finished run under {root}/; name the run's folder")
+    return max(finished)[1]
+
+
+def read_adapter(folder: Path) -> dict:
+    """The record (run.json) of an adapter, which may be a run's checkpoint; of another tool's adapter, what its
+    adapter_config.json says in the same form, without `data`. Raises `UserError` if there is none, or a broken one."""
+    folder, config = Path(folder), Path(folder) / "adapter_config.json"
+    of_a_run = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    record = next((read_json(place / "run.json") for place in of_a_run if (place / "run.json").is_file()), None)
+    if not config.is_file() and record:
+        mend = "go on with --resume, or name one of its checkpoints"
+        raise UserError(f"{folder}: holds no adapter yet (its run is {record['status']}, not finished); {mend}")
+    if not config.is_file():
+        raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = "; pickled ones are not loaded, since they can run code" if pickled else ""
+        raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
+    if record:
+        if record["status"] != "finished" and (folder / "run.json").is_file():
+            say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
+        return record
+    adapter = read_json(config)
+    model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
+    base = base_of({"model": dataclasses.asdict(model)})
+    shape = read_json(base / "config.json")
+    model = dataclasses.replace(model, dtype=shape.get("dtype") or shape.get("torch_dtype") or "float32")
+    record = {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base)}
+    return record | {"model": dataclasses.asdict(model)}
+
+
+def base_of(record: dict) -> Path:
+    """The folder of the base that the adapter of `record` was trained on; from the cache, where it is there whole."""
+    options = ModelOptions(**record["model"])
+    try:
+        # Where no commit is known (another tool's adapter), any that the cache has of the main branch.
+        return find_base(options, record.get("commit") or options.revision or "main")
+    except UserError as error:
+        if not isinstance(error.__cause__, (LocalEntryNotFoundError, HFValidationError)):
+            raise
+        mend = "the folder of the adapter's base is not there; a relative path is one from where the command runs"
+        raise UserError(f"{options.name_or_path}: {mend}") from error
+
+
+def load_adapter(folder: Path, record: dict):
+    """The adapter of `folder` on its base, in the precision of its training: after Q-LoRA, in 4 bit."""
+    from peft import PeftModel
+
+    options = ModelOptions(**record["model"])
+    quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
+    attention, _ = attention_and_reason(options, not torch.cuda.is_available())
+    return PeftModel.from_pretrained(load_base(base_of(record), options, attention, quantization), folder)
+
+
+def load_adapter_tokenizer(folder: Path, record: dict):
+    """The tokenizer and template that the adapter was trained with; for another tool's adapter, its base's."""
+    if "data" in record:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return read_tokenizer(base_of(record), record["model"]["chat_template"])[0]
+
+
+def check_linear(adapter: Path, scale: float) -> None:
+    """Raise `UserError` if `scale` is not 1 and the adapter in the folder `adapter` is not linear in it."""
+    config = read_json(Path(adapter) / "adapter_config.json")
+    wrong = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+    wrong += ["peft_type"] * (config["peft_type"] != "LORA") + ["bias"] * (config.get("bias", "none") != "none")
+    wrong += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE)
+    if scale != 1 and wrong:
+        why = f"this adapter ({wrong[0]}: {config[wrong[0]]}) is not linear in its scale"
+        raise UserError(f"scale {scale:g}: {why}; only 1 can be had")
+
+
+def set_scale(model, scale: float) -> None:
+    """Make the adapter of a PEFT `model` weigh `scale` times what it was trained with."""
+    for module in model.modules():
+        if hasattr(module, "set_scale"):  # a LoRA layer
+            module.set_scale("default", scale)
