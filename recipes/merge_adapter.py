@@ -38,12 +38,12 @@ if __name__ == "__main__":
 
 from recipes.utils.data import Encoder
 from recipes.utils.evaluation import base_of, check_linear, load_adapter_tokenizer, newest_run, read_adapter
-from recipes.utils.files import staged
 from recipes.utils.merge import (
     compare_with_adapter,
     make_modelfile,
     merge_weights,
     rows_to_compare,
+    staged,
     write_card,
     write_config,
     write_generation_config,

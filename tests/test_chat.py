@@ -139,4 +139,4 @@ def test_in_a_pipe_only_the_answer_is_printed(adapter):
     lines = result.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     assert [line for line in lines if not line.startswith("import time:")] == []
-    assert not {"trl.trainer", "datasets", "scipy.stats", "rouge_score", "recipes.utils.evaluation"} & imported
+    assert not {"trl.trainer", "datasets", "scipy.stats", "rouge_score"} & imported

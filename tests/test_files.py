@@ -13,13 +13,11 @@ from recipes.utils import files
 from recipes.utils.console import UserError
 from recipes.utils.files import (
     append_jsonl,
-    check_space,
     file_hash,
     keep_steps,
     locked,
     read_json,
     read_jsonl,
-    staged,
     whole_file,
     write_json,
     write_jsonl,
@@ -90,35 +88,6 @@ def test_a_resume_keeps_the_steps_that_are_not_done_again(tmp_path):
         file.write('{"step": 2, "te')
     keep_steps(path, 2)
     assert read_jsonl(path) == ROWS[:2]
-
-
-def test_a_staged_folder_appears_when_all_is_there_or_not_at_all(tmp_path, capsys):
-    with staged(tmp_path / "out") as partial:
-        (partial / "a").write_text("a")
-        assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out" / "a").read_text() == "a"
-    with (
-        pytest.raises(UserError, match="is there already; name another"),
-        staged(tmp_path / "out"),
-    ):
-        pass
-    with contextlib.suppress(ZeroDivisionError), staged(tmp_path / "other") as partial:
-        (partial / "a").write_text("a")
-        raise ZeroDivisionError
-    with pytest.raises(UserError, match="the disk is full; nothing is left there"), staged(tmp_path / "other"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(UserError, match="cannot be made"), staged(tmp_path / "out" / "a" / "below a file"):
-        pass
-    assert os.listdir(tmp_path) == ["out"]
-    (tmp_path / ".new.partial-1").mkdir()
-    with staged(tmp_path / "new"):
-        assert "was left by another merge" in capsys.readouterr().out
-
-
-def test_too_little_room_is_said_in_gigabytes(tmp_path):
-    check_space(tmp_path, 1)
-    with pytest.raises(UserError, match=r"the adapter needs 1000000.07 GB and .* GB are free"):
-        check_space(tmp_path, 10**15, "the adapter")
 
 
 HOLD = """

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -109,49 +108,6 @@ def sync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Yield a new folder beside `output`, and rename it to `output` when all that was written there is on the disk.
-
-    After an error nothing is left.
-
-    Raises:
-        UserError: if `output` holds something or cannot be made, or the disk is full.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; name another folder with --output")
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}); name another folder with --output") from error
-    for left in output.parent.glob(f".{output.name}.partial-*"):
-        if left != partial:
-            say(f"{left}: was left by another merge; if that one is not running, delete it")
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(output)
-        sync_path(output.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(f"{output}: the disk is full; nothing is left there. Name another with --output") from error
-        raise
-
-
-def check_space(folder: Path, size: int, what: str = "the merged model") -> None:
-    """Raise `UserError` if the disk under `folder` has no room for `size` bytes of `what` and 64 MB beside them."""
-    free, needed = shutil.disk_usage(folder).free, size + (64 << 20)
-    if free < needed:
-        raise UserError(
-            f"{folder.parent}: {what} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; nothing was kept. "
-            "Name another disk with --output"
-        )
 
 
 @contextlib.contextmanager

@@ -13,23 +13,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.utils.console import RunEnded, UserError
 from recipes.utils.data import Encoder
+from recipes.utils.evaluation import (
+    check_linear,
+    load_adapter,
+    load_adapter_tokenizer,
+    newest_run,
+    read_adapter,
+    read_run,
+    set_scale,
+)
 from recipes.utils.model import (
     ModelOptions,
     adapter_shapes,
     check_adapter,
     check_initialisation,
-    check_linear,
     generate_answers,
-    load_adapter,
-    load_adapter_tokenizer,
     load_base,
-    newest_run,
     prepare_adapter,
     publish_base,
-    read_adapter,
-    read_run,
     save_adapter,
-    set_scale,
     stored_shapes,
 )
 

@@ -10,7 +10,7 @@ import torch
 from recipes.utils.console import UserError, print_table, say
 from recipes.utils.data import Chat, Encoded, Encoder, read_chats
 from recipes.utils.evaluation import load_adapter, rows_to_score, set_scale
-from recipes.utils.files import check_space
+from recipes.utils.merge.export import check_space
 from recipes.utils.merge.stream import NotStreamable, stream_merge
 
 PIECE = 128  # tokens whose logits are compared at a time: in float64 those of one take a megabyte

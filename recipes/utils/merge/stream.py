@@ -22,7 +22,8 @@ import torch
 from rich.progress import track
 
 from recipes.utils.console import UserError, out
-from recipes.utils.files import check_space, read_json, sync_path, write_json
+from recipes.utils.files import read_json, sync_path, write_json
+from recipes.utils.merge.export import check_space
 from recipes.utils.model import ModelOptions, model_config
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

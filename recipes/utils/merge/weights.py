@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.utils.console import UserError, say
-from recipes.utils.files import check_space, read_json
+from recipes.utils.files import read_json
+from recipes.utils.merge.export import check_space
 from recipes.utils.merge.stream import NotStreamable, stream_merge
 
 
