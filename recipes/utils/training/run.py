@@ -159,9 +159,6 @@ def _held(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-# Is it the same run?
-
-
 def check_same_run(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
     """Describe the run, and at a resume compare that with the checkpoint's description. Raises `UserError` naming each
     setting that is not the same, unless `--accept-changes` was given; and always for an adapter of other shapes, or
@@ -266,9 +263,6 @@ def _quantization(model) -> dict:
     settings = getattr(model.config, "quantization_config", None)
     known = [key for key in inspect.signature(BitsAndBytesConfig).parameters if "4bit" in key or "skip" in key]
     return {key: settings.to_dict()[key] for key in known} if settings else {}
-
-
-# run.json
 
 
 @contextlib.contextmanager

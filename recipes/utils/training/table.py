@@ -17,8 +17,7 @@ from recipes.utils.training.trainer import checkpoint_bytes
 def print_run(run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
     """Print what is about to be trained on what, and what is unwise in settings and base. Of rows that `prepare` did
     not make, what it counts is left out. Raises `UserError` where the disk has no room for the checkpoints."""
-    args, counts, processes = trainer.args, train.counts, trainer.args.world_size
-    packed = len(trainer.train_dataset)
+    args, counts, processes, packed = trainer.args, train.counts, trainer.args.world_size, len(trainer.train_dataset)
     steps, an_epoch = steps_of(args, packed)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch = f"{micro} rows × {accumulation} accumulation × {processes} process{'es' * (processes > 1)}"
@@ -46,14 +45,11 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
         "rows": f"{len(train.rows):,} train, {len(validation.rows) if validation else 0:,} validation",
         "split": f"{counts.split:,} {split}" if counts.split else None,
         "not used": _left_out(counts, validation.counts if validation else Counts(), args, config.data.over_length),
-        "tokens": tokens,
-        "packing": packing,
-        "effective batch": batch,
-        "steps": f"{steps:,} ({an_epoch:,} an epoch)",
+        "tokens": tokens, "packing": packing, "effective batch": batch, "steps": f"{steps:,} ({an_epoch:,} an epoch)",
         "adapter": f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}",
         "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
         "output": run.folder,
-    }
+    }  # fmt: skip
     print_table(f"{config.name} · {config.method}", table)
     findings = check_settings(args, packed, len(train.rows))
     if {"input_ids", "labels"} <= set(train.rows.column_names):

@@ -137,7 +137,7 @@ class Resumable(_Trainer):
                 due = bool(self._events and self._events.evaluation_due)
                 about = {"processes": args.world_size, "evaluation_due": due, "run": _description(folder)}
                 publish(staged, final, about)
-                shutil.rmtree(staging)
+                shutil.rmtree(staging, ignore_errors=True)
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         # torch and safetensors have errors of their own for a full disk
