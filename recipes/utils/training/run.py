@@ -7,7 +7,6 @@ import importlib.metadata
 import inspect
 import itertools
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -16,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
@@ -92,9 +91,8 @@ def _on_first(config: Config, decide: Callable[[], Any]) -> Any:
             decision[0] = decide()
         except UserError as error:
             decision[1] = error
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        PartialState(cpu=config.training["use_cpu"])  # where nothing has connected the processes yet
-        torch.distributed.broadcast_object_list(decision)
+    PartialState(cpu=config.training["use_cpu"])  # where nothing has connected the processes yet
+    broadcast_object_list(decision)
     if decision[1]:
         raise decision[1]
     return decision[0]
@@ -336,15 +334,14 @@ def _now() -> str:
 def out_of_memory(config: Config, trainer) -> str:
     """What to turn down, in the order of what it costs, with this run's numbers; ready to paste."""
     args, evaluating = trainer.args, not trainer.model.training
-    micro, accumulation, length = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_length
-    half, recomputes = max(1, micro // 2), args.gradient_checkpointing or args.activation_checkpointing
+    micro, length = args.per_device_train_batch_size, args.max_length
+    half, batch = max(1, micro // 2), micro * args.gradient_accumulation_steps
+    flags = f"--training.per_device_train_batch_size {half} --training.gradient_accumulation_steps {batch // half}"
     mends = {
-        "--training.per_device_eval_batch_size 1        costs little time":
-            evaluating and args.per_device_eval_batch_size > 1,
+        "--training.per_device_eval_batch_size 1        costs little time": evaluating and args.eval_batch_size > 1,
         "--training.gradient_checkpointing true         saved activations shrink; about 1.4 times the time":
-            not recomputes,
-        f"--training.per_device_train_batch_size {half} --training.gradient_accumulation_steps "
-        f"{micro * accumulation // half}    the same effective batch of {micro * accumulation}": micro > 1,
+            not (args.gradient_checkpointing or args.activation_checkpointing),
+        f"{flags}    the same effective batch of {batch}": micro > 1,
         "--lora.lora_dropout 0    another run: begin it anew": config.lora.get("lora_dropout"),
         "recipes/sft_qlora.py in the place of sft_lora.py: the base in 4 bit; another run: begin it anew":
             config.method == "lora",

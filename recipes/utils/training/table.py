@@ -115,13 +115,9 @@ def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
 
 def _left_out(train: Counts, validation: Counts, args, over_length: str) -> str | None:
     """What is in the files and is not learnt from, so that nothing is lost in silence."""
-    lost = []
+    lost, done = {}, "cut" if over_length == "truncate" else "dropped"
     for part, counts in (("train", train), ("validation", validation)):
-        if counts.over_length:
-            done = {"drop": "dropped", "truncate": "cut"}[over_length]
-            lost.append(f"{counts.over_length:,} {part} rows over max_length {args.max_length} ({done})")
-        if counts.bad:
-            lost.append(f"{len(counts.bad):,} bad {part} rows (listed in bad_rows.jsonl)")
-    if train.trimmed:
-        lost.append(f"{train.trimmed:,} rows end without an answer (trimmed)")
-    return "; ".join(lost) or None
+        lost[f"{part} rows over max_length {getattr(args, 'max_length', None)} ({done})"] = counts.over_length
+        lost[f"bad {part} rows (listed in bad_rows.jsonl)"] = len(counts.bad)
+    lost["rows end without an answer (trimmed)"] = train.trimmed
+    return "; ".join(f"{number:,} {what}" for what, number in lost.items() if number) or None

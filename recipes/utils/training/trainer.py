@@ -44,7 +44,6 @@ ROWS_NAMED = 10
 # A gradient norm beyond it is no direction: clipped, it leaves nothing of the other rows' gradients in float32; not
 # clipped, Adam's second moment stands still for thousands of steps.
 ABSURD_NORM = 1e10
-JUDGES = ("training.metric_for_best_model", "training.greater_is_better", "data.validation", "validation rows")
 
 
 class StopHere(Exception):
@@ -62,8 +61,8 @@ class Resumable(_Trainer):
         # before packing, which leaves no more of a row than its token ids
         self._rows = {"train": kwargs.get("train_dataset"), "validation": kwargs.get("eval_dataset")}
         self._events: _Events | None = None  # while it trains
-        self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
-        self._seen: list[tuple[np.ndarray, float | None]] = []  # their documents, with the loss where it is known
+        self._step: list[tuple[dict, torch.Tensor]] = []  # its micro-batches, each with its loss
+        self._odd: list[np.ndarray] = []  # their documents with a loss that is not finite
         try:
             super().__init__(*args, **kwargs)
         except torch.OutOfMemoryError:
@@ -104,7 +103,9 @@ class Resumable(_Trainer):
                 torch.random.set_rng_state(events.random_state)
                 self._save_checkpoint(self.model, None)
             self.callback_handler.on_train_end(self.args, self.state, self.control)
-            raise _stopped(reason, self.args, self.state) from None
+            step = self.state.global_step
+            complete = f"stopped by {reason} after step {step}: {folder}/checkpoint-{step} is complete"
+            raise RunEnded("stopped", f"{complete}; run again with --resume") from None
         finally:
             self.remove_callback(events)
 
@@ -119,8 +120,8 @@ class Resumable(_Trainer):
         best checkpoint, which would be a path of this machine: a resume finds it by its step. Raises `RunEnded` where a
         checkpoint cannot be written; the one before it stays."""
         args, state, folder, limit = self.args, self.state, Path(self.args.output_dir), self.args.save_total_limit
-        final = folder / f"checkpoint-{state.global_step}"
-        staging, staged = folder / ".saving", folder / ".saving" / final.name
+        final, staging = folder / f"checkpoint-{state.global_step}", folder / ".saving"
+        staged = staging / final.name
         if args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -155,27 +156,21 @@ class Resumable(_Trainer):
             rotate_checkpoints(str(folder), limit, state.best_model_checkpoint)
 
     def _look(self, module, args, inputs, outputs):
-        """The forward hook: keep the documents of a micro-batch, and the loss of each where the fused head tells."""
-        if inputs.get("fused_lm_head"):
-            batch = read(inputs, outputs)
-            documents = list(zip(batch.documents, batch.nll.tolist(), strict=True))
-            if not module.training:
-                self._seen += [document for document in documents if not math.isfinite(document[1])]
-                return
-            # A second pass without gradients is DPO's reference; the only one is beside a loss over full logits.
-            if torch.is_grad_enabled() or not self._counted:
-                self._throughput.see(batch)
-                self._counted = True
-            self._seen += documents
-        elif module.training and isinstance(inputs.get("input_ids"), torch.Tensor):
-            given = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
-            self._seen += [(ids, None) for ids in documents_of(*given)]
+        """The forward hook: what the fused head tells of each document."""
+        if not inputs.get("fused_lm_head"):
+            return
+        batch = read(inputs, outputs)
+        self._odd += [batch.documents[index] for index in np.flatnonzero(~np.isfinite(batch.nll))]
+        # A second pass without gradients is DPO's reference; the only one is beside a loss over full logits.
+        if module.training and (torch.is_grad_enabled() or not self._counted):
+            self._throughput.see(batch)
+            self._counted = True
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         self._counted = False
-        loss = super().training_step(*args, **kwargs)
-        self._losses.append(loss)
-        return loss
+        told_by = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask") if name in inputs}
+        self._step.append((told_by, super().training_step(model, inputs, *args, **kwargs)))
+        return self._step[-1][1]
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -187,15 +182,15 @@ class Resumable(_Trainer):
         `RunEnded` of the word `diverged` if it, or a loss of this step, is not finite. In float16 an infinite gradient
         is normal (the scaler skips the step), so there the loss alone counts."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        norm, finite = whole_norm(grad_norm), math.isfinite(float(sum(self._losses)))
+        norm, finite = whole_norm(grad_norm), math.isfinite(float(sum(loss for _, loss in self._step)))
         what = f"gradient norm is {norm:.1e}" if finite and norm < math.inf else "loss or its gradient is not finite"
         fine = finite and (self.args.fp16 or norm <= ABSURD_NORM)
         self._end_unless(fine, f"step {self.state.global_step + 1}: the {what}", "train")
-        self._losses, self._seen = [], []
+        self._step, self._odd = [], []
         return grad_norm
 
     def evaluation_loop(self, *args, **kwargs):
-        self._seen = []
+        self._step, self._odd = [], []
         result = super().evaluation_loop(*args, **kwargs)
         fine = all(math.isfinite(value) for name, value in result.metrics.items() if name.endswith("_loss"))
         self._end_unless(fine, f"step {self.state.global_step}: the validation loss is not finite", "validation")
@@ -205,12 +200,12 @@ class Resumable(_Trainer):
         """Raise `RunEnded` in every process unless it is `fine` in all of them, with the rows of `part` to suspect."""
         if not _agreed(not fine, self.args):
             return
-        seen = gather_object([(document_hash(ids), loss) for ids, loss in self._seen])
-        odd = [key for key, loss in seen if loss is not None and not math.isfinite(loss)]
+        odd = gather_object([document_hash(ids) for ids in self._odd])
+        given = [ids for batch, _ in self._step if "input_ids" in batch for ids in documents_of(**batch)]
+        every = gather_object([document_hash(ids) for ids in given])  # finite losses, and a gradient that is not
         named_rows = {"input_ids", "where"} <= set(getattr(self._rows[part], "column_names", None) or ())
         places = locate(self._rows[part]) if named_rows else {}
-        # with finite losses and a gradient that is not: all that were seen
-        rows = sorted({places[key] for key in odd or [key for key, _ in seen] if key in places})
+        rows = sorted({places[key] for key in odd or every if key in places})
         named = ", ".join(rows[:ROWS_NAMED]) or "unknown"
         named += f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
         kept = ", ".join(sorted(path.name for path in Path(self.args.output_dir).glob("checkpoint-*"))) or "none"
@@ -225,12 +220,12 @@ class ResumableTrainer(Resumable, SFTTrainer):
 
 class Deadline(TrainerCallback):
     """Ends training with a checkpoint before `max_hours` are over, counted from the start of this process; None never
-    does. A resumable trainer asks it; to any other it does the same by itself."""
+    does. A resumable trainer then ends as by a signal, any other as if it had taken its last step."""
 
     def __init__(self, max_hours: float | None):
         self.end = psutil.Process().create_time() + max_hours * 3600 if max_hours else math.inf
         self.longest_step = self.longest_save = self.began = 0.0
-        self.asked = self.reached = False
+        self.reached = False
 
     def is_near(self) -> bool:
         """True when it is one more step and two saves away."""
@@ -246,14 +241,13 @@ class Deadline(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.longest_step = max(self.longest_step, time.monotonic() - self.began)
-        if not self.asked and self.end < math.inf and _agreed(self.is_near(), args):
-            control.should_save = self.reached = True
+        if self.end < math.inf and _agreed(self.is_near(), args):
+            say("--max-hours: training ends here, with a checkpoint")
+            control.should_save = control.should_training_stop = self.reached = True
         self.began = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
         self.longest_save = max(self.longest_save, time.monotonic() - self.began)
-        if self.reached and not self.asked:
-            raise _stopped("--max-hours", args, state)
 
 
 class _Events(TrainerCallback):
@@ -298,7 +292,8 @@ class _Events(TrainerCallback):
         best, now = checkpoint.with_name(f"checkpoint-{state.best_global_step}"), _description(Path(args.output_dir))
         known = args.load_best_model_at_end and state.best_global_step
         why = fault(best) if known and best != checkpoint else None
-        if before and now and any(before.get(key) != now.get(key) for key in JUDGES):
+        judges = "training.metric_for_best_model", "training.greater_is_better", "data.validation", "validation rows"
+        if before and now and any(before.get(key) != now.get(key) for key in judges):
             why = "what is best is judged otherwise now"
         if known and why:
             say(f"resume: {best}, the best checkpoint so far, is not used: {why}")
@@ -335,20 +330,12 @@ class _Events(TrainerCallback):
 
     def _stops(self) -> bool:
         """True in every process as soon as one of them was asked to stop, or its deadline is near."""
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, Deadline):
-                callback.asked = True
-                if callback.is_near():
-                    self.asked_by = self.asked_by or "--max-hours"
+        deadlines = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, Deadline)]
+        if not self.asked_by and any(each.reached or each.is_near() for each in deadlines):
+            self.asked_by = "--max-hours"
         if _agreed(self.asked_by is not None, self.trainer.args) and not self.asked_by:
             self.asked_by = "a signal to another process"
         return self.asked_by is not None
-
-
-def _stopped(reason, args, state) -> RunEnded:
-    step = state.global_step
-    message = f"stopped by {reason} after step {step}: {args.output_dir}/checkpoint-{step} is complete"
-    return RunEnded("stopped", f"{message}; run again with --resume")
 
 
 def _agreed(here: bool, args) -> bool:
