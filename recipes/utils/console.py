@@ -110,8 +110,7 @@ def quiet() -> Iterator[None]:
     warnings of what no user can mend. Afterwards all is as before, the environment too: libraries write into it."""
     bnb, trainer = logging.getLogger("bitsandbytes"), logging.getLogger("transformers.trainer_utils")
     with contextlib.ExitStack() as afterwards, warnings.catch_warnings():
-        afterwards.callback(os.environ.update, dict(os.environ))
-        afterwards.callback(_remove_new_variables, set(os.environ))
+        afterwards.callback(_restore_environment, dict(os.environ))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every fork
         if transformers := sys.modules.get("transformers"):
             hub, bars = sys.modules["huggingface_hub"].utils, transformers.utils.logging  # the latter switch both
@@ -126,8 +125,7 @@ def quiet() -> Iterator[None]:
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         # PEFT asks the hub at each save whether the vocabulary was changed; no recipe changes it
-        for message in ("Could not find a config file in", "Unable to fetch remote file due to the following error"):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", "Could not find a config file in|Unable to fetch remote file due to")
         afterwards.callback(bnb.setLevel, bnb.level)
         bnb.setLevel(logging.ERROR)
         # it takes a share of steps, such as save_steps: 0.1, for a change at each resume; check_same_run compares
@@ -140,9 +138,10 @@ def _no_step_changes(record: logging.LogRecord) -> bool:
     return "do not match the ones" not in str(record.msg)
 
 
-def _remove_new_variables(before: set[str]) -> None:
-    for name in os.environ.keys() - before:
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
         del os.environ[name]
+    os.environ.update(before)
 
 
 def recipe_parser(description: str | None, **others) -> ArgumentParser:
@@ -155,11 +154,9 @@ def recipe_parser(description: str | None, **others) -> ArgumentParser:
 
 def training_parser(description: str | None) -> ArgumentParser:
     """`CONFIG [--section.key VALUE ...] [--dry-run] [--resume [CHECKPOINT]]`, of the recipes that train."""
-    parser = recipe_parser(
-        description,
-        epilog="Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32\n"
-        "Its sections are the arguments of SFTConfig (training), LoraConfig (lora), BitsAndBytesConfig (quantization).",
-    )
+    keys = "Any key of the config can be given as a flag: --training.learning_rate 1e-4 --lora.r=32"
+    sections = "SFTConfig (training), LoraConfig (lora), BitsAndBytesConfig (quantization)"
+    parser = recipe_parser(description, epilog=f"{keys}\nIts sections are the arguments of {sections}.")
     again = "go on from a checkpoint; without a path, from the newest complete one of this config"
     settings = parser.add_mutually_exclusive_group(required=True)
     settings.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/mistral.yaml")
@@ -193,11 +190,8 @@ def _hook(kind, error, trace) -> None:
 
 def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> CommandLine:
     """What the words of `argv` and the YAML file that they name say; keys and values are for the libraries to judge.
-
-    Raises:
-        UserError: for a flag that is no key, a YAML or a section that is none, with `data_files` for absent data files.
-        SystemExit: 2 for what `parser` does not take, 0 for --help.
-    """
+    Raises `UserError` for a flag that is no key, a YAML or a section that is none, and with `data_files` for absent
+    data files; SystemExit 2 for what `parser` does not take, 0 for --help."""
     words, flags = _take_flags(argv)
     known, unknown = parser.parse_known_args(words)
     options = vars(known)
@@ -250,13 +244,10 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` is a word (1.1 reads false)."""
 
 
+# Added last, it is asked last: whole numbers match it too, and stay whole.
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
-# the resolver above also matches plain integers, so those are asked first
 _Loader.yaml_implicit_resolvers = {
-    first: sorted(
-        (pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool" or first in "tTfF"),
-        key=lambda pair: pair[0] != "tag:yaml.org,2002:int",
-    )
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
     for first, pairs in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -280,11 +271,13 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
     pairs: list[tuple[str, yaml.Node, yaml.Node | None]] = []
     for section, body in root.value:
         keys = body.value if isinstance(body, yaml.MappingNode) else []
-        pairs.append((_word(section, path), section, body if body.value and not keys else None))
-        pairs += [(f"{section.value}.{_word(key, path)}", key, value) for key, value in keys]
+        pairs.append((section.value, section, body if body.value and not keys else None))
+        pairs += [(f"{section.value}.{key.value}", key, value) for key, value in keys]
     seen: dict[str, int] = {}
     for name, key, value in pairs:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{path}:{line}: a key must be a word")
         if name in seen:
             raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
         seen[name] = line
@@ -293,12 +286,6 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
                 yield name, loader.construct_object(value, deep=True), line
         except yaml.MarkedYAMLError as error:
             raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
-
-
-def _word(key: yaml.Node, path: Path) -> str:
-    if not isinstance(key, yaml.ScalarNode):
-        raise UserError(f"{path}:{key.start_mark.line + 1}: a key must be a word")
-    return key.value
 
 
 def read_flags(words: list[str]) -> dict[str, object]:

@@ -64,20 +64,18 @@ def write_json(path: Path, content: dict) -> None:
 def write_jsonl(path: Path, objects: Iterable[dict]) -> None:
     """Write a line for each of `objects`, whole or not at all."""
     with whole_file(path) as file:
-        file.writelines(map(_line, objects))
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
 
 
 def append_jsonl(path: Path, objects: Iterable[dict]) -> None:
     """Add a line for each of `objects` to a JSONL file, in one write."""
     with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(map(_line, objects)))
+        file.write("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a run's JSONL file, [] where there is none; a line that a kill has cut off is left out.
-
-    Lines end at a line feed alone: answers may hold other separators, such as U+2028.
-    """
+    """The objects of a run's JSONL file, [] where there is none; a line that a kill has cut off is left out. Lines end
+    at a line feed alone: answers may hold other separators, such as U+2028."""
     found = []
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
@@ -89,10 +87,6 @@ def read_jsonl(path: Path) -> list[dict]:
 def keep_steps(path: Path, last: int) -> None:
     """Begin a run's JSONL file, or after a resume keep its lines up to the step `last`: later steps are done again."""
     write_jsonl(path, [line for line in read_jsonl(path) if line["step"] <= last])
-
-
-def _line(item: dict) -> str:
-    return json.dumps(item, ensure_ascii=False) + "\n"
 
 
 def sync(folder: Path) -> None:
@@ -113,19 +107,15 @@ def sync_path(path: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, which exists, for this process alone. The lock is the kernel's, so that none is left after a kill.
-
-    Raises:
-        UserError: if another process holds it. Where the file system has no locks, a line says so.
-    """
+    Raises `UserError` if another process holds it. Where the file system has no locks, a line says so."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            os.close(handle)
-            raise UserError(f"{folder}: is in use by another {_holder(folder)}; wait for it, or end it") from error
-        say(f"{folder}: cannot be locked here ({error.strerror}); start no second run in it")
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"{folder}: is in use by another {_holder(folder)}; wait for it, or end it") from error
+            say(f"{folder}: cannot be locked here ({error.strerror}); start no second run in it")
         yield
     finally:
         os.close(handle)
