@@ -122,9 +122,9 @@ def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | Non
     given, default, named = config.output_dir, Path(f"runs/{config.name}-{config.method}"), str(config.resume)
     checkpoint: Path | None = Path(named)
     if named == "latest":
-        records = {path: path / "run.json" for path in (default, *default.parent.glob(f"{default.name}-*"))}
-        written = {path: record.stat().st_mtime if record.is_file() else 0.0 for path, record in records.items()}
-        folder = Path(given) if given else max(written, key=lambda path: written[path])
+        records = [path / "run.json" for path in (default, *default.parent.glob(f"{default.name}-*"))]
+        newest = max(records, key=lambda record: record.stat().st_mtime if record.is_file() else 0.0)
+        folder = Path(given) if given else newest.parent
     else:
         folder = Path(named).parent
         if given and Path(given).resolve() != folder.resolve():
