@@ -33,7 +33,7 @@ class Ledger(TrainerCallback):
         known = hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())
         self.path, self.rows, self.on, self.noted = Path(folder) / LEDGER, rows, on and known, False
         self.step: list[tuple] = []  # (hash of the token ids, nats, tokens) of this step
-        self.pending: list[tuple] = []  # the same with step and epoch
+        self.pending: list[dict] = []  # the lines to be written, by that hash
         if on and not known:
             self._note("none is kept, since its rows are no Dataset of token ids")
 
@@ -55,20 +55,19 @@ class Ledger(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.on and not self.step:
             self._note("the loss goes round TRL's fused LM head, so that of single rows is not known")
-        self.pending += [(state.global_step, math.ceil(state.epoch), *seen) for seen in self.step]
+        for key, nll, tokens in self.step:
+            line = {"step": state.global_step, "epoch": math.ceil(state.epoch), "where": key}
+            self.pending.append(line | {"loss": round(nll / tokens, 6), "tokens": tokens})
         self.step.clear()
         if control.should_save:
             self.on_save(args, state, control)
 
     def on_save(self, args, state, control, **kwargs):
-        pending, self.pending = gather_object(self.pending) if self.on else [], []
-        lines = []
-        for step, epoch, key, nll, tokens in pending:
-            line = {"step": step, "epoch": epoch, "where": self.places.get(key), "loss": round(nll / tokens, 6)}
-            lines.append(line | {"tokens": tokens})
+        lines, self.pending = gather_object(self.pending) if self.on else [], []
         if state.is_world_process_zero and lines:
-            append_jsonl(self.path, [line for line in lines if line["where"]])
-            if not all(line["where"] for line in lines):
+            known = [line | {"where": self.places[line["where"]]} for line in lines if line["where"] in self.places]
+            append_jsonl(self.path, known)
+            if len(known) < len(lines):
                 self._note("rows that were trained on otherwise than it was given them, such as cut ones, are left out")
 
     on_epoch_end = on_save
@@ -98,9 +97,8 @@ def read_ledger(folder: Path) -> list[Row]:
     not the one any more that the run was trained on, so that its lines may be others.
 
     Rows are ranked by how far their loss is above the median of the rows trained on at the same time, in the mean over
-    the epochs: the loss itself falls as a run goes on, so that it would rank a row by when its turn was. Rows of the
-    same tokens share the first one's entry; the answers of a chat that is split have one each.
-    """
+    the epochs: the loss itself falls as a run goes on, and would rank a row by when its turn was. Rows of the same
+    tokens share the first one's entry; the answers of a chat that is split have one each."""
     path, record = Path(folder) / LEDGER, Path(folder) / "run.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no {LEDGER}; a run keeps one unless data.ledger is false")

@@ -91,10 +91,8 @@ class Progress(TrainerCallback):
 
 def metrics_line(logs: dict, names=tuple(SHOWN)) -> str:
     """Those of `names` that `logs` has, and the time left where it is known."""
-    known = {name: logs[name] for name in SHOWN if name in names and isinstance(logs.get(name), int | float)}
-    line = "".join(
-        SHOWN[name].format(value) for name, value in known.items() if name != "padding_share" or value > 0.005
-    )
+    known = [name for name in SHOWN if name in names and isinstance(logs.get(name), int | float)]
+    line = "".join(SHOWN[name].format(logs[name]) for name in known if name != "padding_share" or logs[name] > 0.005)
     if "seconds_left" in logs:
         seconds = int(logs["seconds_left"])
         line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

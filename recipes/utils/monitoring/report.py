@@ -1,9 +1,7 @@
 """report.html: what a run was, how it went, what came of it, in one file; its plots are SVG in the page's colours."""
 
 import io
-import math
 import re
-import statistics
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import TrainerCallback
 
 from recipes.utils.console import UserError, is_main_process, say
@@ -20,7 +18,7 @@ from recipes.utils.monitoring.ledger import read_ledger
 from recipes.utils.page import write_page
 
 MODELS = ("base", "adapter", "merged")  # as evaluation names them
-WRONG, OTHERS, WORST, POINTS = 8, 4, 20, 200  # rows that are shown; points of a curve that can be told apart
+WORST, POINTS = 20, 200  # rows of the ledger that are shown; points of a curve that can be told apart
 LONGEST = 3000  # characters of an answer that are compared and shown
 ALIKE = 0.4  # below this share of common words, marks would say no more than that it is another text
 CURVES = [  # title, unit, axis, {key of metrics.jsonl: name}
@@ -81,8 +79,11 @@ def write_report(folder: Path) -> None:
     answers = read_jsonl(evaluation / "predictions.jsonl")
     plots = []
     for title, unit, axis, keys in CURVES:
-        columns = {name: _column(metrics, key) for key, name in keys.items()}
-        if series := {name: column for name, column in columns.items() if column[0]}:
+        having = {key: [line for line in metrics if line.get(key) is not None] for key in keys}
+        series = {
+            keys[key]: ([one["step"] for one in own], [one[key] for one in own]) for key, own in having.items() if own
+        }
+        if series:
             plots.append(curves(title, unit, series, axis))
     try:
         worst = read_ledger(folder)[:WORST]
@@ -90,43 +91,14 @@ def write_report(folder: Path) -> None:
         worst = []
     write_page(
         folder / "report.html", "report.html", folder=folder.resolve().name, record=record, **scores.get("report", {}),
-        tiles=_tiles(record, metrics), curves=plots, distributions=_distributions(record, answers, ledger),
-        examples=_examples(answers), samples=samples[::-1], worst=worst, longest=LONGEST,
+        curves=plots, distributions=_distributions(record, answers, ledger), samples=samples[::-1], worst=worst,
+        metrics=metrics, answers=answers, models=MODELS, mark_differences=mark_differences, longest=LONGEST,
     )  # fmt: skip
-
-
-def _column(metrics: list[dict], key: str) -> tuple[list, list]:
-    """(steps, values) of the lines that have a value."""
-    having = [line for line in metrics if line.get(key) is not None]
-    return [line["step"] for line in having], [line[key] for line in having]
-
-
-def _tiles(record: dict, metrics: list[dict]) -> list[tuple[str, str]]:
-    """(figure, what it is) of the run as a whole."""
-    tiles = []
-    if losses := list(zip(*reversed(_column(metrics, "eval_loss")), strict=True)):
-        best, step = min(losses, key=lambda pair: (math.isnan(pair[0]), pair))
-        tiles.append((f"{best:.4f}", f"best validation loss, at step {step:,}"))
-    if metrics:
-        minutes, seconds = divmod(round(metrics[-1]["seconds"]), 60)
-        duration = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
-        tiles.append((f"{metrics[-1]['step']:,}", f"steps, {metrics[-1]['epoch']:.2f} epochs"))
-        tiles.append((duration, "of training"))
-    for key, name in {"tokens_per_second": "tokens", "trained_tokens_per_second": "tokens trained on"}.items():
-        if values := _column(metrics, key)[1]:
-            tiles.append((f"{statistics.median(values):,.0f}", f"{name} a second, in the middle"))
-    if memory := _column(metrics, "peak_memory_gb")[1]:
-        tiles.append((f"{max(memory):.1f} GB", "peak memory"))
-    rows = record.get("rows", {}).get("train", {})
-    if tokens := rows.get("tokens"):
-        trained = f"{rows['trained_tokens'] / tokens:.0%} trained on"
-        tiles.append((f"{rows['rows']:,}", f"train rows, {tokens:,} tokens, {trained}"))
-    return tiles
 
 
 def _distributions(record: dict, answers: list[dict], ledger: list[dict]) -> list[Markup]:
     plots = []
-    if lengths := record.get("rows", {}).get("train", {}).get("length_histogram"):
+    if lengths := (record.get("rows", {}).get("train") or {}).get("length_histogram"):
         plots.append(bars("Length of train rows", "tokens", lengths["edges"], {"rows": lengths["rows"]}))
     if ledger:
         last = {line["where"]: line["loss"] for line in ledger}
@@ -140,19 +112,6 @@ def _distributions(record: dict, answers: list[dict], ledger: list[dict]) -> lis
         tokens["expected"] = [line["expected_tokens"] for line in generated]
         plots.append(histogram("Length of answers", "tokens", tokens))
     return plots
-
-
-def _examples(answers: list[dict]) -> list[dict]:
-    """Rows with their answers marked: those that the tuned model got most wrong, then others as they come."""
-    generated = [line for line in answers if "answer" in line.get("adapter", {})]
-    ranked = sorted(generated, key=lambda line: line["adapter"]["chrf"])
-    wrong = [line for line in ranked if not line["adapter"]["exact_match"]][:WRONG]
-    shown = wrong + [line for line in generated if line not in wrong][:OTHERS]
-    for line in shown:
-        own = [(name, line[name]) for name in MODELS if name in line]
-        marked = [(name, mark_differences(line["expected"], answer["answer"]), answer) for name, answer in own]
-        line |= {"wrong": line in wrong, "answers": marked}
-    return shown
 
 
 def mark_differences(expected: str, answer: str) -> list[tuple[str, str]]:
@@ -192,9 +151,9 @@ def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: st
         if "zero" in axis:
             axes.set_ylim(bottom=0)
         if "share" in axis:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         elif len(every) and every.max() >= 1000:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return _svg(figure, title)
 
@@ -217,7 +176,7 @@ def bars(title: str, unit: str, edges: list[float], series: dict[str, list[int]]
             axes.stairs(rows, edges, fill=True, color=colour, alpha=0.3, linewidth=0)
             axes.stairs(rows, edges, color=colour, label=name, linewidth=1.4)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylim(bottom=0)
         return _svg(figure, title)
 
