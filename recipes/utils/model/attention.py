@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,18 +24,14 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Attention as transformers calls it: `query` (batch, heads, tokens, head size), `key` and `value` with the heads
-    of the model's key-value groups; returns (batch, tokens, heads, head size) and None for the weights.
-
-    The borders are the collator's `cu_seq_lens_q`, or where `position_ids` do not go on by one.
-    """
+    of the model's key-value groups; returns (batch, tokens, heads, head size) and None for the weights. The borders
+    are the collator's `cu_seq_lens_q`, or where `position_ids` do not go on by one."""
     borders, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     rows, positions = query.shape[0], kwargs.get("position_ids")
     if borders is None and attention_mask is None and positions is not None and 1 < query.shape[2] == key.shape[2]:
         borders = _borders(positions.expand(rows, -1))
     if borders is None or attention_mask is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError("varlen attention has no attention_dropout; use --model.attn_implementation sdpa")
     longest = int(borders.diff().max()) if longest is None else longest
@@ -45,13 +41,11 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     # for sdpa and does not know this kernel, which takes one dtype of 16 bit.
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    query, key, value = (states.to(dtype) for states in (query, key, value))
     # one row of all tokens: (tokens, heads, head size)
-    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    query, key, value = (states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     # the memory model calls the kernel too, with tensors that hold nothing
     attend = varlen_kernel if query.is_cuda or isinstance(query, FakeTensor) else attend_by_document
-    output = attend(query, key, value, borders, longest, scaling, window)
-    return output.unflatten(0, (rows, -1)), None
+    return attend(query, key, value, borders, longest, scaling, window).unflatten(0, (rows, -1)), None
 
 
 def varlen_kernel(query, key, value, borders, longest: int, scale, window: int | None):
@@ -75,10 +69,8 @@ def attend_by_document(query, key, value, borders, longest, scale, window):
 
 def _borders(positions: torch.Tensor) -> torch.Tensor:
     """Where documents begin in the flattened rows, and the end: int32, as the kernel wants it."""
-    first = torch.ones_like(positions, dtype=torch.bool)
-    first[:, 1:] = positions.diff(dim=1) != 1
-    starts = first.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
+    first = pad(positions.diff(dim=1) != 1, (1, 0), value=True)
+    return pad(first.flatten().nonzero().flatten(), (0, 1), value=positions.numel()).to(torch.int32)
 
 
 def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):

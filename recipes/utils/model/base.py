@@ -20,7 +20,6 @@ from recipes.utils.files import read_json
 VARLEN = "varlen"  # attention.py; with "flash" in it, transformers would look for that package
 ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
 SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.txt", "*.py"]  # all of a model but its weights
-ROWS_LOOKED_AT = 200  # for the control tokens that they use
 PICKLED = (
     "has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: transformers' "
     "from_pretrained and save_pretrained, on a machine that you can spare"
@@ -47,10 +46,8 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     tokenizer, template and, unless `weights` is False, the safetensors that its index names.
 
     The commit is `commit`; without it that of `options.adapter`, unless there is an `options.revision`; else what the
-    revision stands for today. The cache serves what it has whole. The network is used here and nowhere else.
-
-    Raises:
-        UserError: if there is no such folder or model, or the hub cannot be reached and the cache has it not whole.
+    revision stands for today. The cache serves what it has whole. The network is used here and nowhere else. Raises
+    `UserError` if there is no such folder or model, or the hub cannot be reached and the cache has it not whole.
     """
     name = options.name_or_path
     if Path(name).is_dir():
@@ -104,8 +101,7 @@ def _download(name: str, commit: str, weights: bool) -> Path | None:
     if weights and not constants.HF_HUB_OFFLINE:
         size = sum(file.file_size for file in snapshot_download(name, dry_run=True, **how) if file.will_download)
         say(f"base: fetching {size / 1e9:,.2f} GB of {name} from the Hugging Face hub, once")
-        # its bar shows where the libraries' bars are off
-        snapshot_download(name, tqdm_class=tqdm if is_main_process() else None, **how)
+        snapshot_download(name, tqdm_class=tqdm if is_main_process() else None, **how)  # the libraries' bars are off
     return _cached(name, commit, weights)
 
 
@@ -117,29 +113,28 @@ def _loading(name: str):
     try:
         yield
     except (OSError, errors.RevisionResolutionError, errors.HFValidationError) as error:
-        raise UserError(f"{name}{_what_to_do(error, name)}") from error
+        raise UserError(name + _what_to_do(error, name)) from error
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
 def _what_to_do(error: Exception, name: str) -> str:
-    chain = (error, error.__cause__, error.__context__)
+    chain, hub = (error, error.__cause__, error.__context__), "the Hugging Face hub"
+    private = f"no such model on {hub}; if it is a private one: hf auth login"
+    unreached = (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, ConnectionError)
+    mends = {  # the first that fits: some kinds are kinds of another
+        errors.GatedRepoError: f" is gated: accept its licence at https://huggingface.co/{name}, then: hf auth login",
+        errors.RepositoryNotFoundError: f": no such folder here, and {private}",
+        errors.RevisionNotFoundError: f": {hub} has no such model.revision; it is a branch, a tag or a commit",
+        errors.HFValidationError: ": there is no such folder; paths are relative to where the command runs",
+        unreached: f": there is no such folder here, and {hub} cannot be reached; give a folder as model.name_or_path",
+    }
+    for kinds, mend in mends.items():
+        if any(isinstance(one, kinds) for one in chain):
+            return mend
     text = " ".join(map(str, chain)).lower()
-
-    def found(*kinds) -> bool:
-        return any(isinstance(one, kinds) for one in chain)
-
-    if found(errors.GatedRepoError):
-        return f" is gated: accept its licence at https://huggingface.co/{name}, then: hf auth login"
-    if found(errors.RepositoryNotFoundError):
-        return ": no such folder here, and no such model on the Hugging Face hub; if it is a private one: hf auth login"
-    if found(errors.RevisionNotFoundError):
-        return ": the Hugging Face hub has no such model.revision; it is a branch, a tag or a commit"
-    if found(errors.HFValidationError):
-        return ": there is no such folder; paths are relative to where the command runs"
-    if found(errors.RevisionResolutionError, errors.LocalEntryNotFoundError, ConnectionError) or "connect" in text:
-        unreached = "the Hugging Face hub cannot be reached; give a folder as model.name_or_path"
-        return f": there is no such folder here, and {unreached}"
+    if "connect" in text:
+        return mends[unreached]
     return f": {PICKLED}" if "safetensors" in text else f": {str(error).splitlines()[0]}"
 
 
@@ -184,24 +179,22 @@ def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str
     elif torch.cuda.get_device_capability()[0] < 8:
         missing = f"{torch.cuda.get_device_name()} is older than Ampere"
     no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
-    if setting == "auto":
-        if not no_flash:
-            return "flash_attention_2", "fastest"
-        if not missing:
-            return VARLEN, f"torch's own, chat by chat; {no_flash}"
+    if setting == "auto" and missing:
         return "sdpa", f"no faster one here: {missing}"
+    if setting == "auto":
+        return (VARLEN, f"torch's own, chat by chat; {no_flash}") if no_flash else ("flash_attention_2", "fastest")
     if setting not in ATTENTIONS:
-        known = "use auto, varlen, sdpa, eager or flash_attention_2"
-        raise UserError(f"model.attn_implementation: unknown {setting!r}; {known}")
-    if setting == "flash_attention_2" and no_flash:
+        wrong = f"unknown {setting!r}; use auto, varlen, sdpa, eager or flash_attention_2"
+    elif setting == "flash_attention_2" and no_flash:
         wants = "an Ampere or newer GPU and: pip install --no-build-isolation -r requirements-gpu.txt"
-        why = f"{no_flash}. It wants {wants}; auto takes what is there"
-        raise UserError(f"model.attn_implementation: flash_attention_2 cannot be had here: {why}")
-    if setting == VARLEN and missing and not on_cpu:
-        raise UserError(f"model.attn_implementation: varlen cannot be had here: {missing}; auto takes what is there")
-    if setting == "flex_attention" and use_cpu:
-        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use auto")
-    return setting, "as asked for"
+        wrong = f"flash_attention_2 cannot be had here: {no_flash}. It wants {wants}; auto takes what is there"
+    elif setting == VARLEN and missing and not on_cpu:
+        wrong = f"varlen cannot be had here: {missing}; auto takes what is there"
+    elif setting == "flex_attention" and use_cpu:
+        wrong = "flex_attention cannot train on a CPU; use auto"
+    else:
+        return setting, "as asked for"
+    raise UserError(f"model.attn_implementation: {wrong}")
 
 
 def register_varlen() -> None:
@@ -239,7 +232,7 @@ def load_base(base: Path, options: ModelOptions, attention: str, quantization_co
 def check_tokens(model, rows, tokenizer) -> list[Finding]:
     """Control tokens of `rows` (a Dataset with `input_ids` and `labels`) whose embedding or head row looks untrained in
     this base, by its norm against the vocabulary's: the head row decides when the model stops."""
-    sample = rows.select(range(min(len(rows), ROWS_LOOKED_AT)))
+    sample = rows.select(range(min(len(rows), 200)))  # enough to see which control tokens are used
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     read = special & {token for ids in sample["input_ids"] for token in ids}
     learnt = special & {label for labels in sample["labels"] for label in labels}
@@ -250,11 +243,10 @@ def check_tokens(model, rows, tokenizer) -> list[Finding]:
             continue
         norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
         middle = norms.median().item()
-        odd = [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]
-        if odd:
+        if odd := [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]:
             named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} (norm {norms[i]:.2g})" for i in odd)
-            cost = head.numel() * 16 / 1e9  # a trained copy in float32, its gradient, and Adam's two moments
             looks = f"looks untrained in this base (the vocabulary's median norm is {middle:.2g})"
+            cost = head.numel() * 16 / 1e9  # a trained copy in float32, its gradient, and Adam's two moments
             mend = f"train the head: --lora.modules_to_save '[lm_head]' ({cost:.1f} GB more)"
             so = f"so the model may not learn to stop. Start from the Instruct model, or {mend}"
             findings.append(Finding("warn", f"{named}: the {name} row {looks}, {so}"))
