@@ -1,6 +1,5 @@
 """Scores on answer tokens and greedy answers, for any causal LM: base, adapter or merged; row by row and summed up."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -43,8 +42,7 @@ def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_
     """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on all its answer tokens,
     and `tokens`, how many they are. The first `max_rows` have also the greedy `answer` to their last prompt, whether it
     ended by itself (`stopped`), its length (`answer_tokens`), what was `expected` (`expected_tokens`), and the scores
-    of `score_text`. `figures` sums them up.
-    """
+    of `score_text`. `figures` sums them up."""
     encoded = encoder.encode(chats)
     losses = score_rows(model, encoder, encoded)
     rows: list[dict] = []
@@ -54,13 +52,12 @@ def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_
         rows.append({"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)})
 
     asked = [chat._replace(messages=[{**turn, "weight": 1} for turn in chat.messages]) for chat in chats[:max_rows]]
-    last = encoder.encode(asked, train_on="last")
-    answers_ids = [[label for label in row.labels if label != -100] for row in last]
+    wanted = [[label for label in row.labels if label != -100] for row in encoder.encode(asked, train_on="last")]
     if max_new_tokens is None:  # room for the longest expected answer and some more, so that babble shows
-        max_new_tokens = min(1024, max(map(len, answers_ids)) + 16)
+        max_new_tokens = min(1024, max(map(len, wanted)) + 16)
     prompts = [encoder.prompt_ids(chat.messages[:-1], chat.tools) for chat in asked]
     answers = generate_answers(model, encoder, prompts, max_new_tokens)
-    for row, ids, answer in zip(rows, answers_ids, answers, strict=False):
+    for row, ids, answer in zip(rows, wanted, answers, strict=False):
         expected = encoder.tokenizer.decode(ids, skip_special_tokens=True)
         row |= {"expected": expected, "expected_tokens": len(ids), "answer": answer.text, "stopped": answer.stopped}
         row |= {"answer_tokens": answer.tokens, **score_text(expected, answer.text)}
@@ -79,24 +76,22 @@ def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
     are. Only these go through the LM head, some at a time, so no full logits are held."""
     model.eval()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    scores, pad = np.zeros((len(encoded), 3)), functools.partial(pad_sequence, batch_first=True)
+    scores = np.zeros((len(encoded), 3))
     for batch in batches([len(row.input_ids) for row in encoded]):
         rows = [torch.tensor(encoded[index].input_ids, device=model.device) for index in batch]
-        ids = pad(rows, padding_value=encoder.tokenizer.pad_token_id or 0)
-        mask = pad([torch.ones_like(row) for row in rows])
-        next_labels = [torch.tensor(encoded[index].labels[1:], device=model.device) for index in batch]
-        labels = pad(next_labels, padding_value=-100)
+        ids = pad_sequence(rows, batch_first=True, padding_value=encoder.tokenizer.pad_token_id or 0)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        labels = [torch.tensor(encoded[index].labels[1:], device=model.device) for index in batch]
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-        learnt = labels != -100
-        losses, right = [], []
+        learnt, by_token = labels != -100, []
         parts = (part.split(TOKENS_A_HEAD) for part in (hidden[learnt], labels[learnt]))
         for states, wanted in zip(*parts, strict=True):
             logits = base.lm_head(states).float()
-            losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
-            right.append(logits.argmax(-1) == wanted)
-        by_token = torch.stack([torch.cat(losses), torch.cat(right).float(), torch.ones_like(torch.cat(losses))], 1)
-        row_of = learnt.nonzero()[:, 0]
-        scores[batch] = torch.zeros(len(batch), 3).double().index_add_(0, row_of.cpu(), by_token.double().cpu()).numpy()
+            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+            by_token.append(torch.stack([loss, (logits.argmax(-1) == wanted).float(), torch.ones_like(loss)], 1))
+        row_of, found = learnt.nonzero()[:, 0].cpu(), torch.cat(by_token).double().cpu()
+        scores[batch] = torch.zeros(len(batch), 3).double().index_add_(0, row_of, found).numpy()
     return scores
 
 
@@ -120,11 +115,8 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
 def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict[str, dict], forgetting="") -> dict:
     """Write RUN/evaluation/: PART.jsonl for each of `parts` (the `predictions`, and the rows `forgetting` of the file
     of that name), an object a row with where, tag, prompt, expected, and each model's answer and scores; then
-    metrics.json.
-
-    `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json holds: `sum_up` of the predictions,
-    under "forgetting" the same of those, and under "report" what report.html shows.
-    """
+    metrics.json. `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json holds: `sum_up` of the
+    predictions, under "forgetting" the same of those, and under "report" what report.html shows."""
     folder = Path(run_folder) / "evaluation"
     folder.mkdir(exist_ok=True)
     for part, chats in parts.items():
@@ -137,12 +129,12 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
             lines.append(line)
         write_jsonl(folder / f"{part}.jsonl", lines)
     metrics = sum_up(scored["predictions"], parts["predictions"])
-    if "forgetting" in parts:
-        metrics["forgetting"] = sum_up(scored["forgetting"], parts["forgetting"]) | {"data": str(forgetting)}
     titled = {"": metrics} | {f"tag {tag}": part for tag, part in metrics.get("tags", {}).items()}
-    if "forgetting" in metrics:
-        titled[f"forgetting, on {forgetting}"] = metrics["forgetting"]
-    tables = [_table(title, _by_model(part), part["differences"]) for title, part in titled.items()]
+    if "forgetting" in parts:
+        lost = sum_up(scored["forgetting"], parts["forgetting"]) | {"data": str(forgetting)}
+        metrics["forgetting"] = titled[f"forgetting, on {forgetting}"] = lost
+    models = scored["predictions"]
+    tables = [_table(title, {name: own[name] for name in models}, own["differences"]) for title, own in titled.items()]
     verdicts = [sentence(pair, found) for pair, found in metrics["differences"].items()]
     metrics["report"] = {"verdicts": verdicts, "tables": tables}
     write_json(folder / "metrics.json", metrics)
@@ -158,7 +150,7 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
 
 def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
     """{"base": figures, "adapter": figures, ..., "differences": {"adapter against base": `compare`, ...}, "tags": {tag:
-    the same for the rows with that `tag`}, "of": which rows they are} of what `evaluate` gave for each model."""
+    the same for the rows with that `tag`}, "of": which rows they are} of what `evaluate` gave for each of `MODELS`."""
     found, tags = _figures_and_differences(scored), [_tag(chat) for chat in chats]
     for tag in sorted({tag for tag in tags if tag}):
         rows = {name: [row for row, own in zip(rows, tags, strict=True) if own == tag] for name, rows in scored.items()}
@@ -168,13 +160,9 @@ def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
 
 
 def _figures_and_differences(scored: dict) -> dict:
-    pairs = itertools.combinations(_by_model(scored), 2)
+    pairs = itertools.combinations(scored, 2)
     differences = {f"{ours} against {theirs}": compare(scored[ours], scored[theirs]) for theirs, ours in pairs}
-    return {name: figures(rows) for name, rows in _by_model(scored).items()} | {"differences": differences}
-
-
-def _by_model(found: dict) -> dict:
-    return {name: found[name] for name in MODELS if name in found}
+    return {name: figures(rows) for name, rows in scored.items()} | {"differences": differences}
 
 
 def _tag(chat: Chat) -> str:
@@ -212,12 +200,9 @@ def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
         _print(table)
     if "forgetting" in metrics:
         found = metrics["forgetting"]["differences"]["adapter against base"]
-        lost = [
-            f"{SCORES[name].label} ({show_interval(name, one)})"
-            for name, one in found.items()
-            if one["verdict"] == "worse"
-        ]
-        say(f"\nlost: {', '.join(lost) or 'nothing that these rows can show'}")
+        worse = [(name, one) for name, one in found.items() if one["verdict"] == "worse"]
+        lost = ", ".join(f"{SCORES[name].label} ({show_interval(name, one)})" for name, one in worse)
+        say(f"\nlost: {lost or 'nothing that these rows can show'}")
     for text in metrics["report"]["verdicts"]:
         say("\n" + text)
     for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):

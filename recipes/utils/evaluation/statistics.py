@@ -12,8 +12,7 @@ import numpy as np
 UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORDS = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\W_])+")
 MOST_DRAWS, FEWEST_DRAWS = 9999, 999
-NUMBERS = 20_000_000  # resampled values in all, so that many rows take seconds
-NUMBERS_AT_ONCE = 5_000_000  # held at a time: 40 MB
+NUMBERS, NUMBERS_AT_ONCE = 20_000_000, 5_000_000  # resampled: in all, so that it takes seconds; at a time, in 40 MB
 # Below these no verdict is given, whatever the interval says. The percentile interval is too narrow on few rows, and
 # with fewer than six rows that differ even a sign test could not reach 5 % (2 * 0.5**5 = 0.06).
 FEWEST_ROWS, FEWEST_DIFFERENT = 20, 6
@@ -28,16 +27,12 @@ class Score(NamedTuple):
 
 
 SCORES = {
-    "loss": Score("loss", ".4f", -1),
-    "perplexity": Score("perplexity", ".4f", -1),
-    "token_accuracy": Score("token accuracy", ".1%", 1),
-    "exact_match": Score("exact match", ".1%", 1),
-    "rouge_l": Score("ROUGE-L", ".1%", 1),
-    "chrf": Score("chrF", ".1f", 1),
-    "valid_json": Score("valid JSON", ".1%", 1),
-    "stopped": Score("stopped", ".1%", 1),
+    "loss": Score("loss", ".4f", -1), "perplexity": Score("perplexity", ".4f", -1),
+    "token_accuracy": Score("token accuracy", ".1%", 1), "exact_match": Score("exact match", ".1%", 1),
+    "rouge_l": Score("ROUGE-L", ".1%", 1), "chrf": Score("chrF", ".1f", 1),
+    "valid_json": Score("valid JSON", ".1%", 1), "stopped": Score("stopped", ".1%", 1),
     "answer_tokens": Score("answer tokens", ".1f", 0),
-}
+}  # fmt: skip
 BY_TOKEN = ("loss", "perplexity", "token_accuracy")  # weighted by a row's answer tokens; the others count rows
 
 
@@ -63,11 +58,8 @@ def score_text(expected: str, answer: str) -> dict:
     `expected` is a JSON object or array, `valid_json`: `answer` is one too."""
     expected, answer = expected.strip(), answer.strip()
     rouge, chrf = _scorers()
-    scores = {
-        "exact_match": answer == expected,
-        "rouge_l": rouge.score(expected, answer)["rougeL"].fmeasure,
-        "chrf": chrf.sentence_score(answer, [expected]).score,
-    }
+    scores = {"exact_match": answer == expected, "rouge_l": rouge.score(expected, answer)["rougeL"].fmeasure}
+    scores["chrf"] = chrf.sentence_score(answer, [expected]).score
     return scores | ({"valid_json": _is_json(answer)} if _is_json(expected) else {})
 
 
@@ -91,10 +83,8 @@ def column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 def figure(values, weights, name: str, axis: int = -1):
     """The figure that a `column` of the score `name` comes to, along `axis`."""
     mean = (values * weights).sum(axis) / weights.sum(axis)
-    if name != "perplexity":
-        return mean
     with np.errstate(over="ignore"):
-        return np.exp(mean)
+        return np.exp(mean) if name == "perplexity" else mean
 
 
 def figures(rows: list[dict]) -> dict:
@@ -121,9 +111,7 @@ def interval(statistic, *columns: np.ndarray) -> tuple[float, float]:
 def own_interval(rows: list[dict], name: str) -> tuple[float, float] | None:
     """The 95 % interval of one model's figure `name` on `rows`; None for fewer than two rows."""
     values, weights = column(rows, name)
-    if len(values) < 2:
-        return None
-    return interval(lambda values, weights, axis=-1: figure(values, weights, name, axis), values, weights)
+    return interval(functools.partial(figure, name=name), values, weights) if len(values) > 1 else None
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> dict:
@@ -147,18 +135,15 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
 
 
 def _verdict(name: str, low, high, rows: int, different: int) -> str:
-    if not different or (rows >= FEWEST_ROWS and all(_is_zero(name, end) for end in (low, high))):
+    few = rows < FEWEST_ROWS
+    # Also where the interval is zero in the figures that are shown: rounding, such as that of a merge.
+    if not different or not (few or any(re.search("[1-9]|nan|inf", show_difference(name, end)) for end in (low, high))):
         return "the same"
-    if rows < FEWEST_ROWS or different < FEWEST_DIFFERENT or not (low > 0 or high < 0):  # NaN says nothing either
+    if few or different < FEWEST_DIFFERENT or not (low > 0 or high < 0):  # NaN says nothing either
         return "too few rows to say"
     if not SCORES[name].better:
         return "longer" if low > 0 else "shorter"
     return "better" if (low > 0) == (SCORES[name].better > 0) else "worse"
-
-
-def _is_zero(name: str, value: float) -> bool:
-    """True for a difference that is zero in the figures that are shown: rounding, such as that of a merge."""
-    return not re.search("[1-9]|nan|inf", show_difference(name, value))
 
 
 def sentence(pair: str, comparison: dict) -> str:
