@@ -74,8 +74,7 @@ def _config(method: str, given: dict) -> Config:
         elif name not in FLAGS:
             raise UserError(_where_it_belongs(name, values))
     flags = {name: value for name, value in sections.items() if name in FLAGS}
-    plain = {key: _plain(value) for key, value in settings.items()}
-    return load_config(path or _family(str(given["model_name"])), plain, method, **flags)
+    return load_config(path or _family(str(given["model_name"])), settings, method, **flags)
 
 
 def _where_it_belongs(name: str, value: object) -> str:
@@ -87,13 +86,6 @@ def _where_it_belongs(name: str, value: object) -> str:
     by_section = "further settings are given by section, such as training={'max_length': 1024}"
     wanted = f"{keys[meant]}={{{meant!r}: {value!r}}}" if meant in keys else f"{meant}={value!r}"
     return f"{name}: no such argument; {f'did you mean {wanted}?' if meant else by_section}"
-
-
-def _plain(value):
-    """Paths as the strings that a YAML would hold."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _family(model_name: str) -> Path:

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from jsonargparse import ArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
-from recipes.utils.config.keys import SECTIONS, check_classes, check_value, known_key, type_checker
-from recipes.utils.console import CommandLine, UserError, near, read_yaml
+from recipes.utils.config.keys import SECTIONS, check_classes, check_value, did_you_mean, known_key
+from recipes.utils.console import CommandLine, UserError, read_yaml
 from recipes.utils.data import DataOptions
 from recipes.utils.files import file_hash, read_json
 from recipes.utils.model import ModelOptions, check_adapter, check_initialisation
@@ -47,9 +48,9 @@ class Config:
 
     def sections(self) -> dict[str, dict]:
         """The sections in full, as plain dicts: what run.json keeps, and what `load_config` reads there."""
-        training = {**self.training, "report_to": list(self.trackers) or "none"}
         return {
-            "model": asdict(self.model), "data": asdict(self.data), "lora": dict(self.lora), "training": training,
+            "model": asdict(self.model), "data": asdict(self.data), "lora": dict(self.lora),
+            "training": {**self.training, "report_to": list(self.trackers) or "none"},
             "quantization": dict(self.quantization),
         }  # fmt: skip
 
@@ -60,27 +61,20 @@ def read_config(given: CommandLine, method: str) -> Config:
     if given.options.get("from_run"):
         return load_config(given.options["from_run"], given.flags, method, **flags)
     path = Path(given.options["config"])
-    return _resolve(path, path.stem, given.yaml | _from_flags(given.flags), method, flags)
+    return _resolve(path, path.stem, given.yaml, given.flags, method, flags)
 
 
 def load_config(path: str | Path, overrides: Mapping[str, object], method: str, **flags) -> Config:
     """`path` (a YAML file, a run's folder or its run.json) with `overrides` laid over it, {"training.max_steps": 10};
-    `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`.
-
-    Raises:
-        UserError: for anything that is not a key of the library class behind its section, or not a value of its type.
-    """
+    `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`. Raises `UserError` for anything that is not a key
+    of the library class behind its section, or not a value of its type."""
     path = Path(path)
     path = path / "run.json" if path.is_dir() else path
     if path.suffix == ".json":
         name, given = _read_record(path, method)
     else:
         name, given = path.stem, {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
-    return _resolve(path, name, given | _from_flags(overrides), method, flags)
-
-
-def _from_flags(flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
-    return {key: (value, f"--{key}") for key, value in flags.items()}
+    return _resolve(path, name, given, overrides, method, flags)
 
 
 def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, str]]]:
@@ -99,28 +93,29 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
             where = "paths are relative to where the command runs"
             raise UserError(f"{path}: {file} is not there as the run had it; {where}")
     if record.get("commit"):
-        sections["model"] = {**sections["model"], "revision": record["commit"]}
+        sections["model"]["revision"] = record["commit"]
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     given = [key for key, value in settings.items() if value is not None and key not in RESOLVED]
     return name, {key: (settings[key], str(path)) for key in given}
 
 
-def _resolve(path: Path, name: str, given: dict[str, tuple[object, str]], method: str, flags: dict) -> Config:
-    """Check every key of `given` and fill in what follows from others, and from this machine."""
+def _resolve(path: Path, name: str, given: dict, overrides: Mapping[str, object], method: str, flags: dict) -> Config:
+    """Check every key of `given`, {section.key: (value, where)}, and of the `overrides` laid over it, and fill in what
+    follows from others, and from this machine."""
+    given = given | {key: (value, f"--{key}") for key, value in overrides.items()}
     sections: dict[str, dict] = {section: {} for section in SECTIONS}
-    checker, problems = type_checker(), []
+    checker, problems = ArgumentParser(exit_on_error=False), []
+    for section, section_class in SECTIONS.items():
+        checker.add_class_arguments(section_class, section)
     for full, (value, where) in given.items():
         try:
             section, key = known_key(full, method)
-            sections[section][key] = check_value(checker, section, key, value)
+            sections[section][key] = check_value(checker, section, key, _relative(value))
         except UserError as error:
             problems.append(f"{where}: {error}")
     problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]
     if problems:
         raise UserError("\n".join(problems))
-    for section in ("model", "data", "training"):
-        sections[section] = {key: _relative(value) for key, value in sections[section].items()}
-
     model, data, training = ModelOptions(**sections["model"]), DataOptions(**sections["data"]), sections["training"]
     lora, quantization = {"task_type": "CAUSAL_LM", **sections["lora"]}, sections["quantization"]
     output_dir, use_cpu_asked = training.pop("output_dir", None), bool(training.get("use_cpu"))
@@ -136,10 +131,8 @@ def _resolve(path: Path, name: str, given: dict[str, tuple[object, str]], method
         "report_to": "none",
     }
     if training["bf16"] and not training["use_cpu"] and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; use --model.dtype float16, or "
-            "float32 for Qwen2, which gives NaN in float16"
-        )
+        mend = "use --model.dtype float16, or float32 for Qwen2, which gives NaN in float16"
+        raise UserError(f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; {mend}")
     check_initialisation(lora)
     check_adapter(model.adapter)
     check_classes({"training": training, "lora": lora, "quantization": quantization}, given, path)
@@ -153,9 +146,11 @@ def _resolve(path: Path, name: str, given: dict[str, tuple[object, str]], method
 
 def _relative(value):
     """An absolute path as one relative to where the command runs: paths end up in the run folder and in trackers, and
-    where a home folder or a customer's data lies is nobody's business to whom the adapter is given."""
-    if isinstance(value, list):
+    where a home folder or a customer's data lies is nobody's business to whom the adapter is given. What Python gives
+    as a `Path` or a tuple is what a YAML would hold."""
+    if isinstance(value, (list, tuple)):
         return [_relative(each) for each in value]
+    value = str(value) if isinstance(value, Path) else value
     return os.path.relpath(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
@@ -166,9 +161,8 @@ def _trackers(names: str | list[str] | None, path: Path) -> tuple[str, ...]:
         names = get_available_reporting_integrations()
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK and name != "none":
-            meant = near(name, INTEGRATION_TO_CALLBACK)
-            mend = f"did you mean {meant!r}?" if meant else f"there are {', '.join(INTEGRATION_TO_CALLBACK)}"
-            raise UserError(f"{path}: training.report_to: {name!r} is unknown; {mend}")
+            mend = did_you_mean(name, INTEGRATION_TO_CALLBACK) or f"; there are {', '.join(INTEGRATION_TO_CALLBACK)}"
+            raise UserError(f"{path}: training.report_to: {name!r} is unknown{mend}")
     return tuple(name for name in names if name != "none")
 
 
@@ -182,18 +176,13 @@ def _check_together(data: DataOptions, training: dict, quantization: dict, path:
         raise UserError(f"{path}: training.max_length: a length in tokens is needed, such as 2048")
     for key in ("eval_strategy", "load_best_model_at_end") if data.validation is None else ():
         if training.get(key) not in (None, False, "no"):
-            raise UserError(
-                f"{path}: training.{key} needs validation rows: --data.validation 0.05, or without them "
-                "--training.eval_strategy no --training.load_best_model_at_end false"
-            )
+            mend = "or without them --training.eval_strategy no --training.load_best_model_at_end false"
+            raise UserError(f"{path}: training.{key} needs validation rows: --data.validation 0.05, {mend}")
 
 
 def check_machine(config: Config) -> None:
-    """Refuse a run that this machine cannot do, before data or a base is looked for.
-
-    Raises:
-        UserError: several GPUs without a launcher, FSDP that would not take place, Liger's kernels on a CPU.
-    """
+    """Raise `UserError`, before data or a base is looked for, where this machine cannot do the run: several GPUs
+    without a launcher, FSDP that would not take place, Liger's kernels on a CPU."""
     use_cpu, dtype, recipe = config.training["use_cpu"], config.model.dtype, f"recipes/sft_{config.method}.py"
     gpus, sharded = 0 if use_cpu else torch.cuda.device_count(), os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if sharded and use_cpu:
@@ -202,10 +191,8 @@ def check_machine(config: Config) -> None:
         mend = f"--quantization.bnb_4bit_quant_storage {dtype}"
         raise UserError(f"FSDP leaves 4-bit weights that are kept as bytes whole on each GPU: {mend}")
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"{gpus} GPUs are visible and no launcher was used: accelerate launch --num_processes {gpus} {recipe} ..., "
-            f"or one GPU: CUDA_VISIBLE_DEVICES=0 python {recipe} ..."
-        )
+        launch, one = f"accelerate launch --num_processes {gpus} {recipe}", f"CUDA_VISIBLE_DEVICES=0 python {recipe}"
+        raise UserError(f"{gpus} GPUs are visible and no launcher was used: {launch} ..., or one GPU: {one} ...")
     if config.training.get("use_liger_kernel") and not (gpus and is_liger_kernel_available()):
         why = "it is not installed: pip install liger-kernel" if gpus else "its kernels run on a GPU alone"
         raise UserError(f"training.use_liger_kernel: {why}; or leave the key out")

@@ -19,39 +19,29 @@ _CLASSES: tuple[type, ...] = (ModelOptions, DataOptions, LoraConfig, SFTConfig, 
 SECTIONS = dict(zip(SECTION_NAMES, _CLASSES, strict=True))
 
 RENAMED = {
-    "training.max_seq_length": "training.max_length",
-    "training.evaluation_strategy": "training.eval_strategy",
+    "training.max_seq_length": "training.max_length", "training.evaluation_strategy": "training.eval_strategy",
     "training.warmup_ratio": "training.warmup_steps, which takes a share of all steps below 1",
-    "training.group_by_length": "training.packing",
-    "training.no_cuda": "training.use_cpu",
+    "training.group_by_length": "training.packing", "training.no_cuda": "training.use_cpu",
     "training.overwrite_output_dir": "nothing: a folder that holds a run is never overwritten",
     "training.save_safetensors": "nothing: safetensors are always written",
-    "training.torch_dtype": "model.dtype",
-    "model.torch_dtype": "model.dtype",
-    "model.model_name_or_path": "model.name_or_path",
-    "model.attn_impl": "model.attn_implementation",
-    "lora.lora_r": "lora.r",
-    "lora.alpha": "lora.lora_alpha",
-    "lora.dropout": "lora.lora_dropout",
-    "lora.lora_target_modules": "lora.target_modules",
+    "training.torch_dtype": "model.dtype", "model.torch_dtype": "model.dtype",
+    "model.model_name_or_path": "model.name_or_path", "model.attn_impl": "model.attn_implementation",
+    "lora.lora_r": "lora.r", "lora.alpha": "lora.lora_alpha", "lora.dropout": "lora.lora_dropout",
+    "lora.lora_target_modules": "lora.target_modules", "training.epochs": "training.num_train_epochs",
     "training.batch_size": "training.per_device_train_batch_size",
-    "training.epochs": "training.num_train_epochs",
     "training.resume_from_checkpoint": "the flag --resume [CHECKPOINT]",
-}
+}  # fmt: skip
 
 _NO_USE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
 _OF_LABELS = ("assistant_only_loss", "completion_only_loss", "eos_token", "pad_token", "dataset_text_field",
               "dataset_kwargs", "truncation_mode", "formatting_func")  # fmt: skip
 REFUSED = {
     **{f"training.{key}": _NO_USE for key in _OF_LABELS},
-    "training.chat_template_path": "use model.chat_template",
-    "training.model_init_kwargs": "use the section `model`",
+    "training.chat_template_path": "use model.chat_template", "training.model_init_kwargs": "use the section `model`",
     "training.trust_remote_code": "use model.trust_remote_code",
-    "training.bf16": "it follows model.dtype",
-    "training.fp16": "it follows model.dtype",
+    "training.bf16": "it follows model.dtype", "training.fp16": "it follows model.dtype",
     "training.do_train": "a recipe trains; recipes/evaluate_adapter.py evaluates",
-    "training.do_eval": "use training.eval_strategy",
-    "training.do_predict": "use recipes/evaluate_adapter.py",
+    "training.do_eval": "use training.eval_strategy", "training.do_predict": "use recipes/evaluate_adapter.py",
     "training.hub_token": "it would be written into every checkpoint; use: hf auth login",
     "training.push_to_hub": "a run writes to its folder alone; afterwards: hf upload NAME RUN_FOLDER",
     "training.save_only_model": "a run could not go on from such a checkpoint",
@@ -61,25 +51,18 @@ REFUSED = {
     "training.restore_callback_states_from_checkpoint": "a resume has what it needs without it",
     "training.dataloader_num_workers": "rows are ready: workers gain nothing, and a stop signal would end them first",
     "training.enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 end a run with a checkpoint already",
-    "lora.task_type": "it is CAUSAL_LM here",
-    "lora.revision": "it follows model.revision",
+    "lora.task_type": "it is CAUSAL_LM here", "lora.revision": "it follows model.revision",
     "lora.inference_mode": "an adapter that is trained is not in inference mode",
     "lora.trainable_token_indices": "TRL's fused head cannot train single rows; use --lora.modules_to_save '[lm_head]'",
-}
+}  # fmt: skip
 
 SMALLEST = 1e-12  # above zero
 RANGES = {
-    "training.per_device_train_batch_size": (1, 100_000),
-    "training.per_device_eval_batch_size": (1, 100_000),
-    "training.gradient_accumulation_steps": (1, 1_000_000),
-    "training.learning_rate": (SMALLEST, 1e3),
-    "training.num_train_epochs": (SMALLEST, 1e6),
-    "training.max_length": (2, 10_000_000),
-    "lora.r": (1, 100_000),
-    "lora.lora_dropout": (0, 0.999),
-    "data.max_over_length": (0, 1),
-    "data.samples": (0, 64),
-}
+    "training.per_device_train_batch_size": (1, 100_000), "training.per_device_eval_batch_size": (1, 100_000),
+    "training.gradient_accumulation_steps": (1, 1_000_000), "training.max_length": (2, 10_000_000),
+    "training.learning_rate": (SMALLEST, 1e3), "training.num_train_epochs": (SMALLEST, 1e6),
+    "lora.r": (1, 100_000), "lora.lora_dropout": (0, 0.999), "data.max_over_length": (0, 1), "data.samples": (0, 64),
+}  # fmt: skip
 
 
 def key_names(section: str) -> list[str]:
@@ -109,16 +92,9 @@ def known_key(key: str, method: str) -> tuple[str, str]:
     return section, name
 
 
-def type_checker() -> ArgumentParser:
-    """A parser that knows the declared type of each key of each section."""
-    checker = ArgumentParser(exit_on_error=False)
-    for section, section_class in SECTIONS.items():
-        checker.add_class_arguments(section_class, section)
-    return checker
-
-
 def check_value(checker: ArgumentParser, section: str, name: str, value):
-    """`value` as the type that the library class declares for it. Raises `UserError` where it cannot be one."""
+    """`value` as the type that the library class declares for it, which `checker` knows. Raises `UserError` where it
+    cannot be one."""
     key, declared = f"{section}.{name}", inspect.signature(SECTIONS[section]).parameters[name]
     if value is None and declared.default is not None and type(None) not in typing.get_args(declared.annotation):
         raise UserError(f"{key}: needs a value; leave the key out for the default")
@@ -126,10 +102,9 @@ def check_value(checker: ArgumentParser, section: str, name: str, value):
         raise UserError(f"{key}: {value} is not between {RANGES[key][0]} and {RANGES[key][1]}")
     if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
         return value  # declared as a Literal that spells out a placeholder
-    if section == "quantization" and name.endswith(("_dtype", "_storage")):
-        if not isinstance(getattr(torch, str(value), None), torch.dtype):
-            raise UserError(f"{key}: {value!r} is not a torch dtype; use bfloat16")
-        return value
+    is_dtype = isinstance(getattr(torch, str(value), None), torch.dtype)
+    if section == "quantization" and name.endswith(("_dtype", "_storage")) and not is_dtype:
+        raise UserError(f"{key}: {value!r} is not a torch dtype; use bfloat16")
     if name == "bnb_4bit_quant_type" and value not in ("nf4", "fp4"):
         raise UserError(f"{key}: {value!r} is not nf4 or fp4")
     if name.startswith(("load_in_", "bnb_4bit_use")) and not isinstance(value, bool):
@@ -137,7 +112,7 @@ def check_value(checker: ArgumentParser, section: str, name: str, value):
     field = getattr(SECTIONS[section], "__dataclass_fields__", {}).get(name)
     choices = field.metadata.get("choices") if field else None
     if choices and value not in choices:
-        raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+        raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
     try:
         return getattr(checker.parse_object({section: {name: value}}, defaults=False)[section], name)
     except ArgumentError as error:
@@ -146,7 +121,7 @@ def check_value(checker: ArgumentParser, section: str, name: str, value):
         raise UserError(f"{key}: expected {expected}, got {value!r}") from error
 
 
-def _did_you_mean(value: object, names: typing.Iterable[str]) -> str:
+def did_you_mean(value: object, names: typing.Iterable[str]) -> str:
     close = near(value, names)
     return f"; did you mean {close!r}?" if close else ""
 
@@ -161,7 +136,7 @@ def check_classes(arguments: dict[str, dict], given: dict[str, tuple[object, str
             message = str(error).splitlines()[0]
             for key, (value, where) in given.items():
                 if key.startswith(f"{section}.") and message.startswith(f"{value} "):
-                    meant = _did_you_mean(value, re.findall(r"'([^']+)'", message))
+                    meant = did_you_mean(value, re.findall(r"'([^']+)'", message))
                     said = f"{value!r} is unknown{meant}" if meant else message
                     raise UserError(f"{where}: {key}: {said}") from error
             raise UserError(f"{path}: {section}: {message}") from error
