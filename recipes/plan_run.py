@@ -28,61 +28,46 @@ if __name__ == "__main__":  # --help and slips are answered before the imports b
 
 from trl import SFTConfig
 
+import recipes.utils.planning as planning
 from recipes.utils.config import Config, read_config
 from recipes.utils.model import find_base, model_config
-from recipes.utils.planning import (
-    check_machine,
-    choose,
-    fits,
-    flags,
-    measured_speed,
-    memory_of_gpu,
-    memory_of_steps,
-    on_gpu,
-    print_fits,
-    print_parts,
-)
 
 
 def plan_run(config: Config, gpu: str | None = None) -> None:
-    """Print the plan of a run: memory by part, what fits `gpu` (a name, or a size such as 24GB), the flags to paste and
-    the speed."""
+    """Print memory by part, what fits `gpu` (a name, or a size such as 24GB), the flags to paste and the speed."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         say("memory: not predicted under FSDP")
         return
 
     # 1. The GPU, the model's shape, and the sizes of a micro-batch that come into question.
-    available, name = memory_of_gpu(gpu)
+    available, name = planning.memory_of_gpu(gpu)
     shape = model_config(find_base(config.model, weights=False), config.model)
-    config, attention, dtype_flag = on_gpu(config, shape, gpu, name)
+    config, attention, dtype_flag = planning.on_gpu(config, shape, gpu, name)
     args = SFTConfig(**config.training)
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     sizes = sorted({size for size in (1, 2, 4, 8) if a_step % size == 0} | {args.per_device_train_batch_size})
 
     # 2. Their memory, for both methods, with and without activation checkpointing.
     try:
-        memory = memory_of_steps(config, shape, attention, sizes)
+        memory = planning.memory_of_steps(config, shape, attention, sizes)
     except Exception as error:  # a model or an adapter of another kind: that is no reason not to train it
-        why = str(error).partition("\n")[0]
-        say(f"memory: not predicted for this model: {why}")
+        say("memory: not predicted for this model: " + str(error).partition("\n")[0])
         return
-    rows = args.per_device_train_batch_size
-    packed = "packed rows" if args.packing else "rows"
     say(f"{config.model.name_or_path}, {config.model.dtype}, attention {attention}\n")
-    title = f"memory by part, GB: {rows} {packed} of {args.max_length:,} tokens a micro-batch"
-    print_parts(title, memory, rows)
-    print_fits(name, available, memory, sizes, args.max_length)
+    planning.print_memory(memory, args, name, available)
 
     # 3. What to run, also on a base in 4 bit where a 16-bit one has no room.
     for method in dict.fromkeys((config.method, "qlora")):
-        room = {key[1:] for key, peak in memory.items() if key[0] == method and fits(peak, available)}
-        rows, checkpointing = choose(sizes, args.max_length, room)
+        room = {key[1:] for key, peak in memory.items() if key[0] == method and planning.fits(peak, available)}
+        rows, checkpointing = planning.choose(sizes, args.max_length, room)
         fit = (checkpointing, rows) in room
-        peak = f"{memory[(method, checkpointing, rows)].total / 1e9:.1f} GB"
-        plan: dict[str, object] = {"fits" if fit else "does not fit": peak}
+        peak = memory[(method, checkpointing, rows)].total
+        plan: dict[str, object] = {"fits" if fit else "does not fit": f"{peak / 1e9:.1f} GB"}
         if fit:
-            plan["flags"] = flags(rows, a_step // rows, checkpointing) + dtype_flag
-            plan["speed"] = measured_speed(config, shape, method, name, checkpointing)
+            batch = f"per_device_train_batch_size {rows} --training.gradient_accumulation_steps {a_step // rows}"
+            recompute = f"gradient_checkpointing {str(checkpointing).lower()}"
+            plan["flags"] = f"--training.{batch} --training.{recompute}{dtype_flag}"
+            plan["speed"] = planning.measured_speed(config, shape, method, name, checkpointing)
         print_table(f"\n{config.name} · {method}", plan)
         if fit:
             break
@@ -95,7 +80,7 @@ def main(given: CommandLine) -> None:
     elif given.flags or gpu or qlora:
         command_line().error("name a CONFIG")
     else:
-        for state, what, text in check_machine():
+        for state, what, text in planning.check_machine():
             out.print(f"{state:9}{what:18}{text}", markup=False, soft_wrap=True)
 
 

@@ -78,7 +78,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MEASURED = {
     "gpu": "a made-up GPU H200", "shape": ["mistral", 4096, 32], "method": "lora", "ours": True, "date": "2000-01-01",
     "checkpointing": False, "variant": "a variant", "useful_tokens_per_second": 1000.0, "targets": ATTENTION,
-    "settings": {"packing": True, "method": "lora", "checkpointing": False, "targets": "qkvo"},
+    "settings": {"packing": True, "method": "lora", "targets": "qkvo", "attention": "varlen", "cast": False},
 }  # fmt: skip
 
 
@@ -109,6 +109,8 @@ FASTER = {"useful_tokens_per_second": 9000.0}
         {"compile": True},
         {"liger": True},
         {"fast_lora": True},
+        {"cast": True},
+        {"attention": "sdpa"},
         {"targets": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]},
     ],
     ids=lambda other: next(iter(other)),
@@ -133,9 +135,16 @@ def test_where_others_alone_were_measured_the_nearest_is_named_with_what_is_othe
 
 
 def test_the_speeds_that_are_recorded_can_be_quoted(mistral, capsys):
-    """By the file in the repository, where it is there."""
-    if fit.MEASURED.is_file():
-        assert "tokens/s" in shown(capsys, *mistral, "--gpu", "H100")
+    """By the file in the repository: as measured, the nearest, and none for a size, which several GPUs have."""
+    text = shown(capsys, *mistral, "--gpu", "H100", "--lora.target_modules", "all-linear")
+    assert "tokens/s (packed, no checkpointing, NVIDIA H100 80GB HBM3, " in text
+    assert "million tokens" in text
+    assert "not measured with this run's targets; nearest: " in shown(capsys, *mistral, "--gpu", "H100")
+    text = shown(
+        capsys, *mistral, "--gpu", "H100", "--lora.target_modules", "all-linear", "--model.attn_implementation", "sdpa"
+    )
+    assert "not measured with this run's attention" in text
+    assert "not measured on this GPU (80GB)" in shown(capsys, *mistral, "--gpu", "80GB")
 
 
 def test_a_model_that_cannot_be_predicted_is_told_in_a_line(mistral, capsys):

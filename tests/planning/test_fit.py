@@ -29,6 +29,8 @@ def test_the_rule(fit_at_all, fit_without, expected):
         ("NVIDIA A100-SXM4-40GB", "A100-40", True),
         ("NVIDIA A100-SXM4-80GB", "A100-40", False),
         ("NVIDIA H200", "H200", True),
+        ("NVIDIA H100 80GB HBM3", "H100", True),
+        ("NVIDIA H100 80GB HBM3", "80GB", False),
         ("NVIDIA GeForce RTX 4090", "RTX 4090", True),
         ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB", True),
     ],

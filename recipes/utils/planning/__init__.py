@@ -1,6 +1,6 @@
 """Before a run: will it fit, what to give it, and what this machine can run."""
 
-from recipes.utils.planning.fit import choose, fits, flags, measured_speed, memory_of_gpu, memory_of_steps, on_gpu
-from recipes.utils.planning.fit import print_fits, print_parts
+from recipes.utils.planning.fit import choose, fits, measured_speed, memory_of_gpu, memory_of_steps
+from recipes.utils.planning.fit import on_gpu, print_memory
 from recipes.utils.planning.machine import check_machine
 from recipes.utils.planning.memory import Memory, Step, predict

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,8 @@ from recipes.utils.files import read_json
 from recipes.utils.model import VARLEN, attention_and_reason
 from recipes.utils.planning.memory import Memory, Step, on_meta, predict
 
-# What benchmarks/train_gpu.py measured; absent until it has run.
-MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"
-# What CUDA, its libraries' workspaces and the allocator's rounding take of a card. An allowance, not measured.
-RESERVE = 0.06
+MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"  # by train_gpu.py there
+RESERVE = 0.06  # of a card, for CUDA, its libraries' workspaces and the allocator's rounding; allowed, not measured
 ENOUGH = 8192  # tokens a micro-batch; more fill a GPU no better
 FEW = 4096  # and with fewer it idles, which recomputing activations costs less than
 GPUS = {  # GB, as they are sold
@@ -56,10 +55,9 @@ def memory_of_steps(config: Config, model_config, attention: str, sizes: list[in
         "double_quantisation": config.quantization.get("bnb_4bit_use_double_quant", True),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }  # fmt: skip
-    ways = [(checkpointing, rows) for checkpointing in (True, False) for rows in sizes]
-    steps = [Step(checkpointing=checkpointing, rows=rows, **common) for checkpointing, rows in ways]
-    found = zip(ways, predict(model_config, lora_of(config), steps), strict=True)
-    return {(method, *way): both[method] for way, both in found for method in both}
+    steps = [Step(checkpointing=way, rows=rows, **common) for way in (True, False) for rows in sizes]
+    found = zip(steps, predict(model_config, lora_of(config), steps), strict=True)
+    return {(method, step.checkpointing, step.rows): both[method] for step, both in found for method in both}
 
 
 def choose(sizes: list[int], length: int, room: set[tuple[bool, int]]) -> tuple[int, bool]:
@@ -68,21 +66,11 @@ def choose(sizes: list[int], length: int, room: set[tuple[bool, int]]) -> tuple[
     nothing does. `room` holds what fits, as (checkpointing, rows)."""
     best = None
     for checkpointing in (False, True):
-        for rows in sizes:
-            if (checkpointing, rows) not in room:
-                break
-            best = rows, checkpointing
-            if rows * length >= ENOUGH:
-                break
+        if fitting := [rows for rows in sizes if (checkpointing, rows) in room]:
+            best = next((rows for rows in fitting if rows * length >= ENOUGH), fitting[-1]), checkpointing
         if best and (best[0] * length >= FEW or best[0] == sizes[-1]):
             break
     return best or (sizes[0], True)
-
-
-def flags(rows: int, accumulation: int, checkpointing: bool) -> str:
-    """The settings as a command line takes them."""
-    micro_batch = f"--training.per_device_train_batch_size {rows} --training.gradient_accumulation_steps {accumulation}"
-    return f"{micro_batch} --training.gradient_checkpointing {str(checkpointing).lower()}"
 
 
 def memory_of_gpu(gpu: str | None) -> tuple[int, str]:
@@ -113,33 +101,29 @@ def on_gpu(config: Config, model_config, gpu: str | None, name: str) -> tuple[Co
     return config, "sdpa" if name in OLDER_THAN_AMPERE or dtype == "float32" else VARLEN, flag
 
 
-def print_parts(title: str, memory: dict[tuple, Memory], rows: int) -> None:
-    """Of `memory`, by (method, checkpointing, rows), that of a micro-batch of `rows`."""
-    table = _table(title, "")
-    for part, name in PARTS.items():
-        table.add_row(name, *(f"{getattr(memory[(*way, rows)], part) / 1e9:.1f}" for way in WAYS))
-    out.print(table)
-    out.print("* one after the other: the larger counts for the peak\n")
-
-
-def print_fits(name: str, available: int, memory: dict[tuple, Memory], sizes: list[int], length: int) -> None:
-    """`memory` by (method, checkpointing, rows), against `available` bytes."""
+def print_memory(memory: dict[tuple, Memory], args: SFTConfig, name: str, available: int) -> None:
+    """Print `memory`, by (method, checkpointing, rows): that of the run's micro-batch by part, and of each size against
+    the `available` bytes of the GPU called `name`."""
+    own, length, packed = args.per_device_train_batch_size, args.max_length, "packed " if args.packing else ""
+    new_table = partial(Table, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    title = f"memory by part, GB: {own} {packed}rows of {length:,} tokens a micro-batch"
+    table = new_table("", *WAYS.values(), title=title)
+    for part, what in PARTS.items():
+        table.add_row(what, *(f"{getattr(memory[(*way, own)], part) / 1e9:.1f}" for way in WAYS))
+    out.print(table, "* one after the other: the larger counts for the peak\n", sep="\n")
     title = f"peak, GB, against {available / 1e9:.1f} GB ({name}) less {RESERVE:.0%} for CUDA and rounding"
-    table = _table(title, "micro-batch")
-    for rows in sizes:
+    table = new_table("micro-batch", *WAYS.values(), title=title)
+    for rows in sorted({rows for _, _, rows in memory}):
         found = [memory[(*way, rows)] for way in WAYS]
         cells = [f"{one.total / 1e9:.1f} {'fits' if fits(one, available) else 'no'}" for one in found]
         table.add_row(f"{rows} rows, {rows * length:,} tokens", *cells)
     out.print(table)
 
 
-def _table(title: str, first: str) -> Table:
-    columns = (first, *WAYS.values())
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
-
-
 def is_gpu(device: str, gpu: str) -> bool:
     """True if the name that CUDA has for a device ("NVIDIA A100-SXM4-40GB") is of the GPU ("A100-40")."""
+    if gpu not in GPUS:  # "80GB" stands in the names of several
+        return device == gpu
     return all(re.search(rf"\b{re.escape(part)}(GB)?\b", device) for part in gpu.split("-"))
 
 
@@ -147,8 +131,8 @@ def measured_speed(config: Config, model_config, method: str, gpu: str, checkpoi
     """The fastest rate measured on `gpu` for a model of this shape with the run's settings, and the hours that follow
     from it; the nearest settings that were measured; or that nothing was."""
     shape = [model_config.model_type, model_config.hidden_size, model_config.num_hidden_layers]
-    runs = [run for run in (read_json(MEASURED)["runs"] if MEASURED.is_file() else []) if is_gpu(run["gpu"], gpu)]
-    runs = [run for run in runs if run["ours"] and run["shape"] == shape]
+    runs = read_json(MEASURED)["runs"] if MEASURED.is_file() else []
+    runs = [run for run in runs if run["ours"] and run["shape"] == shape and is_gpu(run["gpu"], gpu)]
     if not runs:
         return f"not measured on this GPU ({gpu})"
     args = SFTConfig(**config.training)
@@ -156,18 +140,16 @@ def measured_speed(config: Config, model_config, method: str, gpu: str, checkpoi
     targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     asked = {
         "method": method, "targets": targets, "packing": args.packing, "checkpointing": checkpointing,
-        "compile": config.model.compile_layers, "liger": args.use_liger_kernel,
+        "compile": config.model.compile_layers, "liger": args.use_liger_kernel, "cast": config.model.adapter_input_cast,
         "fast_lora": getattr(config.model, "fast_lora", False),
+        "attention": VARLEN if config.model.attn_implementation == "auto" else config.model.attn_implementation,
     }  # fmt: skip
 
     def others(run: dict) -> list[str]:
         has = {**run.get("settings", {}), **run, "targets": set(run["targets"])}
         return [name for name, value in asked.items() if has.get(name, False) != value]
 
-    def distance(run: dict) -> tuple:
-        return "method" in others(run), len(others(run)), -run["useful_tokens_per_second"]
-
-    best = min(runs, key=distance)
+    best = min(runs, key=lambda run: ("method" in others(run), len(others(run)), -run["useful_tokens_per_second"]))
     rate = f"{best['useful_tokens_per_second']:,.0f} tokens/s ({best['variant']}, {best['gpu']}, {best['date']})"
     if other := others(best):
         return f"not measured with this run's {', '.join(other)}; nearest: {rate}"

@@ -125,7 +125,9 @@ def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
     attention = VARLEN if maskless else step.attention
     model = on_meta(model_config, lora, step.dtype, 2, attention)
     with FakeTensorMode():
-        _materialise(model)
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # off the meta device
+        for parameter in model.parameters():  # gradients are counted with the adapter
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = step.input_cast
@@ -157,8 +159,7 @@ def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
         with live:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
                 # as in SFTTrainer.compute_loss
-                losses = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs
-                loss = losses.sum() / torch.empty(())
+                loss = (-model(**inputs, use_cache=False, fused_lm_head=True).log_probs).sum() / torch.empty(())
             total = size()
             kept.clear()
             loss.backward()
@@ -205,27 +206,13 @@ def on_meta(model_config, lora: LoraConfig, dtype: str, layers: int | None = Non
         if getattr(model_config, "layer_types", None):
             model_config.layer_types = model_config.layer_types[-layers:]
     with torch.device("meta"):
-        kind = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=kind, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def _materialise(model) -> None:
-    """Parameters and buffers of the meta device as tensors of the FakeTensorMode that is on, with a gradient each where
-    they are trained: gradients are counted with the adapter."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                made = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-                made.grad = torch.empty_like(made) if made.requires_grad else None
-                module._parameters[name] = made
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _inputs(step: Step, attention: str) -> dict:
