@@ -1,6 +1,8 @@
 """Which template is chosen and why; exactly the answers and their end-of-turn tokens carry loss."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import trl.chat_template_utils as trl_templates
@@ -10,7 +12,7 @@ from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer
 
 from recipes.utils.console import UserError
 from recipes.utils.data import Chat, Encoder, load_tokenizer, read_chats
-from recipes.utils.data.template import TEMPLATES, choose_chat_template
+from recipes.utils.data.template import TEMPLATES, choose_chat_template, marks_answers
 
 # What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends
 # the conversation, and loses it from a finished one; v0.1 refuses it.
@@ -109,6 +111,40 @@ def test_models_that_trl_knows_are_trained_by_its_templates_on_the_answers_alone
     thinking = "<think>\n\n</think>\n\n"  # Qwen3's template opens the last answer with an empty thought
     assert [text.removeprefix(thinking) for text in trained_texts(tokenizer, encoded)] == answers
     assert Encoder(tokenizer).stop_ids[0] == tokenizer.convert_tokens_to_ids(end)
+
+
+SHIPPED = {
+    name: text
+    for name, text in vars(trl_templates).items()
+    if name.endswith("_chat_template") and isinstance(text, str)
+}
+
+
+@pytest.mark.parametrize("make", [qwen_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_text_that_trl_ships_is_trained_as_trl_has_it(name, make):
+    """Qwen2.5-VL's too, whose conversations without an image are Qwen2's."""
+    tokenizer = published(make(), SHIPPED[name])
+    if marks_answers(SHIPPED[name]):
+        assert choose_chat_template(tokenizer, "auto", "qwen2")[0] == SHIPPED[name]
+    elif twin := SHIPPED.get(name.replace("_chat_template", "_training_chat_template")):
+        assert choose_chat_template(tokenizer, "auto", "qwen2") == (twin, "TRL's training twin of the model's own")
+    else:
+        with pytest.raises(UserError, match="no known one renders the same text"):
+            choose_chat_template(tokenizer, "auto", "qwen2")
+
+
+def test_trl_is_not_imported_for_a_text_that_is_none_of_its_own(tmp_path):
+    qwen_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    code = (
+        "import sys; from pathlib import Path; from recipes.utils.data import read_tokenizer\n"
+        "print(read_tokenizer(Path(sys.argv[1]))[1], 'trl' in sys.modules, 'datasets' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=TEMPLATES.parents[1], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "qwen2: the text of the model's own, with answers marked False False", done.stderr
 
 
 def test_auto_takes_a_template_that_marks_the_answers_as_it_is():
