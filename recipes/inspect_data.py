@@ -48,16 +48,13 @@ from recipes.utils.model import find_base
 from recipes.utils.monitoring import read_ledger
 from recipes.utils.training import check_settings, steps_of
 
-BINS = 12
 WORST = 20  # rows of a ledger that are listed
 
 
 def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> dict:
     """What `config` would train on: {"train", "validation", "lengths", "findings", "rows", ...}, all of it plain JSON.
-
     `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`, and `ledger`, a run's
-    folder, those that the run could not learn.
-    """
+    folder, those that the run could not learn."""
     # 1. The rows as the recipes prepare them, and what is found in them; what would stop a run does not stop here.
     args = SFTConfig(**config.training)
     base, model = find_base(config.model, weights=False), config.model
@@ -73,7 +70,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
     steps, steps_an_epoch = steps_of(args, packed)
     counted = [(len(labels), _answers(labels)) for batch in columns.iter(1000) for labels in batch["labels"]]
     lengths, answers = zip(*counted, strict=True)
-    bars, edges = np.histogram(lengths, bins=BINS)
+    bars, edges = np.histogram(lengths, bins=12)
 
     # 3. The rows that are shown.
     worst = read_ledger(ledger)[:WORST] if ledger else []

@@ -11,7 +11,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from recipes.utils.console import UserError, near
@@ -49,7 +48,7 @@ class DataOptions:
     samples: int = 3  # validation prompts that are answered at each evaluation, into RUN/samples.jsonl
 
 
-class BadRow(ValueError):
+class BadRow(Exception):
     """What is wrong with one row: `kind` is what rows are counted by, the message says where and how to mend it."""
 
     def __init__(self, kind: str, message: str):
@@ -72,7 +71,7 @@ class Reading:
     """What reading found beside the chats, for the run table and the error."""
 
     shapes: Counter = field(default_factory=Counter)
-    ignored_keys: Counter = field(default_factory=Counter)
+    ignored_keys: list[str] = field(default_factory=list)
     trimmed: int = 0
     blank: int = 0
     bad: list[dict] = field(default_factory=list)  # {"where", "kind", "error", "line"}
@@ -87,31 +86,24 @@ class Reading:
         lines = [f"{row['where']}: {row['error']}" for row in self.bad[:MOST_ERRORS]]
         if len(self.bad) > 1:
             kinds = Counter(row["kind"] for row in self.bad).most_common()
-            counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
             more = f"{len(self.bad) - MOST_ERRORS:,} more; " if len(self.bad) > MOST_ERRORS else ""
-            in_all = f"{more}{len(self.bad):,} bad rows in all: {counted}"
-            lines.append(f"{in_all}. To train without them: --data.on_bad_row skip")
+            counted = f"{len(self.bad):,} bad rows in all: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+            lines.append(f"{more}{counted}. To train without them: --data.on_bad_row skip")
         raise UserError("\n".join(lines))
 
 
 def stream_chats(paths: str | list[str], reading: Reading, merge_system: bool = False) -> Iterator[Chat]:
     """Yield each chat of JSONL files (paths, globs, .gz), one in memory at a time; the rest goes to `reading`.
-
-    `merge_system` moves system messages into the user turn that follows, for templates that have no place for them.
-    """
+    `merge_system` moves system messages into the user turn that follows, for templates that have no place for them."""
     for path in data_files(paths):
         number, blank = 0, reading.blank
-        for number, line in _lines(path):
-            where, text = f"{path}:{number}", ""
-            try:
-                text = _text(line, number)
-                if not text.strip():
-                    reading.blank += 1
-                    continue
-                messages, tools = _conversation(_parsed(text, number), reading, merge_system)
-                yield Chat(messages, where, tools, text)
-            except BadRow as error:
-                reading.add_bad(where, error, text or repr(line))
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                for number, line in enumerate(file, start=1):  # `str.splitlines` would tear text at U+2028
+                    if chat := _chat(line, f"{path}:{number}", number == 1, reading, merge_system):
+                        yield chat
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
         if number == reading.blank - blank:
             raise UserError(f"{path}: has no rows; one JSON object a line is expected")
 
@@ -131,25 +123,24 @@ def held_out(chat: Chat, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The numbered lines, one held at a time. Only "\\n" ends one: `str.splitlines` would tear text at U+2028."""
-    number = 0
+def _chat(line: bytes, where: str, first: bool, reading: Reading, merge_system: bool) -> Chat | None:
+    """The chat of a line; None for a blank or a bad one, which `reading` takes."""
+    text = ""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
-
-
-def _text(line: bytes, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        text = line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+        if text.strip():
+            messages, tools = _conversation(_parsed(text, first), reading, merge_system)
+            return Chat(messages, where, tools, text)
+        reading.blank += 1
     except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
+        what = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
+        reading.add_bad(where, BadRow("not UTF-8", what), repr(line))
+    except BadRow as error:
+        reading.add_bad(where, error, text)
+    return None
 
 
-def _parsed(text: str, number: int) -> dict:
+def _parsed(text: str, first: bool) -> dict:
     try:
         row = json.loads(text, object_pairs_hook=_object)
         if not isinstance(row, dict):
@@ -158,10 +149,8 @@ def _parsed(text: str, number: int) -> dict:
         if "\\u" in text or "\0" in text:  # only such text can hold what no tokenizer takes
             _check_characters(row)
         return row
-    except BadRow:
-        raise
     except json.JSONDecodeError as error:
-        is_array = number == 1 and text.lstrip()[0] == "["
+        is_array = first and text.lstrip()[0] == "["
         mend = "write one object a line, not an array" if is_array else "mend this line, or remove it"
         raise BadRow("not JSON", f"not JSON: {error.msg} (column {error.colno}); {mend}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
@@ -195,20 +184,20 @@ def _check_characters(value, path: str = "") -> None:
 def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict], list[dict] | None]:
     """(messages, tools) of a row; its shape and the keys that are ignored are counted in `reading`."""
     shape = _shape(row)
-    messages = [_message(turn, number) for number, turn in enumerate(_turns(row, shape), start=1)]
+    messages = [_message(turn, f"turn {number}") for number, turn in enumerate(_turns(row, shape), start=1)]
     if merge_system:
         messages = _merge_system(messages)
     if any(message["role"] == "system" for message in messages[1:]):
         raise BadRow("system not first", "a system message is not the first one; move it there, or --data.system merge")
     answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise BadRow("no answer", "no assistant turn, so there is nothing to learn; add one")
     if all(answer.get("weight") == 0 for answer in answers):
-        raise BadRow("no answer", "every answer has weight 0, so there is nothing to learn; remove the row")
+        found, mend = ("every answer has weight 0", "remove the row") if answers else ("no assistant turn", "add one")
+        raise BadRow("no answer", f"{found}, so there is nothing to learn; {mend}")
     reading.shapes[shape] += 1
-    reading.ignored_keys.update(row.keys() - set(SHAPES[shape][0] + SHAPES[shape][1]))
+    ignored = row.keys() - {*SHAPES[shape][0], *SHAPES[shape][1]}
     for turn in row["messages"] if shape == "messages" else ():
-        reading.ignored_keys.update(f"messages.{key}" for key in turn.keys() - set(MESSAGE_KEYS))
+        ignored.update(f"messages.{key}" for key in turn.keys() - set(MESSAGE_KEYS))
+    reading.ignored_keys = sorted(ignored.union(reading.ignored_keys))
     reading.trimmed += messages[-1]["role"] != "assistant"
     while messages[-1]["role"] != "assistant":
         messages.pop()
@@ -220,10 +209,9 @@ def _shape(row: dict) -> str:
         if any(key in row for key in keys):
             return shape
     known = [name for keys, others in SHAPES.values() for name in keys + others]
-    slips = [f"`{key}` for {meant}" for key in row if (meant := near(key, known))]
+    slips = (f"did you write `{key}` for {meant}?" for key in row if (meant := near(key, known)))
     shapes = "expected `messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`"
-    mend = f"did you write {slips[0]}?" if slips else shapes
-    raise BadRow("missing field", f"no known shape: found the keys {sorted(row)}; {mend}")
+    raise BadRow("missing field", f"no known shape: found the keys {sorted(row)}; {next(slips, shapes)}")
 
 
 def _turns(row: dict, shape: str) -> list:
@@ -266,9 +254,8 @@ def _sharegpt_turn(turn, number: int) -> dict:
     return message | ({"weight": turn["weight"]} if "weight" in turn else {})
 
 
-def _message(message, number: int) -> dict:
+def _message(message, turn: str) -> dict:
     """The message reduced to what a template reads, or a `BadRow` that names the turn."""
-    turn = f"turn {number}"
     if not isinstance(message, dict):
         raise BadRow("wrong type", f"{turn}: expected an object with `role` and `content`; write both")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
@@ -344,14 +331,12 @@ def _json(text, place: str):
 
 
 def _role(role, known) -> str:
-    meant = near(str(role).lower(), known)
-    mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"
+    mend = f"did you mean {meant!r}?" if (meant := near(str(role).lower(), known)) else f"known: {', '.join(known)}"
     return f"unknown role {role!r}; {mend}"
 
 
 def _missing(name: str, row: dict) -> str:
-    slip = near(name, row)
-    return "missing; " + (f"did you write `{slip}` for it?" if slip else "add it")
+    return "missing; " + (f"did you write `{slip}` for it?" if (slip := near(name, row)) else "add it")
 
 
 def _merge_system(messages: list[dict]) -> list[dict]:

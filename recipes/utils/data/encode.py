@@ -1,7 +1,5 @@
 """Chats to token ids and labels. A label is the token's own id where the model shall learn it, and -100 elsewhere.
-
-Exactly each answer and its end-of-turn token carry loss, and each such answer follows the very prompt that inference
-would send for it.
+Exactly each answer and its end-of-turn token carry loss, and each follows the very prompt that inference sends for it.
 """
 
 import re
@@ -39,11 +37,8 @@ class Encoded(NamedTuple):
 
 class Encoder:
     """Renders, tokenises and labels chats with the chat template of `tokenizer`. It holds a copy of the tokenizer, so
-    make one and keep it.
-
-    Control tokens steer the model, and no text of a user may become one: a typed one is refused, or with `escape`
-    encoded as the plain text that it is.
-    """
+    make one and keep it. Control tokens steer the model, and no text of a user may become one: a typed one is refused,
+    or with `escape` encoded as the plain text that it is."""
 
     def __init__(self, tokenizer, escape: bool = False):
         self.tokenizer, self.escape = tokenizer, escape
@@ -83,8 +78,7 @@ class Encoder:
                     here.append(index)
                     # White space on both sides of an answer's beginning: cut apart here it is two tokens, and in the
                     # prompt of a later answer, where this one is history, it may be one.
-                    start = spans[index][0]
-                    straddled = text[start - 1 : start + 1].isspace()
+                    straddled = text[spans[index][0] - 1 : spans[index][0] + 1].isspace()
             rows = [Document(_cut(text, [spans[index] for index in here]), chat.where, escaped, False)] if here else []
             for index in sorted(set(wanted) - set(here)):
                 text, spans = self._spans(messages[: index + 1], tools)
@@ -99,25 +93,22 @@ class Encoder:
     def encode_documents(self, documents: list[Document]) -> list[Encoded]:
         """Tokenise and label documents in one batch. Each piece is tokenised alone, as inference does (it tokenises
         the prompt and generates the answer), so no token ever straddles the border between the two."""
-        plain = [document for document in documents if not document.escaped]
-        first = [document.pieces[0][0] for document in plain]
-        later = [text for document in plain for text, _ in document.pieces[1:]]
+        plain = [document.pieces for document in documents if not document.escaped]
+        first, later = [pieces[0][0] for pieces in plain], [text for pieces in plain for text, _ in pieces[1:]]
         first_ids = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(first, add_special_tokens=False))
         later_ids = iter(self._going_on.encode_batch_fast(later, add_special_tokens=False))
         encoded = []
         for document in documents:
-            row = Encoded([], [], document.where, 0, True)
+            ids, labels, stops = [], [], True
             for place, (text, learnt) in enumerate(document.pieces):
                 if document.escaped:
                     piece = self._escaped_ids(text, first=place == 0)
                 else:
                     piece = next(later_ids if place else first_ids).ids
-                row.input_ids.extend(piece)
-                row.labels.extend(piece if learnt else [-100] * len(piece))
-                if learnt:
-                    stops = row.stops and piece[-1] in self.control_ids
-                    row = row._replace(trained=row.trained + len(piece), stops=stops)
-            encoded.append(row)
+                ids += piece
+                labels += piece if learnt else [-100] * len(piece)
+                stops = stops and (not learnt or piece[-1] in self.control_ids)
+            encoded.append(Encoded(ids, labels, document.where, len(labels) - labels.count(-100), stops))
         return encoded
 
     def prompt_ids(self, messages: list[dict], tools=None) -> list[int]:
@@ -186,11 +177,9 @@ class Encoder:
 
     def _starts(self, text, marked, messages, tools) -> list[int | None]:
         """Where the prompt that inference sends for each answer ends in `text`; None where `text` begins otherwise.
-
         Rendering each prompt is what decides it, and costs as many renderings as there are answers. For a form of
         conversation (its roles) it is done once: where a row is the form's fixed text around its own messages, letter
-        by letter, the prompts are too, so its answers end and follow as those of the form did.
-        """
+        by letter, the prompts are too, so its answers end and follow as those of the form did."""
         if tools or any("tool_calls" in message for message in messages):
             return self._rendered_starts(text, messages, tools)
         form = tuple(message["role"] for message in messages)

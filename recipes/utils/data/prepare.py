@@ -2,13 +2,10 @@
 datasets is imported where rows are made or read: a merge and a chat, which import this package, can spare it."""
 
 import contextlib
-import dataclasses
-import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -16,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,14 +49,13 @@ def report_findings(findings: Iterable[Finding]) -> None:
     for finding in findings:
         if finding.level != "stop":
             say(f"{'left out' if finding.level == 'drop' else 'warning'}: {finding.message}")
-    stops = [finding.message for finding in findings if finding.level == "stop"]
-    if stops:
+    if stops := [finding.message for finding in findings if finding.level == "stop"]:
         raise UserError("\n".join(stops))
 
 
 @dataclass
-class Counts:
-    """What was counted of one part of the data."""
+class Counts(Reading):
+    """What was counted of one part of the data, beside what reading its files found."""
 
     rows: int = 0
     tokens: int = 0
@@ -72,11 +68,6 @@ class Counts:
     all_tokens: int = 0  # of all rows, the dropped ones too
     length_99: int = 0  # tokens that 99 % of the rows fit in
     length_histogram: dict = field(default_factory=dict)  # {"rows": [16], "edges": [17]}
-    shapes: dict = field(default_factory=dict)  # from here on: what reading the files found, with bad as in Reading
-    ignored_keys: list = field(default_factory=list)
-    trimmed: int = 0
-    blank: int = 0
-    bad: list = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,11 +83,8 @@ class Prepared:
 
 def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple[Prepared, Prepared | None]:
     """The train and the validation rows, memory-mapped; None if the data has no validation part. Of `args`, the
-    SFTConfig, `max_length` and `seed` count here. With `report`, the findings are printed.
-
-    Raises:
-        UserError: listing bad rows as file:line; if no row is left; with `report`, what cannot be right.
-    """
+    SFTConfig, `max_length` and `seed` count here. With `report`, the findings are printed. Raises a `UserError` that
+    lists bad rows as file:line, if no row is left, and with `report` for what cannot be right."""
     share = options.validation if isinstance(options.validation, float) else None
     if share is not None and not 0 < share < 1:
         raise UserError(f"data.validation: {share} is not a share between 0 and 1, nor a file")
@@ -107,10 +95,9 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     for names, paths in sources.items():
         files = {str(path): file_hash(path) for path in data_files(paths)}
         key = _key(names, files, options, tokenizer, args)
-        entry = _cached(key, names, paths, options, tokenizer, args)
-        for part, (prepared, signed) in entry.items():
+        for part, (prepared, signed) in _cached(key, names, paths, options, tokenizer, args).items():
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
-            parts[part], signatures[part] = dataclasses.replace(prepared, files=files, findings=found), signed
+            parts[part], signatures[part] = replace(prepared, files=files, findings=found), signed
     train, validation = parts["train"], parts.get("validation")
     if validation:
         validation = _without_copies(train, validation, signatures)
@@ -152,15 +139,13 @@ class _Part:
         if not row.trained:
             counts.dropped += 1
             return None
-        compared = self.options.validation is not None and len(self.signed) < ROWS_SIGNED
-        if compared and row.where not in self.signed:
+        if self.options.validation is not None and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
             self.signed[row.where] = [counts.rows, *_signature(chat)]
         counts.rows += 1
         counts.tokens += len(row.input_ids)
         counts.trained_tokens += row.trained
-        text = fingerprint(chat)
-        values = {"input_ids": row.input_ids, "labels": row.labels, "where": row.where, "fingerprint": text}
-        self.writer.write(values, writer_batch_size=BATCH)
+        values = {"input_ids": row.input_ids, "labels": row.labels, "where": row.where}
+        self.writer.write({**values, "fingerprint": fingerprint(chat)}, writer_batch_size=BATCH)
         return row
 
     def finish(self, reading: Reading) -> dict:
@@ -172,9 +157,7 @@ class _Part:
         counts.length_99 = int(np.percentile(lengths, 99, method="higher")) if lengths else 0
         rows, edges = np.histogram(lengths, 16)
         counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
-        counts.shapes, counts.ignored_keys = dict(reading.shapes), sorted(reading.ignored_keys)
-        counts.trimmed, counts.blank, counts.bad = reading.trimmed, reading.blank, reading.bad
-        return dataclasses.asdict(counts)
+        return vars(counts) | vars(reading)
 
 
 def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, tokenizer, args) -> dict:
@@ -226,8 +209,7 @@ def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
     asked = [chat.messages[:place] for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
     settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
     prompts = [served.apply_chat_template(prompt, **settings) for prompt in asked]
-    labels = row.labels
-    starts = [place for place, label in enumerate(labels) if label != -100 and labels[place - 1] == -100]
+    starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
     if all(row.input_ids[:start] in prompts for start in starts):
         return []
     odd = f"{chat.where}: the training row does not begin with the tokens that inference sends for its prompt"
@@ -277,16 +259,15 @@ def _without_copies(train: Prepared, validation: Prepared, signatures: dict[str,
     """The validation rows without those whose text is in training but for case, space and punctuation."""
     copied = np.isin(validation.rows["fingerprint"], train.rows["fingerprint"])
     findings = [*validation.findings, *_near_copies(train, validation, signatures, copied)]
-    if not copied.any():
-        return dataclasses.replace(validation, findings=findings)
-    places = ", ".join(validation.rows[int(index)]["where"] for index in np.flatnonzero(copied)[:3])
-    copies = f"{copied.sum():,} of {len(copied):,} validation rows are in training"
-    findings.append(Finding("drop", f"{copies}, exactly or but for case, space and punctuation: {places}"))
+    if copied.any():
+        places = ", ".join(validation.rows[int(index)]["where"] for index in np.flatnonzero(copied)[:3])
+        copies = f"{copied.sum():,} of {len(copied):,} validation rows are in training"
+        findings.append(Finding("drop", f"{copies}, exactly or but for case, space and punctuation: {places}"))
     if copied.all():
         nothing = "data.validation: every row is in training, so nothing would be measured"
         findings.append(Finding("stop", f"{nothing}; use other rows, or a share: --data.validation 0.05"))
-    counts = dataclasses.replace(validation.counts, rows=int((~copied).sum()))
-    return Prepared(validation.rows.select(np.flatnonzero(~copied)), counts, validation.files, findings)
+    rows = validation.rows.select(np.flatnonzero(~copied))
+    return replace(validation, rows=rows, counts=replace(validation.counts, rows=len(rows)), findings=findings)
 
 
 def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: np.ndarray) -> Iterator[Finding]:
@@ -320,26 +301,21 @@ def _cached(key: str, *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
-    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-        # A barrier would give up after its timeout; where the one process fails, the launcher ends this one.
-        while not (kept := _kept(folder)):
-            time.sleep(0.2)
-        return kept
-    if kept := _kept(folder):
+    # The others wait here: a barrier would give up after its timeout; where the one fails, the launcher ends them.
+    while not (kept := _kept(folder)) and int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        time.sleep(0.2)
+    if kept:
         return kept
     if folder.exists() and not _kept(folder):  # asked twice: another process may have just made it
         say(f"rows are prepared again: those in {folder} are damaged")
         shutil.rmtree(folder, ignore_errors=True)
-    temporary = folder.with_name(f"{key}.{platform.node()}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        parts = _write(temporary, *sources)
-        (temporary / "counts.json").write_text(json.dumps(parts), encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{key}.", ignore_cleanup_errors=True) as temporary:
+        made = Path(temporary, "rows")  # in it, since what tempfile itself makes is closed to other users of the cache
+        made.mkdir()
+        (made / "counts.json").write_text(json.dumps(_write(made, *sources)), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was faster; its rows are the same
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            made.rename(folder)
     for entry in folder.parent.iterdir():  # each edit of a file or a setting leaves one; runs keep what they have open
         with contextlib.suppress(OSError):  # another process removes it, too
             if time.time() - entry.stat().st_mtime > UNUSED:
@@ -374,7 +350,7 @@ def _key(names: tuple[str, ...], files: dict[str, str], options: DataOptions, to
     settings |= {"max_length": args.max_length, "seed": args.seed}
     versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
     code = [module.read_bytes() for module in sorted(Path(__file__).parent.glob("*.py"))]
-    today = datetime.date.today() if "strftime_now" in tokenizer.chat_template else None  # such a template writes it
+    today = time.strftime("%F") if "strftime_now" in tokenizer.chat_template else None  # such a template writes it
     texts = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())
     return hashlib.sha256(repr([settings, versions, files, code, today, texts]).encode()).hexdigest()[:32]
 
@@ -397,7 +373,6 @@ def fingerprint(chat: Chat) -> int:
     """The same number for chats that differ in case, space and (ASCII) punctuation alone."""
     digest = hashlib.blake2b(digest_size=8)
     for message in chat.messages:
-        calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
-        text = message["content"] + calls
+        text = message["content"] + (json.dumps(message["tool_calls"]) if "tool_calls" in message else "")
         digest.update(message["role"].encode() + text.casefold().encode().translate(None, NO_LETTERS) + b"\n")
     return int.from_bytes(digest.digest(), "big", signed=True)

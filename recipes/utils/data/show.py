@@ -13,9 +13,7 @@ STYLES = {"trained": "black on green", "special": "bold magenta", "context": "di
 
 def token_pieces(tokenizer, input_ids: list[int], labels: list[int]) -> list[tuple[str, str]]:
     """[(text, "trained" | "special" | "context")], a pair a token; tokens that are parts of one character are joined.
-
-    Trained control tokens (the end of a turn) count as trained: that they are learnt is what one looks for.
-    """
+    Trained control tokens (the end of a turn) count as trained: that they are learnt is what one looks for."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def kind_of(pair: tuple[int, int]) -> str:
