@@ -173,12 +173,11 @@ def _check_characters(value, path: str = "") -> None:
     elif isinstance(value, list):
         for number, part in enumerate(value, start=1):
             _check_characters(part, f"{path}[{number}]")
-    elif isinstance(value, str):
-        if "\0" in value:
-            raise BadRow("NUL", f"{path}: holds a NUL character; remove it")
-        if lone := re.search("[\ud800-\udfff]", value):
-            half = f"holds half a character (\\u{ord(lone.group()):x}); the text was cut inside an emoji or the like"
-            raise BadRow("lone surrogate", f"{path}: {half}: write it whole, or remove it")
+    elif isinstance(value, str) and "\0" in value:
+        raise BadRow("NUL", f"{path}: holds a NUL character; remove it")
+    elif isinstance(value, str) and (lone := re.search("[\ud800-\udfff]", value)):
+        half = f"holds half a character (\\u{ord(lone.group()):x}); the text was cut inside an emoji or the like"
+        raise BadRow("lone surrogate", f"{path}: {half}: write it whole, or remove it")
 
 
 def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict], list[dict] | None]:

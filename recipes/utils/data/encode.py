@@ -4,6 +4,7 @@ Exactly each answer and its end-of-turn token carry loss, and each follows the v
 
 import re
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -206,11 +207,8 @@ def _answers(messages: list[dict]) -> list[int]:
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
-    pieces, position = [], 0
-    for start, end in spans:
-        pieces += [(text[position:start], False), (text[start:end], True)]
-        position = end
-    return [*pieces, (text[position:], False)]
+    borders = [0, *chain.from_iterable(spans), len(text)]  # what lies between them is read and learnt in turn
+    return [(text[start:end], place % 2 == 1) for place, (start, end) in enumerate(pairwise(borders))]
 
 
 def _check_carried(text: str, messages, tools) -> None:

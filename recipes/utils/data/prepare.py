@@ -273,16 +273,13 @@ def _without_copies(train: Prepared, validation: Prepared, signatures: dict[str,
 def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: np.ndarray) -> Iterator[Finding]:
     """Validation rows that are nearly a train row: where a band of their signatures is the same, as locality-sensitive
     hashing has it, the share of equal hashes is the share of common runs (Broder 1997)."""
-
-    def bands(signature: np.ndarray) -> list[tuple[int, bytes]]:
-        return [(start, signature[start : start + BAND].tobytes()) for start in range(1, PERMUTATIONS, BAND)]
-
     known, pairs = defaultdict(list), []
     for number, signature in enumerate(signatures["train"]):
-        for band in bands(signature):
+        for band in enumerate(map(bytes, signature[1:].reshape(-1, BAND))):
             known[band].append(number)
     for signature in signatures["validation"]:
-        found = dict.fromkeys(number for band in bands(signature) for number in known.get(band, ()))
+        bands = enumerate(map(bytes, signature[1:].reshape(-1, BAND)))
+        found = dict.fromkeys(number for band in bands for number in known.get(band, ()))
         others = signatures["train"][list(found)[:CANDIDATES]]
         near = max(((float((signature[1:] == other[1:]).mean()), int(other[0])) for other in others), default=(0.0, 0))
         if near[0] >= NEAR and not copied[signature[0]]:
