@@ -48,7 +48,6 @@ from recipes.utils.config import load_config
 from recipes.utils.files import locked, read_jsonl
 
 RECIPES = Path(__file__).parent
-FIRST = 4  # trials that are run to the end, to know what is usual
 LOOK_EVERY = 0.5  # seconds
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # what fails counts as pruned: another try would fail as well
 
@@ -68,9 +67,9 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
         raise UserError("--training.output_dir: each trial has its own; the sweep's folder is --folder")
     values = {key: getattr(found, "choices", None) or (found.low, found.high) for key, found in space.items()}
     first = fixed | {key: ends[0] for key, ends in values.items()}
-    for change in [{key: end} for key, ends in values.items() for end in ends]:
-        if load_config(config, first | change, method).training.get("eval_strategy", "no") == "no":
-            raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
+    checked = [load_config(config, first | {key: end}, method) for key, ends in values.items() for end in ends]
+    if any(one.training.get("eval_strategy", "no") == "no" for one in checked):
+        raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
     lists = all(isinstance(found, CategoricalDistribution) for found in space.values())
     grid = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())] if lists else []
     trials = min(trials or len(grid), len(grid)) if grid else trials or 20
@@ -83,7 +82,8 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
         afterwards.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         afterwards.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST) if pruning else optuna.pruners.NopPruner()
+        # the first four are run to the end, to know what is usual
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if pruning else optuna.pruners.NopPruner()
         storage, of = f"sqlite:///{folder / 'sweep.db'}", [str(config), method, repr(space), fixed]
         study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=pruner)
         if study.user_attrs.get("of", of) != of:
@@ -145,11 +145,10 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: l
             time.sleep(LOOK_EVERY)
             running = process.poll() is None  # asked before the last look, so that nothing is missed
             for line in read_jsonl(folder / "metrics.jsonl"):
-                step, loss = line["step"], line.get("eval_loss")
-                if loss is not None and step not in losses and not pruned:
-                    losses[step] = loss
-                    say(f"  step {step}: validation loss {loss:.4f}")
-                    trial.report(loss, step)
+                if "eval_loss" in line and line["step"] not in losses and not pruned:
+                    losses[line["step"]] = line["eval_loss"]
+                    say(f"  step {line['step']}: validation loss {line['eval_loss']:.4f}")
+                    trial.report(line["eval_loss"], line["step"])
                     pruned = trial.should_prune()
         if not pruned and process.returncode in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
             raise KeyboardInterrupt  # it was told to stop, and not this process
@@ -159,13 +158,13 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, folder: Path, command: l
     finally:
         process.terminate()
         process.wait()
-    seconds = f"{time.monotonic() - started:,.0f} s"
+    seconds, best = f"{time.monotonic() - started:,.0f} s", min(losses.values(), default=None)
     if pruned:
         study.tell(trial, state=TrialState.PRUNED)
         say(f"  stopped early at step {max(losses)}: validation loss {losses[max(losses)]:.4f}, {seconds}")
     elif process.returncode == 0 and losses:
-        study.tell(trial, min(losses.values()))
-        say(f"  best {min(losses.values()):.4f}, {seconds}")
+        study.tell(trial, best)
+        say(f"  best {best:.4f}, {seconds}")
     else:
         reason = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         if reason.startswith("error: "):  # as a UserError is shown; the trial is taken up again
