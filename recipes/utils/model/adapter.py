@@ -1,13 +1,12 @@
 """A LoRA adapter: where it may begin, what is trained and in which precision, and how it is saved: whole or not."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
-from recipes.utils.files import read_json, sync
+from recipes.utils.files import read_json, sync, write_json
 from recipes.utils.model.base import ModelOptions, commit_of, name_of
 
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin: not linear in their scale
@@ -17,14 +16,13 @@ NO_PLAIN_START = (*CHANGE_THE_BASE, "eva")
 def check_initialisation(lora: dict) -> None:
     """Raise `UserError` for an initialisation that these recipes do not carry from training to the saved adapter."""
     start = str(lora.get("init_lora_weights", True))
-    if not start.startswith(NO_PLAIN_START):
-        return
-    need = "a base that it quantises itself" if start == "loftq" else "a pass over the data"
-    why = f"needs {need}, which these recipes do not make"
-    if start.startswith(("pissa", "olora")):
-        why = "changes the base, so its adapter fits no published one"
-    mend = "use gaussian, or leave the key out; tuned, all variants are within 1-2 % (arXiv 2602.04998)"
-    raise UserError(f"lora.init_lora_weights: {start} {why}: {mend}")
+    if start.startswith(NO_PLAIN_START):
+        need = "a base that it quantises itself" if start == "loftq" else "a pass over the data"
+        why = f"needs {need}, which these recipes do not make"
+        if start.startswith(("pissa", "olora")):
+            why = "changes the base, so its adapter fits no published one"
+        mend = "use gaussian, or leave the key out; tuned, all variants are within 1-2 % (arXiv 2602.04998)"
+        raise UserError(f"lora.init_lora_weights: {start} {why}: {mend}")
 
 
 def check_adapter(folder: str | None) -> None:
@@ -55,18 +53,15 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
     for config in model.peft_config.values():
         # An adapter to go on from names its base as the hub does, and PEFT would ask the hub for it at each save.
         config.base_model_name_or_path, config.revision = base or None, commit_of(Path(base))
-    done = []
     if not options.adapter_input_cast:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module._cast_input_dtype = cast_outside_autocast
-        done.append("adapter inputs uncast")
+        say("speed: adapter inputs uncast")
     if options.compile_layers:
         for layer in model.get_base_model().base_model.layers:
             layer.compile(backend=backend)  # in place: no name in a checkpoint changes
-        done.append("decoder layers compiled, which the first steps pay for")
-    if done:
-        say(f"speed: {', '.join(done)}")
+        say("speed: decoder layers compiled, which the first steps pay for")
 
 
 def cast_outside_autocast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -113,7 +108,6 @@ def publish_base(folder: Path) -> None:
     config = read_json(path)
     base = Path(config["base_model_name_or_path"] or "")
     if commit_of(base):
-        config |= {"base_model_name_or_path": name_of(base), "revision": commit_of(base)}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        write_json(path, config | {"base_model_name_or_path": name_of(base), "revision": commit_of(base)})
         card = path.with_name("README.md")
         card.write_text(card.read_text(encoding="utf-8").replace(str(base), name_of(base)), encoding="utf-8")

@@ -8,9 +8,7 @@ from transformers import GenerationConfig
 
 from recipes.utils.data import Encoder
 
-# Tokens held at once: 16k tokens of keys and values are about 2 GB for Mistral-7B (0.13 MB a token).
-TOKENS_A_BATCH = 16384
-ROWS_A_BATCH = 64
+TOKENS_A_BATCH, ROWS_A_BATCH = 16384, 64  # keys and values of 16k tokens: 2 GB for Mistral-7B (0.13 MB a token)
 
 
 class Answer(NamedTuple):
@@ -25,24 +23,21 @@ class Answer(NamedTuple):
 def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
     """Greedy answers to `prompts` (token ids), ended by the template's stop ids."""
     model.eval()
-    tokenizer, stop_ids = encoder.tokenizer, encoder.stop_ids
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": stop_ids, "pad_token_id": pad_id}
-    settings = GenerationConfig(do_sample=False, **ends)
+    stops, pad_id = encoder.stop_ids, encoder.stop_ids[0]  # any pads: masked before a prompt, cut off after a stop
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id)
     answers: dict[int, Answer] = {}
     for batch in batches([len(prompt) + max_new_tokens for prompt in prompts]):
         # padded on the left, so that every answer begins at the same place
         asked, left = [torch.tensor(prompts[index]) for index in batch], {"batch_first": True, "padding_side": "left"}
-        ids = pad_sequence(asked, padding_value=pad_id, **left)
-        mask = pad_sequence([torch.ones_like(prompt) for prompt in asked], **left)
+        ids = pad_sequence(asked, padding_value=pad_id, **left).to(model.device)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in asked], **left).to(model.device)
         # Layers that are compiled for training run as they are: each length of the cache would be compiled for.
         with torch.compiler.set_stance("force_eager"):
-            ids, mask = ids.to(model.device), mask.to(model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for row, index in enumerate(batch):
             generated = output[row, ids.shape[1] :].tolist()
-            end = next((place for place, token in enumerate(generated) if token in stop_ids), None)
-            text = tokenizer.decode(generated[:end], skip_special_tokens=True)
+            end = next((place for place, token in enumerate(generated) if token in stops), None)
+            text = encoder.tokenizer.decode(generated[:end], skip_special_tokens=True)
             answers[index] = Answer(text, end is not None, len(generated) if end is None else end + 1)
     return [answers[index] for index in range(len(prompts))]
 
