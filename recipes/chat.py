@@ -37,21 +37,15 @@ from recipes.utils.evaluation import load_adapter, load_adapter_tokenizer, newes
 
 
 def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None) -> list[dict]:
-    """Answer each of `lines` (standard input without it) on standard output as the answer is generated.
-
-    `temperature` 0 takes the most likely token each time. Returns the conversation since the last /reset.
-
-    Raises:
-        UserError: if `path` holds neither an adapter nor a model with a chat template, or a setting cannot be.
-    """
+    """Answer each of `lines` (standard input without it) on standard output as the answer is generated. `temperature` 0
+    takes the most likely token each time. Returns the conversation since the last /reset. Raises `UserError` if `path`
+    holds neither an adapter nor a model with a chat template, or a setting cannot be."""
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise UserError("--temperature is 0 or more, and --max-new-tokens 1 or more")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
-        model, encoder, stop_ids = _load(Path(path or newest_run()))
-    tokenizer = encoder.tokenizer
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        model, encoder, stops = _load(Path(path or newest_run()))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     for line in _typed() if lines is None else lines:
@@ -68,11 +62,10 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
         except TemplateError as error:
             raise UserError(f"the chat template cannot carry this conversation: {error.message}") from error
         ids = torch.tensor([prompt], device=model.device)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        mask = torch.ones_like(ids)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
-        answer = [token for token in output[0, len(prompt) :].tolist() if token not in stop_ids]
-        text = tokenizer.decode(answer, skip_special_tokens=True)
+        streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+        answer = [token for token in output[0, len(prompt) :].tolist() if token not in stops]
+        text = encoder.tokenizer.decode(answer, skip_special_tokens=True)
         if text.strip():
             messages.append({"role": "assistant", "content": text})
         else:
@@ -104,11 +97,9 @@ def _typed():
         yield from sys.stdin
         return
     say("/reset forgets the conversation, /quit or Ctrl-C ends it")
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             yield input("> ")
-        except EOFError:
-            return
 
 
 def main(given: CommandLine) -> None:

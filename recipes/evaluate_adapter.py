@@ -39,18 +39,8 @@ if __name__ == "__main__":
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import recipes.utils.evaluation as scoring
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import (
-    check_linear,
-    evaluate,
-    load_adapter,
-    newest_run,
-    print_evaluation,
-    read_run,
-    rows_to_score,
-    score_scales,
-    write_evaluation,
-)
 from recipes.utils.monitoring import refresh_report
 
 
@@ -58,53 +48,48 @@ def evaluate_adapter(
     run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None
 ) -> dict:
     """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
-
     Returns what `write_evaluation` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
     "tags": {...}}, and under "forgetting" the same for the rows of the JSONL file `forgetting`: rows of another kind,
     that the base is good at. With `scales` (a list of numbers) {"0.5": {...}, ...}, the adapter's figures at each, with
-    `forgetting_loss` (nats a token) on the rows of `forgetting`.
-    """
+    `forgetting_loss` (nats a token) on the rows of `forgetting`."""
     # 1. The run, and the rows to score.
-    run_folder = Path(run_folder or newest_run())
-    record = read_run(run_folder)
+    run_folder = Path(run_folder or scoring.newest_run())
+    record = scoring.read_run(run_folder)
     if max_rows < 1:
         raise UserError("--max-rows: at least one answer must be generated")
     if scales and model:
         raise UserError("--scales scores the adapter, so not with --model")
     if model and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: is no model folder (it has no config.json)")
-    parts = {"predictions": rows_to_score(record, data)} | (
-        {"forgetting": read_chats(forgetting)} if forgetting else {}
-    )
+    chats, settings = scoring.rows_to_score(record, data), (max_rows, max_new_tokens)
+    parts = {"predictions": chats} | ({"forgetting": read_chats(forgetting)} if forgetting else {})
     encoder = Encoder(AutoTokenizer.from_pretrained(run_folder, local_files_only=True), escape=True)
-    chats, settings = parts["predictions"], (max_rows, max_new_tokens)
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
     for scale in scales or ():
-        check_linear(run_folder, scale)
+        scoring.check_linear(run_folder, scale)
 
-    # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn, or turned down or
-    # up.
-    live = load_adapter(run_folder, record)
+    # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn, or scaled.
+    live = scoring.load_adapter(run_folder, record)
     if scales:
-        figures = score_scales(run_folder, live, encoder, chats, scales, parts.get("forgetting", []), *settings)
+        figures = scoring.score_scales(run_folder, live, encoder, chats, scales, parts.get("forgetting", []), *settings)
         best = min(figures, key=lambda scale: figures[scale]["loss"])
         say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
         return figures
     scored: dict[str, dict[str, list[dict]]] = {}
     for name, rows in parts.items():
         with live.disable_adapter():
-            scored[name] = {"base": evaluate(live, encoder, rows, *settings)}
-        scored[name]["adapter"] = evaluate(live, encoder, rows, *settings)
+            scored[name] = {"base": scoring.evaluate(live, encoder, rows, *settings)}
+        scored[name]["adapter"] = scoring.evaluate(live, encoder, rows, *settings)
     del live
     if model:
         how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
         plain = AutoModelForCausalLM.from_pretrained(model, **how)
         for name, rows in parts.items():
-            scored[name]["merged"] = evaluate(plain, encoder, rows, *settings)
+            scored[name]["merged"] = scoring.evaluate(plain, encoder, rows, *settings)
 
     # 3. The figures, for people and for machines.
-    metrics = write_evaluation(run_folder, parts, scored, forgetting)
-    print_evaluation(metrics, scored["predictions"], chats)
+    metrics = scoring.write_evaluation(run_folder, parts, scored, forgetting)
+    scoring.print_evaluation(metrics, scored["predictions"], chats)
     refresh_report(run_folder)
     say(f"\nwritten: {run_folder / 'evaluation'}\nreport:  {run_folder / 'report.html'}")
     if not model:

@@ -41,20 +41,18 @@ def read_adapter(folder: Path) -> dict:
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
     if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = "; pickled ones are not loaded, since they can run code" if pickled else ""
+        why = "; pickled ones are not loaded, since they can run code" * (folder / "adapter_model.bin").is_file()
         raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
     if record:
         if record["status"] != "finished" and (folder / "run.json").is_file():
             say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
         return record
     adapter = read_json(config)
-    model = ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision"))
-    base = base_of({"model": dataclasses.asdict(model)})
+    model = dataclasses.asdict(ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision")))
+    base = base_of({"model": model})
     shape = read_json(base / "config.json")
-    model = dataclasses.replace(model, dtype=shape.get("dtype") or shape.get("torch_dtype") or "float32")
-    record = {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base)}
-    return record | {"model": dataclasses.asdict(model)}
+    model["dtype"] = shape.get("dtype") or shape.get("torch_dtype") or "float32"
+    return {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base), "model": model}
 
 
 def base_of(record: dict) -> Path:
