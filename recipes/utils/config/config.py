@@ -94,9 +94,8 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
             raise UserError(f"{path}: {file} is not there as the run had it; {where}")
     if record.get("commit"):
         sections["model"]["revision"] = record["commit"]
-    settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    given = [key for key, value in settings.items() if value is not None and key not in RESOLVED]
-    return name, {key: (settings[key], str(path)) for key in given}
+    given = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return name, {key: (value, str(path)) for key, value in given.items() if value is not None and key not in RESOLVED}
 
 
 def _resolve(path: Path, name: str, given: dict, overrides: Mapping[str, object], method: str, flags: dict) -> Config:
