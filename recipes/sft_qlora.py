@@ -29,7 +29,8 @@ from recipes.utils.training import Deadline, ResumableTrainer, begin, check_same
 
 def train_qlora(config: Config) -> Path:
     """Train a LoRA adapter on a 4-bit base as `config` says and return the folder that holds it."""
-    with begin(config) as run:  # its folder, locked; its base, a folder or a snapshot of the hub; what to resume from
+    # The run's folder, locked until the end; the folder of its base, from the hub if need be; what to resume from.
+    with begin(config) as run:
         # 1. Settings: a section of the YAML holds the arguments of one library class.
         args = SFTConfig(output_dir=str(run.folder), **config.training)
         lora_config = LoraConfig(**config.lora)
@@ -51,12 +52,13 @@ def train_qlora(config: Config) -> Path:
         attention = choose_attention(config.model, args.use_cpu)
         model = load_base(run.base, config.model, attention, quantization_config, use_cpu=args.use_cpu)
 
-        # 4. Adapter: a new one, or one to go on from.
+        # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.
         if config.model.adapter:
             model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
 
-        # 5. Trainer: SFTTrainer packs the rows, and its fused head computes the loss without holding all logits. What
-        # Resumable adds: checkpoints complete or absent, a stop at signals, the rows of a loss that is not finite.
+        # 5. Trainer: TRL's SFTTrainer, which packs the rows and whose fused head computes the loss without holding all
+        # logits. Another loss: override `compute_loss` in a subclass, as docs/make_it_yours.md shows. ResumableTrainer
+        # adds checkpoints that are complete or absent, a stop at signals, and the names of rows that make a loss NaN.
         report = Report(run.folder)
         trainer = ResumableTrainer(
             model=model,
@@ -74,13 +76,14 @@ def train_qlora(config: Config) -> Path:
                 report,
             ],
         )
-        prepare_adapter(trainer.model, config.model)  # float32, whatever the base is in; the levers on speed
+        prepare_adapter(trainer.model, config.model)  # in float32, whatever the trainer has made of it
         check_same_run(run, config, trainer, train, validation)  # a resume of something else is refused, by the setting
         print_run(run, config, trainer, train, validation)  # the table, worked out, and what is unwise
         if config.dry_run:
             return run.folder
 
-        # 6. Train. However it ends, run.json says how, and nothing is lost but the steps since the last checkpoint.
+        # 6. Train. However it ends, run.json says how, with the `results`, the report is written a last time, and no step
+        # is lost but those since the last checkpoint.
         with report, recorded(run, config, trainer, train, validation) as results:
             results["train"] = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
 
