@@ -22,8 +22,7 @@ def command_line() -> ArgumentParser:
     add = parser.add_argument
     add("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
     add("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
-    forms = ["original", "dequantized"]
-    add("--base", choices=forms, default="original", help="after Q-LoRA: which form of the base")
+    add("--base", choices=["original", "dequantized"], default="original", help="after Q-LoRA: which form of the base")
     add("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
     add("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
     add("--rows", type=int, default=16, help="how many rows to compare on (16)")
@@ -36,30 +35,17 @@ def command_line() -> ArgumentParser:
 if __name__ == "__main__":
     given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
+import recipes.utils.merge as merge
 from recipes.utils.data import Encoder
 from recipes.utils.evaluation import base_of, check_linear, load_adapter_tokenizer, newest_run, read_adapter
-from recipes.utils.merge import (
-    compare_with_adapter,
-    make_modelfile,
-    merge_weights,
-    rows_to_compare,
-    staged,
-    write_card,
-    write_config,
-    write_generation_config,
-    write_tokenizer,
-)
 
 
 def merge_adapter(
     run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None
 ) -> Path:
     """Merge an adapter into its base; returns the folder of the merged model. The arguments are the flags: see --help.
-
-    Raises:
-        UserError: for a target that is not empty, a full disk, weights that are not finite or did not change, or a
-            merged model farther than `max_kl` from the adapter. Nothing is left then.
-    """
+    Raises `UserError`, and leaves nothing, for a target that is not empty, a full disk, weights that are not finite or
+    did not change, or a merged model farther than `max_kl` from the adapter."""
     # 1. The adapter, its base, and a target that holds nothing yet.
     if rows < 1:
         raise UserError("--rows: at least one is needed; --no-verify compares nothing")
@@ -67,32 +53,31 @@ def merge_adapter(
     record = read_adapter(adapter)
     base_folder, output = base_of(record), Path(output or adapter / "merged")
     tokenizer = load_adapter_tokenizer(adapter, record)
-    modelfile = make_modelfile(tokenizer, ollama) if ollama else None
-    chats = rows_to_compare(record, data)[:rows] if verify else []
+    modelfile = merge.make_modelfile(tokenizer, ollama) if ollama else None
+    chats = merge.rows_to_compare(record, data)[:rows] if verify else []
     check_linear(adapter, scale)
     if base == "dequantized" and record["method"] != "qlora":
-        why = "the adapter was trained on 16-bit weights, so there is nothing to dequantise"
-        raise UserError(f"--base dequantized: {why}")
+        raise UserError("--base dequantized: the adapter was trained on 16-bit weights: there is nothing to dequantise")
 
-    with staged(output) as partial:
+    with merge.staged(output) as partial:
         # 2. Weights: base + scale · B·A in float32, rounded once to the base's own dtype, one tensor at a time.
-        untied, dtype = merge_weights(record, base_folder, adapter, partial, base, scale)
+        untied, dtype = merge.merge_weights(record, base_folder, adapter, partial, base, scale)
 
         # 3. What makes weights a model: tokenizer, template, every stop id, and at last the config.
-        write_tokenizer(base_folder, partial, tokenizer)
-        write_generation_config(base_folder, partial, Encoder(tokenizer).stop_ids)
+        merge.write_tokenizer(base_folder, partial, tokenizer)
+        merge.write_generation_config(base_folder, partial, Encoder(tokenizer).stop_ids)
         if modelfile:
             (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
-        write_config(base_folder, partial, dtype, untied)
+        merge.write_config(base_folder, partial, dtype, untied)
 
         # 4. Read it back and compare: what is on the disk must say what the adapter said.
         drift = None
         if verify:
-            drift = compare_with_adapter(record, base_folder, adapter, partial, base, scale, chats, tokenizer)[base]
+            drift = merge.compare_with_adapter(record, base_folder, adapter, partial, base, scale, chats, tokenizer)
             if not drift["mean_kl"] <= max_kl:  # NaN too
                 far = f"is {drift['mean_kl']:.2e} nats a token from the adapter, over --max-kl {max_kl:g}"
                 raise UserError(f"the merged model {far}; nothing was kept")
-        write_card(partial, record, base_folder, adapter, {"base": base, "scale": scale, "dtype": dtype}, drift)
+        merge.write_card(partial, record, base_folder, adapter, {"base": base, "scale": scale, "dtype": dtype}, drift)
 
     say(f"merged: {output}" + ("" if verify else " (not compared with the adapter)"))
     if (adapter / "run.json").is_file():

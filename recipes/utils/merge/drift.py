@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from recipes.utils.console import UserError, print_table, say
 from recipes.utils.data import Chat, Encoded, Encoder, read_chats
@@ -23,8 +24,7 @@ def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
     if data:
         return read_chats(data)
     if "data" not in record:
-        mend = "--data FILE compares on yours, --no-verify not"
-        raise UserError(f"this adapter has no run.json that names its rows: {mend}")
+        raise UserError("no run.json names this adapter's rows: --data FILE compares on yours, --no-verify not")
     options = record["data"]
     try:
         if options["validation"]:
@@ -37,14 +37,12 @@ def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
 
 def compare_with_adapter(
     record: dict, base: Path, adapter: Path, merged: Path, kind: str, scale: float, rows: list[Chat], tokenizer
-) -> dict[str, dict]:
-    """Compare the model in the folder `merged` with the live adapter at `scale` on the answers of `rows`; print a
-    table and return {kind of base: what `measure_drift` says}. After a Q-LoRA run also of the other kind of base, which
-    is tried where there is room, and not kept; a line says which is nearer.
-
-    The adapter's predictions are kept on the disk, within `merged`: the logits of a few long answers over a large
-    vocabulary take more memory than a model, and so do two models at once. Raises `UserError` without room for them.
-    """
+) -> dict:
+    """Compare the model in the folder `merged` with the live adapter at `scale` on the answers of `rows`; print a table
+    and return what `measure_drift` says. After a Q-LoRA run a second table is of the other kind of base, which is tried
+    where there is room, and not kept; a line says which is nearer. The adapter's predictions are kept on the disk,
+    within `merged`: the logits of a few long answers over a large vocabulary take more memory than a model, and so do
+    two models at once. Raises `UserError` without room for them."""
     encoded = Encoder(tokenizer, escape=True).encode(rows)
     answer_tokens = sum(label != -100 for row in encoded for label in row.labels)
     size = answer_tokens * len(tokenizer) * getattr(torch, record["model"]["dtype"]).itemsize
@@ -69,17 +67,13 @@ def compare_with_adapter(
                     shutil.copyfile(merged / "config.json", Path(folder, "config.json"))
                     drifts[other] = measure_drift(Path(folder), encoded, Path(logits))
     _print_drift(drifts, kind)
-    return drifts
+    return drifts[kind]
 
 
 def measure_drift(merged: Path, rows: list[Encoded], folder: Path) -> dict:
-    """The model in the folder `merged` against the logits of the live adapter kept in `folder`, over all answer tokens.
-
-    Returns `rows`, `tokens`, `mean_kl` (KL(live || merged), nats a token), `top1_agreement`, `max_logit_difference`,
-    and `live_loss` and `merged_loss` (nats a token).
-    """
-    from transformers import AutoModelForCausalLM
-
+    """The model in the folder `merged` against the logits of the live adapter kept in `folder`, over all answer tokens:
+    `rows`, `tokens`, `mean_kl` (KL(live || merged), nats a token), `top1_agreement`, `max_logit_difference`, and
+    `live_loss` and `merged_loss` (nats a token)."""
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="auto")
     kl = same = live_loss = merged_loss = largest = tokens = 0.0
     for number, row in enumerate(rows):
@@ -119,6 +113,5 @@ def _print_drift(drifts: dict[str, dict], kind: str) -> None:
 @torch.no_grad()
 def _logits(model, row: Encoded) -> torch.Tensor:
     """The logits (answer tokens, vocabulary) of a row, in the model's precision."""
-    model.eval()
     learnt = torch.tensor(row.labels)[1:] != -100
     return model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1].cpu()[learnt]

@@ -38,25 +38,19 @@ DIALOGUES = ([ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED, {"role": "assistant", "co
 
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """Yield a new folder beside `output`, and rename it to `output` when all that was written there is on the disk.
-
-    After an error nothing is left.
-
-    Raises:
-        UserError: if `output` holds something or cannot be made, or the disk is full.
-    """
+    """Yield a new folder beside `output`, renamed to `output` when all that was written there is on the disk; an error
+    leaves nothing. Raises `UserError` if `output` holds something or cannot be made, or the disk is full."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already; name another folder with --output")
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        for left in output.parent.glob(f".{output.name}.partial-*"):
+            say(f"{left}: was left by another merge; if that one is not running, delete it")
         partial.mkdir()
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); name another folder with --output") from error
-    for left in output.parent.glob(f".{output.name}.partial-*"):
-        if left != partial:
-            say(f"{left}: was left by another merge; if that one is not running, delete it")
     try:
         yield partial
         sync(partial)
@@ -73,10 +67,8 @@ def check_space(folder: Path, size: int, what: str = "the merged model") -> None
     """Raise `UserError` if the disk under `folder` has no room for `size` bytes of `what` and 64 MB beside them."""
     free, needed = shutil.disk_usage(folder).free, size + (64 << 20)
     if free < needed:
-        raise UserError(
-            f"{folder.parent}: {what} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; nothing was kept. "
-            "Name another disk with --output"
-        )
+        why = f"{what} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; nothing was kept"
+        raise UserError(f"{folder.parent}: {why}. Name another disk with --output")
 
 
 def write_config(base: Path, output: Path, dtype: str, untied: bool) -> None:
@@ -86,9 +78,8 @@ def write_config(base: Path, output: Path, dtype: str, untied: bool) -> None:
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the key of transformers 5, and the one that others know
     if untied:
         config["tie_word_embeddings"] = False
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # transformers 5 writes it there alone, and others would silently take their default
-        config.setdefault("rope_theta", rope["rope_theta"])
+    if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
+        config.setdefault("rope_theta", theta)  # transformers 5 writes it there alone; others would take their default
     write_json(output / "config.json", config)
 
 
@@ -105,10 +96,8 @@ def write_generation_config(base: Path, output: Path, stop_ids: list[int]) -> No
 
 
 def write_tokenizer(base: Path, output: Path, tokenizer) -> None:
-    """The base's own tokenizer files, which every runtime knows, with the trained `tokenizer`'s chat template.
-
-    If they do not give the ids that were trained on (a legacy form was mended), the trained tokenizer's are written.
-    """
+    """The base's own tokenizer files, which every runtime knows, with the trained `tokenizer`'s chat template; where
+    they do not give the ids that were trained on (a legacy form was mended), the trained tokenizer's."""
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, output / name)
@@ -124,10 +113,8 @@ def write_tokenizer(base: Path, output: Path, tokenizer) -> None:
 
 
 def plain_template(template: str) -> str:
-    """`template` without its loss marks, which only transformers and TRL read; it renders the same text to the letter.
-
-    A mark trims the blanks around it as its dashes say; an `if` that is always true trims the same ones.
-    """
+    """`template` without its loss marks, which only transformers and TRL read; it renders the same text to the letter:
+    a mark trims the blanks around it as its dashes say, and an `if` that is always true trims the same ones."""
     template = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", template)
     return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", template)
 
@@ -155,18 +142,13 @@ def make_modelfile(tokenizer, gguf: str) -> str:
     raise UserError(f"--ollama: the chat template is of no Modelfile in configs/ ({known}); write one like them")
 
 
-def _prompts(tokenizer, template: str) -> list[str | None]:
-    """What `template` asks of the model in a few dialogues; None for one that it cannot carry."""
-
-    def prompt(messages: list[dict]) -> str | None:
-        try:
-            return tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError:
-            return None
-
-    return [prompt(messages) for messages in DIALOGUES]
+def _prompts(tokenizer, template: str) -> dict[int, str]:
+    """What `template` asks of the model in a few dialogues, without those that it cannot carry."""
+    prompts, how = {}, {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
+    for number, messages in enumerate(DIALOGUES):
+        with contextlib.suppress(TemplateError):
+            prompts[number] = tokenizer.apply_chat_template(messages, **how)
+    return prompts
 
 
 def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict, drift: dict | None) -> None:
@@ -181,19 +163,16 @@ def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict,
     lines += ["pipeline_tag: text-generation", "tags: [lora, trl]", "---", "", f"# {record['name']}", ""]
     kind = {"lora": "a LoRA", "qlora": "a Q-LoRA"}[record["method"]]
     facts = {
-        "base": name,
-        "base revision": revision,
-        "merged into": f"{how['base']} weights, at scale {how['scale']:g}",
-        "dtype": how["dtype"],
+        "base": name, "base revision": revision,
+        "merged into": f"{how['base']} weights, at scale {how['scale']:g}", "dtype": how["dtype"],
         **_settings(record.get("lora") or read_json(adapter / "adapter_config.json"), LORA),
         **_settings(record.get("training", {}), SETTINGS),
         **_settings(record.get("quantization") or {}, QUANTIZATION),
         "rows trained on": record.get("rows", {}).get("train", {}).get("rows"),
         "best validation loss": record.get("best_validation_loss"),
-    }
-    if drift:
-        same = f"{drift['top1_agreement']:.1%} same"
-        facts["distance from the adapter"] = f"KL {drift['mean_kl']:.2e} nats a token, {same}"
+        "distance from the adapter": drift
+        and f"KL {drift['mean_kl']:.2e} nats a token, {drift['top1_agreement']:.1%} same",
+    }  # fmt: skip
     lines += [f"{name} with {kind} adapter merged into it.", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     lines += [f"| sha256 of {Path(path).name} | {digest} |" for path, digest in record.get("data_sha256", {}).items()]
@@ -213,6 +192,5 @@ def _scores(folder: Path, scale: float) -> dict[str, dict]:
 
 
 def _settings(section: dict, keys: tuple[str, ...]) -> dict:
-    found = {key: section.get(key) for key in keys}
-    lists = {key: ", ".join(map(str, value)) for key, value in found.items() if isinstance(value, list)}
-    return {key: value for key, value in {**found, **lists}.items() if value}
+    found = {key: section[key] for key in keys if section.get(key)}
+    return {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in found.items()}

@@ -15,16 +15,18 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.progress import track
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from recipes.utils.console import UserError, out
+from recipes.utils.console import UserError, out, say
 from recipes.utils.files import read_json, sync_path, write_json
 from recipes.utils.merge.export import check_space
-from recipes.utils.model import ModelOptions, model_config
+from recipes.utils.model import CHANGE_THE_BASE, ModelOptions, model_config
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -32,7 +34,6 @@ PIECE = 1 << 18  # numbers at a time: few enough to stay in a core's cache from 
 FEWEST_ROWS = 16  # in a piece: a product of fewer rows than 4 is summed up in another order, to other bits
 MOST_WORKERS = 8  # more would wait for the disk
 QUANTISED_PIECE = 1 << 22  # numbers at a time: quantising takes several float32 copies of what it is given
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin, so W + B·A is not what was trained
 BLOCK = 64  # numbers that share a constant in 4 bit: what bitsandbytes.nn.Linear4bit takes
 # Fields of LoraConfig that are handled here or say nothing about the weights; with any other one set, PEFT merges.
 UNDERSTOOD = {
@@ -59,36 +60,62 @@ class Stored(NamedTuple):
     shape: list[int]
 
 
-class Target(NamedTuple):
-    """A tensor to write: the bytes of `source`, with the adapter's `parts` for it, multiplied by `scaling`."""
-
-    source: Stored
-    parts: dict[str, Stored]
-    scaling: float
-
-
 class Plan(NamedTuple):
-    """The files to write, each with its tensors in order; `untied`: the head is no longer the embedding."""
+    """The files to write, each with the base's tensors in order; `untied`: the head is no longer the embedding."""
 
-    files: dict[str, dict[str, Target]]
+    files: dict[str, dict[str, Stored]]
+    changes: dict[str, tuple[dict[str, Stored], float]]  # by tensor: the adapter's parts for it, and their scaling
     shards: dict | None  # the content of the index
     untied: bool
     dtype: str
+    size: int  # bytes of all tensors
 
-    @property
-    def size(self) -> int:
-        return sum(target.source.size for file in self.files.values() for target in file.values())
+
+def merge_weights(record: dict, base: Path, adapter: Path, output: Path, kind: str, scale: float) -> tuple[bool, str]:
+    """`stream_merge`, or for an adapter that is no plain LoRA the same by PEFT, with the whole base in memory."""
+    try:
+        return stream_merge(record, base, adapter, output, kind, scale)
+    except NotStreamable as reason:
+        if kind == "dequantized":
+            raise UserError(f"--base dequantized: {reason}, which only PEFT merges, into --base original") from None
+        say(f"merging through PEFT, with the whole model in memory: {reason}")
+    return merge_in_memory(record, base, adapter, output)
+
+
+def merge_in_memory(record: dict, base: Path, adapter: Path, output: Path) -> tuple[bool, str]:
+    """As `stream_merge`, with the whole base in memory; `output` holds configs too, which are to be written anew."""
+    from peft import PeftModel  # here: importing it takes longer than streaming a model of a billion parameters
+
+    def sums(model) -> dict[str, float]:  # a change moves them, and where something is not finite, neither are they
+        return {name: tensor.sum(dtype=torch.float64).item() for name, tensor in model.state_dict().items()}
+
+    trust = record["model"].get("trust_remote_code", False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, trust_remote_code=trust)
+    tied, dtype, before = model.config.tie_word_embeddings, model.dtype, sums(model)
+    settings, head = read_json(adapter / "adapter_config.json"), model.get_output_embeddings()
+    if tied and not settings.get("trainable_token_indices") and not settings.get("ensure_weight_tying"):
+        model.config.tie_word_embeddings = False  # what the adapter does to the embedding it does not do to the head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=False).to(dtype)
+    untied = tied and not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
+    merged.config.tie_word_embeddings = tied and not untied
+    merged.tie_weights()
+    after = sums(merged)
+    if wrong := [name for name, total in after.items() if not math.isfinite(total)]:
+        raise UserError(f"{wrong[0]}: the merged weights are not finite; the adapter is broken, or {dtype} too small")
+    if before == after:
+        raise UserError("the adapter changes no weight: is it trained?")
+    check_space(output, sum(tensor.nbytes for tensor in merged.state_dict().values()))
+    merged.save_pretrained(output)
+    for path in output.glob("*.safetensors"):  # which the library lets nobody else read
+        path.chmod((output / "config.json").stat().st_mode)
+    return untied, str(dtype).removeprefix("torch.")
 
 
 def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: str, scale: float) -> tuple[bool, str]:
-    """Write the merged weights into the folder `output`; returns (the head is untied now, the weights' dtype).
-
-    `kind` is `original`, or `dequantized` for the base as the Q-LoRA run of `record` saw it.
-
-    Raises:
-        NotStreamable: before anything is written, for what only PEFT can merge.
-        UserError: if there is too little disk, or as `plan_merge` and `write_merge` say.
-    """
+    """Write the merged weights into the folder `output`; returns (the head is untied now, the weights' dtype). `kind`
+    is `original`, or `dequantized` for the base as the Q-LoRA run of `record` saw it. Raises `UserError` if there is
+    too little disk, and what `plan_merge` and `write_merge` raise."""
     plan = plan_merge(base, adapter, scale)
     check_space(output, plan.size)
     write_merge(plan, output, RoundTrip(record, base) if kind == "dequantized" else None)
@@ -96,12 +123,8 @@ def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: st
 
 
 def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
-    """What is to be written, from headers alone.
-
-    Raises:
-        NotStreamable: for an adapter or a base that only PEFT can merge.
-        UserError: for a base whose weights are quantised, an adapter of another base, or a file that is not whole.
-    """
+    """What is to be written, from headers alone. Raises `NotStreamable` for what only PEFT can merge, and `UserError`
+    for a base whose weights are quantised, an adapter of another base, or a file that is not whole."""
     base_config, config = read_json(base / "config.json"), read_json(adapter / "adapter_config.json")
     if "quantization_config" in base_config:
         needed = "the model that it was made from is needed as base"
@@ -140,29 +163,21 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
         if "full" in parts and parts["full"].shape != source.shape:
             resized = f"{parts['full'].shape} in the adapter and {source.shape} in the base"
             raise UserError(f"{name}: {resized}; a vocabulary that was resized cannot be merged")
-    plan: dict[str, dict[str, Target]] = {}
-    sizes = dict.fromkeys(DTYPES, 0)
-    for file, tensors in files.items():
-        plan[file] = {}
-        for name, stored in tensors.items():
-            parts = changes.get(name, {})
-            plan[file][name] = Target(stored, parts, _scaling(config, name, parts, scale))
-            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.size
-    return Plan(plan, index, untied, str(DTYPES[max(DTYPES, key=sizes.__getitem__)]).removeprefix("torch."))
+    scaled = {name: (parts, _scaling(config, name, parts, scale)) for name, parts in changes.items()}
+    every = [stored for tensors in files.values() for stored in tensors.values()]
+    dtype = max(DTYPES, key=lambda dtype: sum(stored.size for stored in every if stored.dtype == dtype))
+    return Plan(files, scaled, index, untied, str(DTYPES[dtype]).removeprefix("torch."), sum(one.size for one in every))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict | None]:
     """({file name: its tensors}, the index of a sharded model). By the index: a folder may hold other weights too.
-
-    Raises `UserError` without safetensors, and where the index names anything but files of the folder: the merged
-    files get the same names, and are written nowhere else.
-    """
-    path = folder / INDEX
+    Raises `UserError` without safetensors, and where the index names anything but files of the folder: the merged files
+    get the same names, and are written nowhere else."""
+    path, alone = folder / INDEX, folder / "model.safetensors"
+    if not path.is_file() and not alone.is_file():
+        raise UserError(f"{folder}: has no safetensors weights; pickled ones are not loaded, since they can run code")
     if not path.is_file():
-        if not (folder / "model.safetensors").is_file():
-            pickled = "pickled ones are not loaded, since they can run code"
-            raise UserError(f"{folder}: has no safetensors weights; {pickled}")
-        return {"model.safetensors": read_header(folder / "model.safetensors")}, None
+        return {alone.name: read_header(alone)}, None
     content = read_json(path)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -174,15 +189,11 @@ def read_weights(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict | Non
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, in the order in which they lie there.
-
-    Raises:
-        UserError: if the file is not there, or not whole: one that was cut in a copy looks whole from its header.
-    """
+    """The tensors of a safetensors file, in the order in which they lie there. Raises `UserError` if it is not there,
+    or not whole: one that was cut in a copy looks whole from its header."""
     try:
         with open(path, "rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, size)))
         header.pop("__metadata__", None)
         found = []
@@ -225,12 +236,10 @@ def _scaling(config: dict, name: str, parts: dict[str, Stored], scale: float) ->
 
 
 class RoundTrip:
-    """The base as a Q-LoRA adapter saw it: which weights went through NF4 and back (`names`), and how (`apply`)."""
+    """The `base` as the Q-LoRA run of `record` saw it: which weights went through NF4 (`names`), and how (`apply`)."""
 
     def __init__(self, record: dict, base: Path):
-        """`record` is the run.json of a Q-LoRA run on `base`."""
         from bitsandbytes.nn import Linear4bit
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
         from transformers.quantizers import AutoHfQuantizer
 
         options = ModelOptions(**record["model"])
@@ -243,10 +252,8 @@ class RoundTrip:
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` quantised and dequantised, in the precision that the run held the base in; may be done in its place.
-
         Equal to dequantising the whole weight of the live model: blocks are independent of each other, so that they can
-        be quantised piece by piece; the constants, if they are quantised too, all together.
-        """
+        be quantised piece by piece; the constants, if they are quantised too, all together."""
         from bitsandbytes import functional
 
         kind, flat = self.config.bnb_4bit_quant_type, weight.reshape(-1).to(self.dtype)
@@ -264,22 +271,18 @@ class RoundTrip:
         return flat.view(weight.shape)
 
 
-def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -> int:
-    """Write the planned files into the folder `output`, synced; returns how many tensors are not as they were.
-
-    With `round_trip` the base is first made what it was in 4 bit, one whole tensor at a time.
-
-    Raises:
-        UserError: if a merged weight is not finite, or none differs from the base's.
-    """
+def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -> None:
+    """Write the planned files into the folder `output`, synced. With `round_trip` the base is first made what it was in
+    4 bit, one whole tensor at a time. Raises `UserError` if a merged weight is not finite, or none differs from the
+    base's."""
     changed, threads = 0, torch.get_num_threads()
     torch.set_num_threads(1)  # threads that share a piece this small wait longer for each other than they compute
     try:
         with ThreadPoolExecutor(1 if round_trip else min(threads, MOST_WORKERS)) as pool:
             for name, tensors in plan.files.items():
                 path, count = output / name, len(tensors)
-                places = _write_header(path, tensors)
-                done = pool.map(_write_tensor, tensors, tensors.values(), places, [path] * count, [round_trip] * count)
+                write = partial(_write_tensor, path, plan, round_trip)
+                done = pool.map(write, tensors, tensors.values(), _write_header(path, tensors))
                 changed += sum(track(done, f"merging {name}", count, console=out, disable=not sys.stdout.isatty()))
                 sync_path(path)
     finally:
@@ -288,37 +291,33 @@ def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -
         plan.shards.setdefault("metadata", {})["total_size"] = plan.size
         write_json(output / INDEX, plan.shards)
     if not changed:
-        ask = "is it trained, and is the scale large enough for the base's dtype?"
-        raise UserError(f"the adapter changes no weight: {ask}")
-    return changed
+        raise UserError("the adapter changes no weight: is it untrained, or the scale too small for the base's dtype?")
 
 
-def _write_header(path: Path, tensors: dict[str, Target]) -> list[int]:
+def _write_header(path: Path, tensors: dict[str, Stored]) -> list[int]:
     """Begin the safetensors file `path`; returns where in it each of `tensors` has its place."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    places, place = [], 0
-    for name, (source, _, _) in tensors.items():
-        header[name] = {"dtype": source.dtype, "shape": source.shape, "data_offsets": [place, place + source.size]}
-        places.append(place)
-        place += source.size
+    places = list(itertools.accumulate((stored.size for stored in tensors.values()), initial=0))
+    for (name, stored), span in zip(tensors.items(), itertools.pairwise(places), strict=True):
+        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as readers that map the file expect
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    return [8 + len(text) + place for place in places]
+    return [8 + len(text) + place for place in places[:-1]]
 
 
-def _write_tensor(name: str, target: Target, place: int, path: Path, round_trip: RoundTrip | None) -> bool:
+def _write_tensor(path: Path, plan: Plan, trip: RoundTrip | None, name: str, source: Stored, place: int) -> bool:
     """Write one tensor into the file `path` at `place`, piece by piece; True if the adapter changed it."""
-    source, parts, scaling = target
+    parts, scaling = plan.changes.get(name, ({}, 0.0))
     with open(source.file, "rb", buffering=0) as base, open(path, "r+b", buffering=0) as file:
         base.seek(source.start)
         file.seek(place)
-        through_4_bit = round_trip is not None and name in round_trip.names
-        if not parts and not through_4_bit:
+        trip = trip if trip and name in trip.names else None
+        if not parts and not trip:
             for start in range(0, source.size, 4 * PIECE):
                 _write(file, _read(base, torch.empty(min(4 * PIECE, source.size - start), dtype=torch.uint8)))
             return False
-        whole = round_trip.apply(_load(source)).to(DTYPES[source.dtype]) if round_trip and through_4_bit else None
+        whole = trip.apply(_load(source)).to(DTYPES[source.dtype]) if trip else None
         add, changed = _adding(parts, scaling), False
         for rows in _pieces(source.shape):
             new = old = _load(source, rows) if whole is None else whole[rows]
