@@ -82,8 +82,8 @@ def train_qlora(config: Config) -> Path:
         if config.dry_run:
             return run.folder
 
-        # 6. Train. However it ends, run.json says how, with the `results`, the report is written a last time, and no step
-        # is lost but those since the last checkpoint.
+        # 6. Train. However it ends, run.json says how, with the `results`, the report is written a last time, and no
+        # step is lost but those since the last checkpoint.
         with report, recorded(run, config, trainer, train, validation) as results:
             results["train"] = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
 
