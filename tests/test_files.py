@@ -123,9 +123,12 @@ def test_the_holder_is_named_where_the_kernel_tells(tmp_path, monkeypatch):
         f"1: FLOCK  ADVISORY  WRITE 41 08:01:{inode}1 0 EOF\n2: FLOCK  ADVISORY  WRITE 42 08:01:{inode} 0 EOF\n"
     )
     monkeypatch.setattr(files, "LOCKS", locks)
-    assert files._holder(tmp_path) == "process (pid 42)"
-    locks.unlink()
-    assert files._holder(tmp_path) == "process"
+    with locked(tmp_path):
+        with pytest.raises(UserError, match=r"is in use by another process \(pid 42\);"), locked(tmp_path):
+            pass
+        locks.unlink()
+        with pytest.raises(UserError, match="is in use by another process;"), locked(tmp_path):
+            pass
 
 
 def test_where_a_file_system_has_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys):

@@ -31,8 +31,7 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class UserError(Exception):
-    """Something the user can mend: a config, a data file, a path. The message says what, where and how, in a line or
-    two; `run_main` prints it without a traceback and returns status 2."""
+    """Something the user can mend: a config, a data file, a path. The message says what, where and how, briefly."""
 
 
 class RunEnded(Exception):
@@ -110,7 +109,8 @@ def quiet() -> Iterator[None]:
     warnings of what no user can mend. Afterwards all is as before, the environment too: libraries write into it."""
     bnb, trainer = logging.getLogger("bitsandbytes"), logging.getLogger("transformers.trainer_utils")
     with contextlib.ExitStack() as afterwards, warnings.catch_warnings():
-        afterwards.callback(_restore_environment, dict(os.environ))
+        afterwards.callback(os.environ.update, dict(os.environ))
+        afterwards.callback(os.environ.clear)  # called first: the last in is the first out
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every fork
         if transformers := sys.modules.get("transformers"):
             hub, bars = sys.modules["huggingface_hub"].utils, transformers.utils.logging  # the latter switch both
@@ -136,12 +136,6 @@ def quiet() -> Iterator[None]:
 
 def _no_step_changes(record: logging.LogRecord) -> bool:
     return "do not match the ones" not in str(record.msg)
-
-
-def _restore_environment(before: dict[str, str]) -> None:
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
 
 
 def recipe_parser(description: str | None, **others) -> ArgumentParser:
@@ -300,17 +294,14 @@ def read_flags(words: list[str]) -> dict[str, object]:
 
 def _take_flags(words: list[str]) -> tuple[list[str], dict[str, object]]:
     """(the other words, the flags that are keys): argparse would take the value of such a flag for its own argument."""
-    others, flags, words = [], {}, list(words)
-    while words:
-        word = words.pop(0)
+    others, flags, left = [], {}, iter(words)
+    for word in left:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in name:
             others.append(word)
             continue
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"--{name} needs a value")
-            value = words.pop(0)
+        if not equals and (value := next(left, "--")).startswith("--"):
+            raise UserError(f"--{name} needs a value")
         if name in flags:
             raise UserError(f"--{name} is given twice")
         try:

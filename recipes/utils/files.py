@@ -15,7 +15,7 @@ from recipes.utils.console import UserError, say
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # EBADF: a folder, over NFS
-LOCKS = Path("/proc/locks")
+LOCKS = Path("/proc/locks")  # where Linux tells which process holds which
 
 
 def file_hash(path: Path) -> str:
@@ -114,16 +114,11 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise UserError(f"{folder}: is in use by another {_holder(folder)}; wait for it, or end it") from error
+                locks = LOCKS.read_text() if os.access(LOCKS, os.R_OK) else ""
+                found = re.search(rf"FLOCK .* ([1-9]\d*) \S+:{folder.stat().st_ino} ", locks)
+                holder = f"process (pid {found[1]})" if found else "process"
+                raise UserError(f"{folder}: is in use by another {holder}; wait for it, or end it") from error
             say(f"{folder}: cannot be locked here ({error.strerror}); start no second run in it")
         yield
     finally:
         os.close(handle)
-
-
-def _holder(folder: Path) -> str:
-    """The process that has locked `folder`, as far as the kernel tells."""
-    with contextlib.suppress(OSError):
-        if found := re.search(rf"FLOCK .* ([1-9]\d*) \S+:{folder.stat().st_ino} ", LOCKS.read_text()):
-            return f"process (pid {found[1]})"
-    return "process"

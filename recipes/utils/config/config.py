@@ -60,21 +60,7 @@ def read_config(given: CommandLine, method: str) -> Config:
     flags = {name: given.options[name] for name in FLAGS if name in given.options}
     if given.options.get("from_run"):
         return load_config(given.options["from_run"], given.flags, method, **flags)
-    path = Path(given.options["config"])
-    return _resolve(path, path.stem, given.yaml, given.flags, method, flags)
-
-
-def load_config(path: str | Path, overrides: Mapping[str, object], method: str, **flags) -> Config:
-    """`path` (a YAML file, a run's folder or its run.json) with `overrides` laid over it, {"training.max_steps": 10};
-    `flags` are `dry_run`, `resume`, `accept_changes` and `max_hours`. Raises `UserError` for anything that is not a key
-    of the library class behind its section, or not a value of its type."""
-    path = Path(path)
-    path = path / "run.json" if path.is_dir() else path
-    if path.suffix == ".json":
-        name, given = _read_record(path, method)
-    else:
-        name, given = path.stem, {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
-    return _resolve(path, name, given, overrides, method, flags)
+    return load_config(given.options["config"], given.flags, method, given.yaml, **flags)
 
 
 def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, str]]]:
@@ -98,9 +84,17 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
     return name, {key: (value, str(path)) for key, value in given.items() if value is not None and key not in RESOLVED}
 
 
-def _resolve(path: Path, name: str, given: dict, overrides: Mapping[str, object], method: str, flags: dict) -> Config:
-    """Check every key of `given`, {section.key: (value, where)}, and of the `overrides` laid over it, and fill in what
-    follows from others, and from this machine."""
+def load_config(path: str | Path, overrides: Mapping[str, object], method: str, given=None, **flags) -> Config:
+    """`path` (a YAML file, a run's folder or its run.json) with `overrides` laid over it, {"training.max_steps": 10},
+    and what follows from others, and from this machine, filled in. `given` is what the YAML says, where it was read
+    already; `flags` are those of `FLAGS`. Raises `UserError` for anything that is not a key of the library class behind
+    its section, or not a value of its type."""
+    path = Path(path)
+    path = path / "run.json" if path.is_dir() else path
+    if path.suffix == ".json":
+        name, given = _read_record(path, method)
+    else:
+        name, given = path.stem, given or {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
     given = given | {key: (value, f"--{key}") for key, value in overrides.items()}
     sections: dict[str, dict] = {section: {} for section in SECTIONS}
     checker, problems = ArgumentParser(exit_on_error=False), []

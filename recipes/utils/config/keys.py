@@ -56,11 +56,10 @@ REFUSED = {
     "lora.trainable_token_indices": "TRL's fused head cannot train single rows; use --lora.modules_to_save '[lm_head]'",
 }  # fmt: skip
 
-SMALLEST = 1e-12  # above zero
-RANGES = {
+RANGES = {  # 1e-12 stands for above zero
     "training.per_device_train_batch_size": (1, 100_000), "training.per_device_eval_batch_size": (1, 100_000),
     "training.gradient_accumulation_steps": (1, 1_000_000), "training.max_length": (2, 10_000_000),
-    "training.learning_rate": (SMALLEST, 1e3), "training.num_train_epochs": (SMALLEST, 1e6),
+    "training.learning_rate": (1e-12, 1e3), "training.num_train_epochs": (1e-12, 1e6),
     "lora.r": (1, 100_000), "lora.lora_dropout": (0, 0.999), "data.max_over_length": (0, 1), "data.samples": (0, 64),
 }  # fmt: skip
 
