@@ -138,10 +138,9 @@ def _no_step_changes(record: logging.LogRecord) -> bool:
     return "do not match the ones" not in str(record.msg)
 
 
-def recipe_parser(description: str | None, **others) -> ArgumentParser:
+def recipe_parser(text: str | None, **others) -> ArgumentParser:
     """A parser with a recipe's docstring for its help, as it stands, and --traceback; no flag may be cut short."""
-    others |= {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = ArgumentParser(description=description, **others)
+    parser = ArgumentParser(description=text, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False, **others)
     parser.add_argument("--traceback", action="store_true", help="show where in the code a user error arose")
     return parser
 
@@ -162,13 +161,12 @@ def training_parser(description: str | None) -> ArgumentParser:
     return parser
 
 
-def first_look(parser: ArgumentParser, argv: list[str] | None = None, data_files: bool = True) -> CommandLine:
+def first_look(parser: ArgumentParser, data_files: bool = True) -> CommandLine:
     """`parse` of a script's own command line. Ends the process, at --help (0) or a slip (2), before its imports."""
-    words = sys.argv[1:] if argv is None else argv
     try:
-        given = parse(parser, words, data_files)
+        given = parse(parser, sys.argv[1:], data_files)
     except UserError as error:
-        sys.exit(_report(error, "--traceback" in words))
+        sys.exit(_report(error, "--traceback" in sys.argv))
     # From here on Ctrl-C meets the imports, and bitsandbytes tells at its own that it would fetch kernels.
     sys.excepthook = _hook
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

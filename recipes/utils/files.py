@@ -50,9 +50,8 @@ def whole_file(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # there after an error alone
 
 
 def write_json(path: Path, content: dict) -> None:

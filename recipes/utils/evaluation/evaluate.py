@@ -135,8 +135,7 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
         metrics["forgetting"] = titled[f"forgetting, on {forgetting}"] = lost
     models = scored["predictions"]
     tables = [_table(title, {name: own[name] for name in models}, own["differences"]) for title, own in titled.items()]
-    verdicts = [sentence(pair, found) for pair, found in metrics["differences"].items()]
-    metrics["report"] = {"verdicts": verdicts, "tables": tables}
+    metrics["report"] = {"verdicts": [sentence(*pair) for pair in metrics["differences"].items()], "tables": tables}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -194,8 +193,7 @@ def _print(table: dict) -> None:
 
 
 def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
-    """What `write_evaluation` returns, for people: figures, of each tag too, what they mean, what was forgotten, and a
-    few answers: `scored` are the rows by model, `chats` what was asked."""
+    """Print what `write_evaluation` returned, and a few answers: `scored` are the rows by model, of the `chats`."""
     for table in metrics["report"]["tables"]:
         _print(table)
     if "forgetting" in metrics:

@@ -155,18 +155,15 @@ def sentence(pair: str, comparison: dict) -> str:
         text = f" ({show_interval(name, found, '95 % interval ')})" if name == "loss" else ""
         if name != "perplexity":  # which says what the loss says
             named.setdefault(found["verdict"], []).append(SCORES[name].label + text)
+    lists = {word: " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) for word, names in named.items()}
     leads = {"better": f"is better than {theirs} in ", "worse": f"is worse than {theirs} in "}
     leads |= {"longer": "gives longer answers", "shorter": "gives shorter answers"}
     leads |= {"the same": f"is the same as {theirs} in "}
-    parts = [lead + _and(named[word]) * lead.endswith(" ") for word, lead in leads.items() if word in named]
+    parts = [lead + lists[word] * lead.endswith(" ") for word, lead in leads.items() if word in named]
     if few := named.get("too few rows to say"):
         parts.append(f"against {theirs}: " * (not parts) + f"too few rows to say: {', '.join(few)}")
     text = f"{ours} {'; '.join(parts)}."
     return text[0].upper() + text[1:]
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), names[-1]])
 
 
 def show(name: str, value: float) -> str:

@@ -1,9 +1,8 @@
 """Document-wise attention for packed rows, from torch itself: each chat of a row attends to itself alone.
 
-sdpa keeps packed chats apart with a mask of N × N for a micro-batch of N tokens and computes all N² products. The
-variable-length kernel of torch.nn.attention.varlen (FlashAttention-2, inside torch) takes the borders of the chats and
-computes theirs alone. It is registered with transformers as `varlen`; whatever is not a packed row (padded batches,
-generation with a cache) goes through sdpa.
+sdpa keeps packed chats apart with a mask of N × N for N tokens and computes all N² products. The kernel of
+torch.nn.attention.varlen (FlashAttention-2, inside torch) takes the borders of the chats and computes theirs alone.
+transformers knows it as `varlen`; what is no packed row (padded batches, generation with a cache) goes through sdpa.
 """
 
 import inspect
@@ -29,7 +28,8 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     borders, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     rows, positions = query.shape[0], kwargs.get("position_ids")
     if borders is None and attention_mask is None and positions is not None and 1 < query.shape[2] == key.shape[2]:
-        borders = _borders(positions.expand(rows, -1))
+        first = pad(positions.expand(rows, -1).diff(dim=1) != 1, (1, 0), value=True).flatten()  # of each document
+        borders = pad(first.nonzero().flatten(), (0, 1), value=len(first)).to(torch.int32)  # as the kernel wants it
     if borders is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
@@ -65,12 +65,6 @@ def attend_by_document(query, key, value, borders, longest, scale, window):
             mask = ones.tril() & ones.triu(1 - window)
         parts.append(scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True))
     return torch.cat(parts, dim=1).transpose(0, 1)
-
-
-def _borders(positions: torch.Tensor) -> torch.Tensor:
-    """Where documents begin in the flattened rows, and the end: int32, as the kernel wants it."""
-    first = pad(positions.diff(dim=1) != 1, (1, 0), value=True)
-    return pad(first.flatten().nonzero().flatten(), (0, 1), value=positions.numel()).to(torch.int32)
 
 
 def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):

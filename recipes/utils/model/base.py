@@ -47,8 +47,7 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
 
     The commit is `commit`; without it that of `options.adapter`, unless there is an `options.revision`; else what the
     revision stands for today. The cache serves what it has whole. The network is used here and nowhere else. Raises
-    `UserError` if there is no such folder or model, or the hub cannot be reached and the cache has it not whole.
-    """
+    `UserError` if there is no such folder or model, or the hub cannot be reached and the cache has it not whole."""
     name = options.name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
