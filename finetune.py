@@ -68,12 +68,11 @@ def _config(method: str, given: dict) -> Config:
     path, sections = given.get("config"), given.get("sections", {})
     if path is None and "data.validation" not in settings:
         settings |= {"data.validation": None, "training.eval_strategy": "no", "training.load_best_model_at_end": False}
+    flags = {name: sections.pop(name) for name in FLAGS if name in sections}
     for name, values in sections.items():
-        if isinstance(values, dict):
-            settings |= {f"{name}.{key}": value for key, value in values.items()}
-        elif name not in FLAGS:
+        if not isinstance(values, dict):
             raise UserError(_where_it_belongs(name, values))
-    flags = {name: value for name, value in sections.items() if name in FLAGS}
+        settings |= {f"{name}.{key}": value for key, value in values.items()}
     return load_config(path or _family(str(given["model_name"])), settings, method, **flags)
 
 

@@ -4,8 +4,7 @@
     python recipes/chat.py runs/mistral-lora/merged --system "Answer in one sentence." --temperature 0.7
     echo "Why is the sky blue?" | python recipes/chat.py runs/mistral-lora
 
-/reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only the answers are
-printed.
+/reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only answers are printed.
 """
 
 import contextlib

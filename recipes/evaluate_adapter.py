@@ -6,9 +6,9 @@
     python recipes/evaluate_adapter.py runs/mistral-lora --forgetting general.jsonl
     python recipes/evaluate_adapter.py runs/mistral-lora --scales 0,0.5,0.75,1,1.25 --forgetting general.jsonl
 
-Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key `tag` are summed up by tag as well. A
-LoRA adapter is linear in its scale: --scales turns it down or up without training again, and merge_adapter.py --scale
-merges it at the one you choose (into scales.json).
+Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key `tag` are summed up by tag as well.
+--scales turns the adapter down or up without training again (a LoRA is linear in its scale), and writes scales.json;
+merge_adapter.py --scale merges it at the one you choose.
 """
 
 import sys
@@ -49,9 +49,8 @@ def evaluate_adapter(
 ) -> dict:
     """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
     Returns what `write_evaluation` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
-    "tags": {...}}, and under "forgetting" the same for the rows of the JSONL file `forgetting`: rows of another kind,
-    that the base is good at. With `scales` (a list of numbers) {"0.5": {...}, ...}, the adapter's figures at each, with
-    `forgetting_loss` (nats a token) on the rows of `forgetting`."""
+    "tags": {...}}, and under "forgetting" the same for the rows of that JSONL file, which are of another kind and which
+    the base is good at. With `scales` {"0.5": {...}, ...}: figures at each, and `forgetting_loss` (nats a token)."""
     # 1. The run, and the rows to score.
     run_folder = Path(run_folder or scoring.newest_run())
     record = scoring.read_run(run_folder)

@@ -20,7 +20,6 @@ from recipes.utils.model import batches, generate_answers
 MODELS = ("base", "adapter", "merged")
 SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered
 TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
-EXAMPLES = 3
 
 
 def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
@@ -102,9 +101,8 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
     by_scale, old_rows = {}, encoder.encode(old_chats)
     for scale in scales:
         set_scale(live, scale)
-        by_scale[f"{scale:g}"] = figures(evaluate(live, encoder, chats, *settings))
-        if old_rows:
-            by_scale[f"{scale:g}"]["forgetting_loss"] = score_answers(live, encoder, old_rows)[0]
+        lost = {"forgetting_loss": score_answers(live, encoder, old_rows)[0]} if old_rows else {}
+        by_scale[f"{scale:g}"] = figures(evaluate(live, encoder, chats, *settings)) | lost
     set_scale(live, 1.0)
     (Path(run_folder) / "evaluation").mkdir(exist_ok=True)
     write_json(Path(run_folder) / "evaluation" / "scales.json", by_scale)
@@ -203,7 +201,7 @@ def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
         say(f"\nlost: {lost or 'nothing that these rows can show'}")
     for text in metrics["report"]["verdicts"]:
         say("\n" + text)
-    for index in range(min(EXAMPLES, metrics["base"]["generated_rows"])):
+    for index in range(min(3, metrics["base"]["generated_rows"])):
         say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
         for name, rows in scored.items():
             say(f"{name:<9} {rows[index]['answer']}")

@@ -34,8 +34,7 @@ def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_
         # Layers that are compiled for training run as they are: each length of the cache would be compiled for.
         with torch.compiler.set_stance("force_eager"):
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        for row, index in enumerate(batch):
-            generated = output[row, ids.shape[1] :].tolist()
+        for index, generated in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(generated) if token in stops), None)
             text = encoder.tokenizer.decode(generated[:end], skip_special_tokens=True)
             answers[index] = Answer(text, end is not None, len(generated) if end is None else end + 1)
