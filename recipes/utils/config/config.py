@@ -1,7 +1,6 @@
 """One YAML file and `--section.key value` flags to the arguments of SFTConfig, LoraConfig and BitsAndBytesConfig.
 
-Every key is honoured or refused: an unknown, misspelt, renamed, wrongly typed or twice-given key is a `UserError` that
-names the line, before any data or model is read.
+Every key is honoured or refused, by a `UserError` that names the line, before any data or model is read.
 """
 
 import os
@@ -58,9 +57,8 @@ class Config:
 def read_config(given: CommandLine, method: str) -> Config:
     """The config of a recipe's command line: its YAML with its flags laid over it, or a run's record (--from-run)."""
     flags = {name: given.options[name] for name in FLAGS if name in given.options}
-    if given.options.get("from_run"):
-        return load_config(given.options["from_run"], given.flags, method, **flags)
-    return load_config(given.options["config"], given.flags, method, given.yaml, **flags)
+    path = given.options.get("from_run") or given.options["config"]
+    return load_config(path, given.flags, method, given.yaml, **flags)
 
 
 def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, str]]]:
@@ -85,10 +83,9 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
 
 
 def load_config(path: str | Path, overrides: Mapping[str, object], method: str, given=None, **flags) -> Config:
-    """`path` (a YAML file, a run's folder or its run.json) with `overrides` laid over it, {"training.max_steps": 10},
-    and what follows from others, and from this machine, filled in. `given` is what the YAML says, where it was read
-    already; `flags` are those of `FLAGS`. Raises `UserError` for anything that is not a key of the library class behind
-    its section, or not a value of its type."""
+    """`path` (a YAML file, a run's folder or its run.json), with `overrides` laid over it ({"training.max_steps": 10})
+    and what follows from them and this machine. `given` is the YAML where it was read already, `flags` are those of
+    `FLAGS`. Raises `UserError` for what is no key of the library class behind its section, or no value of its type."""
     path = Path(path)
     path = path / "run.json" if path.is_dir() else path
     if path.suffix == ".json":
@@ -118,11 +115,9 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
         "ddp_find_unused_parameters": False,  # a look at the whole graph a step, for nothing
         "logging_nan_inf_filter": False,  # the filter would log a NaN loss as 0.0 and train on
         **training,
-        # mixed precision follows the base's dtype: the adapter stays in float32 and is stepped there
-        "bf16": model.dtype == "bfloat16",
-        "fp16": model.dtype == "float16",
-        "report_to": "none",
     }
+    # Mixed precision follows the base's dtype: the adapter stays in float32 and is stepped there.
+    training |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16", "report_to": "none"}
     if training["bf16"] and not training["use_cpu"] and not torch.cuda.is_bf16_supported(including_emulation=False):
         mend = "use --model.dtype float16, or float32 for Qwen2, which gives NaN in float16"
         raise UserError(f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; {mend}")
@@ -174,8 +169,7 @@ def _check_together(data: DataOptions, training: dict, quantization: dict, path:
 
 
 def check_machine(config: Config) -> None:
-    """Raise `UserError`, before data or a base is looked for, where this machine cannot do the run: several GPUs
-    without a launcher, FSDP that would not take place, Liger's kernels on a CPU."""
+    """Raise `UserError`, before data or a base is looked for, where this machine cannot do the run."""
     use_cpu, dtype, recipe = config.training["use_cpu"], config.model.dtype, f"recipes/sft_{config.method}.py"
     gpus, sharded = 0 if use_cpu else torch.cuda.device_count(), os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if sharded and use_cpu:

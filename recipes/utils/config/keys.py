@@ -20,16 +20,14 @@ SECTIONS = dict(zip(SECTION_NAMES, _CLASSES, strict=True))
 
 RENAMED = {
     "training.max_seq_length": "training.max_length", "training.evaluation_strategy": "training.eval_strategy",
-    "training.warmup_ratio": "training.warmup_steps, which takes a share of all steps below 1",
-    "training.group_by_length": "training.packing", "training.no_cuda": "training.use_cpu",
+    "training.warmup_ratio": "training.warmup_steps, which takes a share of all steps below 1", "lora.lora_r": "lora.r",
+    "training.resume_from_checkpoint": "the flag --resume [CHECKPOINT]", "training.group_by_length": "training.packing",
     "training.overwrite_output_dir": "nothing: a folder that holds a run is never overwritten",
-    "training.save_safetensors": "nothing: safetensors are always written",
-    "training.torch_dtype": "model.dtype", "model.torch_dtype": "model.dtype",
+    "training.save_safetensors": "nothing: safetensors are always written", "training.no_cuda": "training.use_cpu",
+    "training.epochs": "training.num_train_epochs", "training.torch_dtype": "model.dtype",
     "model.model_name_or_path": "model.name_or_path", "model.attn_impl": "model.attn_implementation",
-    "lora.lora_r": "lora.r", "lora.alpha": "lora.lora_alpha", "lora.dropout": "lora.lora_dropout",
-    "lora.lora_target_modules": "lora.target_modules", "training.epochs": "training.num_train_epochs",
-    "training.batch_size": "training.per_device_train_batch_size",
-    "training.resume_from_checkpoint": "the flag --resume [CHECKPOINT]",
+    "model.torch_dtype": "model.dtype", "lora.alpha": "lora.lora_alpha", "lora.dropout": "lora.lora_dropout",
+    "training.batch_size": "training.per_device_train_batch_size", "lora.lora_target_modules": "lora.target_modules",
 }  # fmt: skip
 
 _NO_USE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
@@ -37,8 +35,8 @@ _OF_LABELS = ("assistant_only_loss", "completion_only_loss", "eos_token", "pad_t
               "dataset_kwargs", "truncation_mode", "formatting_func")  # fmt: skip
 REFUSED = {
     **{f"training.{key}": _NO_USE for key in _OF_LABELS},
-    "training.chat_template_path": "use model.chat_template", "training.model_init_kwargs": "use the section `model`",
-    "training.trust_remote_code": "use model.trust_remote_code",
+    "training.model_init_kwargs": "use section `model`", "training.trust_remote_code": "use model.trust_remote_code",
+    "training.chat_template_path": "use model.chat_template", "lora.revision": "it follows model.revision",
     "training.bf16": "it follows model.dtype", "training.fp16": "it follows model.dtype",
     "training.do_train": "a recipe trains; recipes/evaluate_adapter.py evaluates",
     "training.do_eval": "use training.eval_strategy", "training.do_predict": "use recipes/evaluate_adapter.py",
@@ -51,8 +49,7 @@ REFUSED = {
     "training.restore_callback_states_from_checkpoint": "a resume has what it needs without it",
     "training.dataloader_num_workers": "rows are ready: workers gain nothing, and a stop signal would end them first",
     "training.enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 end a run with a checkpoint already",
-    "lora.task_type": "it is CAUSAL_LM here", "lora.revision": "it follows model.revision",
-    "lora.inference_mode": "an adapter that is trained is not in inference mode",
+    "lora.task_type": "it is CAUSAL_LM here", "lora.inference_mode": "an adapter in training is not in inference mode",
     "lora.trainable_token_indices": "TRL's fused head cannot train single rows; use --lora.modules_to_save '[lm_head]'",
 }  # fmt: skip
 
@@ -62,6 +59,7 @@ RANGES = {  # 1e-12 stands for above zero
     "training.learning_rate": (1e-12, 1e3), "training.num_train_epochs": (1e-12, 1e6),
     "lora.r": (1, 100_000), "lora.lora_dropout": (0, 0.999), "data.max_over_length": (0, 1), "data.samples": (0, 64),
 }  # fmt: skip
+CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4")}  # of classes that do not tell them
 
 
 def key_names(section: str) -> list[str]:
@@ -92,8 +90,7 @@ def known_key(key: str, method: str) -> tuple[str, str]:
 
 
 def check_value(checker: ArgumentParser, section: str, name: str, value):
-    """`value` as the type that the library class declares for it, which `checker` knows. Raises `UserError` where it
-    cannot be one."""
+    """`value` as the type that its library class declares, which `checker` knows. Raises `UserError` if it is none."""
     key, declared = f"{section}.{name}", inspect.signature(SECTIONS[section]).parameters[name]
     if value is None and declared.default is not None and type(None) not in typing.get_args(declared.annotation):
         raise UserError(f"{key}: needs a value; leave the key out for the default")
@@ -101,15 +98,12 @@ def check_value(checker: ArgumentParser, section: str, name: str, value):
         raise UserError(f"{key}: {value} is not between {RANGES[key][0]} and {RANGES[key][1]}")
     if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
         return value  # declared as a Literal that spells out a placeholder
-    is_dtype = isinstance(getattr(torch, str(value), None), torch.dtype)
-    if section == "quantization" and name.endswith(("_dtype", "_storage")) and not is_dtype:
+    if name.endswith(("_dtype", "_storage")) and not isinstance(getattr(torch, str(value), None), torch.dtype):
         raise UserError(f"{key}: {value!r} is not a torch dtype; use bfloat16")
-    if name == "bnb_4bit_quant_type" and value not in ("nf4", "fp4"):
-        raise UserError(f"{key}: {value!r} is not nf4 or fp4")
     if name.startswith(("load_in_", "bnb_4bit_use")) and not isinstance(value, bool):
         raise UserError(f"{key}: expected true or false, got {value!r}")
     field = getattr(SECTIONS[section], "__dataclass_fields__", {}).get(name)
-    choices = field.metadata.get("choices") if field else None
+    choices = field.metadata.get("choices") if field else CHOICES.get(name)
     if choices and value not in choices:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
     try:
