@@ -15,12 +15,11 @@ import json
 import os
 import random
 import sys
-from argparse import ArgumentParser
 from collections import Counter
-from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
-from recipes.utils.console import CommandLine, UserError, first_look, recipe_parser, run_main, say
+from recipes.utils.console import ArgumentParser, CommandLine, UserError, first_look, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -43,9 +42,10 @@ from trl import SFTConfig
 from trl.data_utils import pack_dataset
 
 from recipes.utils.config import Config, read_config
-from recipes.utils.data import Prepared, prepare, print_data, read_tokenizer, token_pieces, write_data_page
+from recipes.utils.data import prepare, print_data, read_tokenizer, token_pieces
 from recipes.utils.model import find_base
 from recipes.utils.monitoring import read_ledger
+from recipes.utils.page import write_page
 from recipes.utils.training import check_settings, steps_of
 
 WORST = 20  # rows of a ledger that are listed
@@ -53,8 +53,7 @@ WORST = 20  # rows of a ledger that are listed
 
 def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> dict:
     """What `config` would train on: {"train", "validation", "lengths", "findings", "rows", ...}, all of it plain JSON.
-    `row` is a file:line to show, `pick` shows random rows in the place of the first `rows`, and `ledger`, a run's
-    folder, those that the run could not learn."""
+    Shown are the first `rows`, by `pick` random ones; or `row`, a file:line; or what the run `ledger` learnt worst."""
     # 1. The rows as the recipes prepare them, and what is found in them; what would stop a run does not stop here.
     args = SFTConfig(**config.training)
     base, model = find_base(config.model, weights=False), config.model
@@ -68,43 +67,34 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
         packing = {"rows": packed, "fill": train.counts.tokens / (packed * args.max_length)}
     findings = train.findings + (validation.findings if validation else []) + check_settings(args, packed, len(columns))
     steps, steps_an_epoch = steps_of(args, packed)
-    counted = [(len(labels), _answers(labels)) for batch in columns.iter(1000) for labels in batch["labels"]]
-    lengths, answers = zip(*counted, strict=True)
+    lengths, answers = list[int](), Counter[int]()  # an answer begins where loss does
+    for batch in columns.iter(1000):
+        lengths += map(len, batch["labels"])
+        answers.update(sum(a == -100 != b for a, b in pairwise([-100, *labels])) for labels in batch["labels"])
     bars, edges = np.histogram(lengths, bins=12)
 
-    # 3. The rows that are shown.
-    worst = read_ledger(ledger)[:WORST] if ledger else []
+    # 3. The rows that are shown: several of a file:line where the answers of a chat are split.
+    count, worst = min(rows, len(columns)), read_ledger(ledger)[:WORST] if ledger else []
+    shown = random.sample(range(len(columns)), count) if pick else list(range(count))
     if ledger or row:
-        places = dict.fromkeys(entry.where for entry in worst[:rows]) if ledger else [row]
-        shown = [found for place in places for found in _rows_at(train, place)]
-    else:
-        indices, count = range(len(columns)), min(rows, len(columns))
-        shown = [train.rows[index] for index in (random.sample(indices, count) if pick else indices[:count])]
+        shown = []
+        for place in dict.fromkeys(entry.where for entry in worst[:rows]) if ledger else [row]:
+            found = [index for index, where in enumerate(train.rows["where"]) if where == os.path.relpath(place)]
+            if not found:
+                named = f"rows are named as the config names the file, such as {train.rows[0]['where']}"
+                raise UserError(f"--row {place}: no such row is trained on; {named}, and dropped ones are not shown")
+            shown += found
     return {
-        "chat_template": template_reason,
-        "train": asdict(train.counts), "validation": asdict(validation.counts) if validation else None,
+        "chat_template": template_reason, "packing": packing, "max_length": args.max_length,
+        "train": vars(train.counts), "validation": vars(validation.counts) if validation else None,
         "lengths": {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 90, 95, 99, 100)},
         "histogram": [{"from": int(start), "to": int(end), "rows": int(count)}
                       for start, end, count in zip(edges[:-1], edges[1:], bars, strict=True)],
-        "answers_a_row": dict(Counter(answers)), "packing": packing, "max_length": args.max_length,
-        "steps": steps, "steps_an_epoch": steps_an_epoch,
+        "answers_a_row": dict(answers), "steps": steps, "steps_an_epoch": steps_an_epoch,
         "findings": [finding._asdict() for finding in findings], "ledger": [entry._asdict() for entry in worst],
         "rows": [{"where": item["where"], "tokens": token_pieces(tokenizer, item["input_ids"], item["labels"])}
-                 for item in shown],
+                 for item in train.rows.select(shown)],
     }  # fmt: skip
-
-
-def _rows_at(train: Prepared, where: str) -> list[dict]:
-    """The rows of a file:line: several where the answers of a chat are split."""
-    places = [index for index, place in enumerate(train.rows["where"]) if place == os.path.relpath(where)]
-    if not places:
-        named = f"rows are named as the config names the file, such as {train.rows[0]['where']}"
-        raise UserError(f"--row {where}: no such row is trained on; {named}, and dropped ones are not shown")
-    return [train.rows[index] for index in places]
-
-
-def _answers(labels: list[int]) -> int:
-    return sum(label != -100 and before == -100 for before, label in zip([-100, *labels[:-1]], labels, strict=True))
 
 
 def main(given: CommandLine) -> None:
@@ -116,7 +106,7 @@ def main(given: CommandLine) -> None:
         config = read_config(given, method)
         report = inspect_data(config, *shown)
         if html:
-            write_data_page(Path(html), config, report)
+            write_page(Path(html), "inspect_data.html", config=config, report=report)
             say(f"written: {html}")
     if as_json:
         print(json.dumps(report, ensure_ascii=False))

@@ -1,5 +1,4 @@
-"""JSONL files to checked chats: four shapes of rows become lists of messages, and what is wrong with a row is told as
-file:line with the mend, never guessed."""
+"""JSONL files to checked chats: four shapes of rows become messages; errors are told as file:line with the mend."""
 
 import contextlib
 import difflib
@@ -13,15 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from recipes.utils.console import UserError, near
-from recipes.utils.console import find_data_files as data_files
+from recipes.utils.console import UserError, find_data_files, near
 
 MOST_ERRORS = 20  # bad rows that are told one by one
 ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
-    "function_call": "assistant", "observation": "tool", "tool": "tool",
-}  # fmt: skip
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+SHAREGPT_ROLES |= {role: role for role in ROLES}
 SHAPES = {  # by which keys a row is known, and what else is read of it
     "messages": (["messages"], ["tools"]),
     "sharegpt": (["conversations"], ["system", "tools"]),
@@ -80,22 +76,21 @@ class Reading:
         self.bad.append({"where": where, "kind": error.kind, "error": str(error), "line": line})
 
     def raise_if_bad(self) -> None:
-        """Raise a `UserError` with the first bad rows and a count by kind."""
-        if not self.bad:
-            return
+        """Raise a `UserError` with the first bad rows and a count by kind, if there are any."""
         lines = [f"{row['where']}: {row['error']}" for row in self.bad[:MOST_ERRORS]]
         if len(self.bad) > 1:
             kinds = Counter(row["kind"] for row in self.bad).most_common()
             more = f"{len(self.bad) - MOST_ERRORS:,} more; " if len(self.bad) > MOST_ERRORS else ""
             counted = f"{len(self.bad):,} bad rows in all: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
             lines.append(f"{more}{counted}. To train without them: --data.on_bad_row skip")
-        raise UserError("\n".join(lines))
+        if lines:
+            raise UserError("\n".join(lines))
 
 
 def stream_chats(paths: str | list[str], reading: Reading, merge_system: bool = False) -> Iterator[Chat]:
     """Yield each chat of JSONL files (paths, globs, .gz), one in memory at a time; the rest goes to `reading`.
     `merge_system` moves system messages into the user turn that follows, for templates that have no place for them."""
-    for path in data_files(paths):
+    for path in find_data_files(paths):
         number, blank = 0, reading.blank
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -129,7 +124,7 @@ def _chat(line: bytes, where: str, first: bool, reading: Reading, merge_system: 
     try:
         text = line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
         if text.strip():
-            messages, tools = _conversation(_parsed(text, first), reading, merge_system)
+            messages, tools = _conversation(_parsed(text), reading, merge_system)
             return Chat(messages, where, tools, text)
         reading.blank += 1
     except UnicodeDecodeError as error:
@@ -140,18 +135,17 @@ def _chat(line: bytes, where: str, first: bool, reading: Reading, merge_system: 
     return None
 
 
-def _parsed(text: str, first: bool) -> dict:
+def _parsed(text: str) -> dict:
     try:
         row = json.loads(text, object_pairs_hook=_object)
         if not isinstance(row, dict):
             found = f"expected a JSON object, found {type(row).__name__}"
             raise BadRow("not an object", f"{found}; write one object a line")
-        if "\\u" in text or "\0" in text:  # only such text can hold what no tokenizer takes
+        if "\\u" in text:  # only such text can hold what no tokenizer takes
             _check_characters(row)
         return row
     except json.JSONDecodeError as error:
-        is_array = first and text.lstrip()[0] == "["
-        mend = "write one object a line, not an array" if is_array else "mend this line, or remove it"
+        mend = "write one object a line, not an array" if text.lstrip()[0] == "[" else "mend this line, or remove it"
         raise BadRow("not JSON", f"not JSON: {error.msg} (column {error.colno}); {mend}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise BadRow("not JSON", f"not JSON that can be read: {error}; remove the line") from error
@@ -188,8 +182,8 @@ def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list
         messages = _merge_system(messages)
     if any(message["role"] == "system" for message in messages[1:]):
         raise BadRow("system not first", "a system message is not the first one; move it there, or --data.system merge")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if all(answer.get("weight") == 0 for answer in answers):
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if all(messages[place].get("weight") == 0 for place in answers):
         found, mend = ("every answer has weight 0", "remove the row") if answers else ("no assistant turn", "add one")
         raise BadRow("no answer", f"{found}, so there is nothing to learn; {mend}")
     reading.shapes[shape] += 1
@@ -198,9 +192,7 @@ def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list
         ignored.update(f"messages.{key}" for key in turn.keys() - set(MESSAGE_KEYS))
     reading.ignored_keys = sorted(ignored.union(reading.ignored_keys))
     reading.trimmed += messages[-1]["role"] != "assistant"
-    while messages[-1]["role"] != "assistant":
-        messages.pop()
-    return messages, _tools(row.get("tools"))
+    return messages[: answers[-1] + 1], _tools(row.get("tools"))
 
 
 def _shape(row: dict) -> str:
@@ -244,8 +236,7 @@ def _sharegpt_turn(turn, number: int) -> dict:
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise BadRow("wrong type", f"{place}: expected an object with `from` and `value`; write both")
     role = turn["from"] if isinstance(turn["from"], str) else repr(turn["from"])
-    if role not in SHAREGPT_ROLES:
-        raise BadRow("unknown role", f"{place}: {_role(role, SHAREGPT_ROLES)}")
+    _check_role(role, SHAREGPT_ROLES, place)
     message = {"role": SHAREGPT_ROLES[role], "content": turn["value"]}
     if role == "function_call":
         calls = _json(turn["value"], f"turn {number}: function_call")
@@ -258,8 +249,7 @@ def _message(message, turn: str) -> dict:
     if not isinstance(message, dict):
         raise BadRow("wrong type", f"{turn}: expected an object with `role` and `content`; write both")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in ROLES:
-        raise BadRow("unknown role", f"{turn}: {_role(role, ROLES)}")
+    _check_role(role, ROLES, turn)
     if calls and role == "assistant":
         content = content or ""
     if content is None:
@@ -329,9 +319,11 @@ def _json(text, place: str):
     return value
 
 
-def _role(role, known) -> str:
-    mend = f"did you mean {meant!r}?" if (meant := near(str(role).lower(), known)) else f"known: {', '.join(known)}"
-    return f"unknown role {role!r}; {mend}"
+def _check_role(role, known, place: str) -> None:
+    if role not in known:
+        meant = near(str(role).lower(), known)
+        mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"
+        raise BadRow("unknown role", f"{place}: unknown role {role!r}; {mend}")
 
 
 def _missing(name: str, row: dict) -> str:

@@ -1,6 +1,5 @@
 """Chats to token ids and labels. A label is the token's own id where the model shall learn it, and -100 elsewhere.
-Exactly each answer and its end-of-turn token carry loss, and each follows the very prompt that inference sends for it.
-"""
+Exactly each answer and its end-of-turn token carry loss, and each follows the very prompt that inference sends."""
 
 import re
 from functools import cached_property
@@ -37,9 +36,8 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Renders, tokenises and labels chats with the chat template of `tokenizer`. It holds a copy of the tokenizer, so
-    make one and keep it. Control tokens steer the model, and no text of a user may become one: a typed one is refused,
-    or with `escape` encoded as the plain text that it is."""
+    """Renders, tokenises and labels chats by the template of `tokenizer`, of which it holds a copy: make one, keep it.
+    No text of a user may become a control token: a typed one is refused, or with `escape` encoded as plain text."""
 
     def __init__(self, tokenizer, escape: bool = False):
         self.tokenizer, self.escape = tokenizer, escape
@@ -65,8 +63,7 @@ class Encoder:
         return self.encode_documents(documents)
 
     def documents(self, chat: Chat, train_on: str = "all") -> list[Document]:
-        """The training rows of one chat, as text. Raises a `BadRow` if the template cannot carry the chat, or a control
-        token stands in its text and `escape` is off."""
+        """The rows of a chat as text. Raises `BadRow` if the template cannot carry it or a control token is refused."""
         messages, tools, escaped = self._guarded(chat.messages, chat.tools)
         wanted = [index for index in _answers(messages) if messages[index].get("weight") != 0]
         wanted = wanted[-1:] if train_on == "last" else wanted
@@ -84,8 +81,7 @@ class Encoder:
             for index in sorted(set(wanted) - set(here)):
                 text, spans = self._spans(messages[: index + 1], tools)
                 if not spans[index]:
-                    number = len(_answers(messages[: index + 1]))
-                    raise TemplateError(f"answer {number} does not follow the prompt that inference sends")
+                    raise TemplateError(f"answer {len(spans)} does not follow the prompt that inference sends")
                 rows.append(Document(_cut(text, [spans[index]]), chat.where, escaped, True))
         except TemplateError as error:
             raise BadRow("template", f"the chat template cannot carry this conversation: {error.message}") from error
@@ -102,10 +98,8 @@ class Encoder:
         for document in documents:
             ids, labels, stops = [], [], True
             for place, (text, learnt) in enumerate(document.pieces):
-                if document.escaped:
-                    piece = self._escaped_ids(text, first=place == 0)
-                else:
-                    piece = next(later_ids if place else first_ids).ids
+                tokenised = later_ids if place else first_ids
+                piece: list[int] = self._escaped_ids(text, place == 0) if document.escaped else next(tokenised).ids
                 ids += piece
                 labels += piece if learnt else [-100] * len(piece)
                 stops = stops and (not learnt or piece[-1] in self.control_ids)
@@ -113,8 +107,7 @@ class Encoder:
         return encoded
 
     def prompt_ids(self, messages: list[dict], tools=None) -> list[int]:
-        """The token ids that inference sends for `messages`, which end where an answer is due; with `escape`, those
-        that training had for a chat with typed control tokens."""
+        """The token ids that inference sends where an answer to `messages` is due, escaped as for training."""
         messages, tools, escaped = self._guarded(messages, tools) if self.escape else (messages, tools, False)
         text = render(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
         plain = self.tokenizer.backend_tokenizer.encode
@@ -178,9 +171,8 @@ class Encoder:
 
     def _starts(self, text, marked, messages, tools) -> list[int | None]:
         """Where the prompt that inference sends for each answer ends in `text`; None where `text` begins otherwise.
-        Rendering each prompt is what decides it, and costs as many renderings as there are answers. For a form of
-        conversation (its roles) it is done once: where a row is the form's fixed text around its own messages, letter
-        by letter, the prompts are too, so its answers end and follow as those of the form did."""
+        Each prompt is rendered to decide it, but once for a form of conversation (its roles): where a row is the form's
+        fixed text around its own messages, letter by letter, its answers end and follow as those of the form did."""
         if tools or any("tool_calls" in message for message in messages):
             return self._rendered_starts(text, messages, tools)
         form = tuple(message["role"] for message in messages)
@@ -188,11 +180,9 @@ class Encoder:
             probes = [{"role": role, "content": f"{MARK}{number}{MARK}"} for number, role in enumerate(form)]
             probe, probe_marked = render(self.tokenizer, probes)
             ends = zip(self._rendered_starts(probe, probes, None), probe_marked, strict=True)
-            offsets = [None if end is None else end - start for end, (start, _) in ends]
-            *fixed, last = re.split(f"{MARK}(\\d+){MARK}", probe)  # text, a message's number, text, ...
-            self._forms[form] = (fixed[::2], list(map(int, fixed[1::2])), last, offsets)
-        fixed, order, last, offsets = self._forms[form]
-        if text != "".join(part + messages[n]["content"] for part, n in zip(fixed, order, strict=True)) + last:
+            self._forms[form] = probe, [None if end is None else end - start for end, (start, _) in ends]
+        probe, offsets = self._forms[form]
+        if text != re.sub(f"{MARK}(\\d+){MARK}", lambda number: messages[int(number[1])]["content"], probe):
             return self._rendered_starts(text, messages, tools)
         return [None if step is None else start + step for step, (start, _) in zip(offsets, marked, strict=True)]
 

@@ -22,8 +22,8 @@ import numpy as np
 from rensa import RMinHash
 from transformers import AutoTokenizer
 
-from recipes.utils.console import UserError, say
-from recipes.utils.data.chats import BadRow, Chat, DataOptions, Reading, data_files, held_out, stream_chats
+from recipes.utils.console import UserError, find_data_files, say
+from recipes.utils.data.chats import BadRow, Chat, DataOptions, Reading, held_out, stream_chats
 from recipes.utils.data.encode import Document, Encoded, Encoder
 from recipes.utils.files import file_hash
 
@@ -93,7 +93,7 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
         sources["validation",] = options.validation
     parts, signatures = {}, {}
     for names, paths in sources.items():
-        files = {str(path): file_hash(path) for path in data_files(paths)}
+        files = {str(path): file_hash(path) for path in find_data_files(paths)}
         key = _key(names, files, options, tokenizer, args)
         for part, (prepared, signed) in _cached(key, names, paths, options, tokenizer, args).items():
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
@@ -152,12 +152,11 @@ class _Part:
         """Complete the files of the part; its counts."""
         self.writer.finalize()
         np.save(self.path.with_suffix(".npy"), np.array(list(self.signed.values()), np.uint32))
-        counts, lengths = self.counts, self.lengths
-        counts.all_tokens = sum(lengths)
-        counts.length_99 = int(np.percentile(lengths, 99, method="higher")) if lengths else 0
-        rows, edges = np.histogram(lengths, 16)
-        counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
-        return vars(counts) | vars(reading)
+        self.counts.all_tokens = sum(self.lengths)
+        self.counts.length_99 = int(np.percentile(self.lengths, 99, method="higher")) if self.lengths else 0
+        rows, edges = np.histogram(self.lengths, 16)
+        self.counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
+        return vars(self.counts) | vars(reading)
 
 
 def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, tokenizer, args) -> dict:
@@ -210,10 +209,9 @@ def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
     settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
     prompts = [served.apply_chat_template(prompt, **settings) for prompt in asked]
     starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
-    if all(row.input_ids[:start] in prompts for start in starts):
-        return []
     odd = f"{chat.where}: the training row does not begin with the tokens that inference sends for its prompt"
-    return [Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree")]
+    stop = Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree")
+    return [] if all(row.input_ids[:start] in prompts for start in starts) else [stop]
 
 
 def _signature(chat: Chat) -> list[int]:
@@ -225,8 +223,7 @@ def _signature(chat: Chat) -> list[int]:
 
 
 def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, tokenizer) -> Iterator[Finding]:
-    """Rows lost to max_length, answers that end no turn, prompts that carry loss, a beginning twice. Raises a
-    `UserError` if no row is left."""
+    """What is wrong with the prepared rows of a part. Raises a `UserError` if no row is left."""
     counts, nothing = prepared.counts, f"no {part} row is left"
     if not counts.rows and counts.over_length:
         over = f"{counts.over_length} are over training.max_length {args.max_length}"
@@ -292,9 +289,8 @@ def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: n
 
 
 def _cached(key: str, *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
-    """{part: (rows, signatures)} of the cache's entry `key`: found again by content, so an edit is noticed, and what is
-    unchanged costs only its reading. Where there is none, or a damaged one, it is made of `sources`, as `_write` takes
-    them; one process of a machine does, and the others wait for it."""
+    """{part: (rows, signatures)} of the cache's entry `key`, found again by content, so that an edit is noticed. Where
+    there is none, or a damaged one, one process of a machine makes it of `sources`, as `_write` takes them."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key

@@ -1,12 +1,10 @@
-"""What would be trained on, at a terminal and on a page: token ids as text, each with what is done with it."""
+"""What would be trained on, at a terminal: token ids as text, each with what is done with it."""
 
 from itertools import groupby
-from pathlib import Path
 
 from rich.text import Text
 
 from recipes.utils.console import out, print_table, say
-from recipes.utils.page import write_page
 
 STYLES = {"trained": "black on green", "special": "bold magenta", "context": "dim"}
 
@@ -50,8 +48,7 @@ def print_data(name: str, report: dict) -> None:
         "answers a row": ", ".join(f"{n:,} rows of {k}" for k, n in sorted(report["answers_a_row"].items())),
         "tokens": f"{train['tokens']:,}, trained on {trained:,} ({trained / train['tokens']:.0%})",
         "tokens a row": ", ".join(f"{name} {value:,}" for name, value in report["lengths"].items()),
-        "packing": filled,
-        "steps": f"{report['steps']:,} ({report['steps_an_epoch']:,} an epoch)",
+        "packing": filled, "steps": f"{report['steps']:,} ({report['steps_an_epoch']:,} an epoch)",
     })  # fmt: skip
     for bar in report["histogram"]:
         say(f"  {bar['from']:>6,}–{bar['to']:<6,} {'█' * round(40 * bar['rows'] / most):<40} {bar['rows']:,}")
@@ -70,9 +67,3 @@ def print_data(name: str, report: dict) -> None:
             text.append(f"«{shown}»" if kind == "trained" and not out.is_terminal else shown, STYLES[kind])
         say(f"\n{row['where']}   ({legend}; the rest is read, not learnt)")
         out.print(text, soft_wrap=True)
-
-
-def write_data_page(path: Path, config, report: dict) -> None:
-    """Write what `inspect_data` found to an HTML file."""
-    most = max(bar["rows"] for bar in report["histogram"])
-    write_page(path, "inspect_data.html", config=config, report=report, most=most)

@@ -41,16 +41,14 @@ def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
     if prepends_blanks(tokenizer):
         tokenizer.backend_tokenizer.normalizer = None
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-        form = "the base's legacy form puts a blank after every control token"
-        say(f"tokenizer: {form}; mended, as mistral-common has it")
+        say("tokenizer: the base's legacy form puts a blank after every control token; mended as mistral-common has it")
     model_type = read_json(Path(base) / "config.json").get("model_type")
     tokenizer.chat_template, reason = choose_chat_template(tokenizer, chat_template, model_type)
     return tokenizer, reason
 
 
 def prepends_blanks(tokenizer) -> bool:
-    """True for the legacy form of sentencepiece tokenizers, which puts a blank before every stretch of text between
-    control tokens, and not before the first one alone."""
+    """True for sentencepiece's legacy form: a blank before every text between control tokens, not the first alone."""
     tokens = tokenizer.backend_tokenizer.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).tokens
     return tokens[-1].startswith("▁")
 
@@ -124,11 +122,10 @@ def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
     A system message is compared in the prompt only: Hugging Face's v0.3 template loses it from a finished chat."""
 
     def text(template: str, messages: list[dict], prompt: bool) -> str | None:
-        try:
+        with contextlib.suppress(TemplateError):
             found = render(tokenizer, messages, None, prompt, template)[0]
-        except TemplateError:
-            return None
-        return found if spaces_matter else "".join(found.split())
+            return found if spaces_matter else "".join(found.split())
+        return None
 
     prompts, turn = ([USER], [USER, ANSWER, USER], [SYSTEM, USER]), [USER, ANSWER]
     probes = [*((messages, True) for messages in prompts), (turn, False), (turn + turn, False)]
