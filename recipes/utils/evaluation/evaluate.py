@@ -39,9 +39,8 @@ def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
 
 def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_tokens=None) -> list[dict]:
     """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on all its answer tokens,
-    and `tokens`, how many they are. The first `max_rows` have also the greedy `answer` to their last prompt, whether it
-    ended by itself (`stopped`), its length (`answer_tokens`), what was `expected` (`expected_tokens`), and the scores
-    of `score_text`. `figures` sums them up."""
+    and their number `tokens`. The first `max_rows` have also the greedy `answer` to their last prompt, whether it ended
+    by itself (`stopped`), its `answer_tokens`, what was `expected`, `expected_tokens`, and what `score_text` gives."""
     encoded = encoder.encode(chats)
     losses = score_rows(model, encoder, encoded)
     rows: list[dict] = []

@@ -37,8 +37,7 @@ BY_TOKEN = ("loss", "perplexity", "token_accuracy")  # weighted by a row's answe
 
 
 class _Words:
-    """Words of any script. The library's own tokenizer keeps a-z and 0-9 alone: in other scripts every answer would be
-    empty and score 0. On ASCII text the two agree."""
+    """Words of any script. The library's tokenizer keeps a-z and 0-9 alone: all else scores 0. They agree on ASCII."""
 
     def tokenize(self, text: str) -> list[str]:
         return WORDS.findall(text.lower())
@@ -72,8 +71,7 @@ def _is_json(text: str) -> bool:
 
 
 def column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values, weights) of the score `name` over the rows that have it: the figure is their weighted mean (for the
-    perplexity, its exponential)."""
+    """(values, weights) of the score `name` over the rows that have it, for `figure`."""
     key = "loss" if name == "perplexity" else name
     having = [row for row in rows if key in row]
     weights = [row["tokens"] if name in BY_TOKEN else 1 for row in having]
@@ -81,15 +79,14 @@ def column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def figure(values, weights, name: str, axis: int = -1):
-    """The figure that a `column` of the score `name` comes to, along `axis`."""
+    """The weighted mean of a `column` of the score `name`, along `axis` (for the perplexity, its exponential)."""
     mean = (values * weights).sum(axis) / weights.sum(axis)
     with np.errstate(over="ignore"):
         return np.exp(mean) if name == "perplexity" else mean
 
 
 def figures(rows: list[dict]) -> dict:
-    """All figures of one model on `rows`, as `evaluate` gives them, with `rows`, `generated_rows` and `expected_tokens`
-    (their mean), for the length of answers."""
+    """All figures of a model on `rows` of `evaluate`, with `rows`, `generated_rows` and the mean `expected_tokens`."""
     found = {name: float(figure(*column(rows, name), name)) for name in SCORES if len(column(rows, name)[0])}
     generated = [row["expected_tokens"] for row in rows if "answer" in row]
     found |= {"expected_tokens": float(np.mean(generated))} if generated else {}

@@ -68,8 +68,7 @@ def attend_by_document(query, key, value, borders, longest, scale, window):
 
 
 def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):
-    """None for packed rows, which are the only ones that come without a 2-D mask and may not be plainly causal; for
-    all others sdpa's mask."""
+    """None for packed rows, the only ones without a 2-D mask that may not be plainly causal; for others sdpa's mask."""
     if attention_mask is None and not allow_is_causal_skip and 1 < q_length == kv_length:
         return None
     kwargs |= {"attention_mask": attention_mask, "allow_is_causal_skip": allow_is_causal_skip}

@@ -43,11 +43,10 @@ class ModelOptions:
 
 def find_base(options: ModelOptions, commit: str | None = None, weights: bool = True) -> Path:
     """The folder of the base: `name_or_path` itself, or a snapshot of the hub at one commit, with configuration,
-    tokenizer, template and, unless `weights` is False, the safetensors that its index names.
-
-    The commit is `commit`; without it that of `options.adapter`, unless there is an `options.revision`; else what the
-    revision stands for today. The cache serves what it has whole. The network is used here and nowhere else. Raises
-    `UserError` if there is no such folder or model, or the hub cannot be reached and the cache has it not whole."""
+    tokenizer, template and, unless `weights` is False, the safetensors that its index names. The commit is `commit`;
+    else that of `options.adapter`, unless there is an `options.revision`; else what the revision stands for today. The
+    cache serves what it has whole. The network is used here and nowhere else. Raises `UserError` if there is no such
+    folder or model, or the hub cannot be reached and the cache has it not whole."""
     name = options.name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -202,8 +201,7 @@ def register_varlen() -> None:
 
 
 def load_base(base: Path, options: ModelOptions, attention: str, quantization_config=None, use_cpu: bool | None = None):
-    """The model in the folder `base`, in `options.dtype`, or in 4 bit by `quantization_config`, on this process's GPU,
-    unless there is none or it is to `use_cpu`."""
+    """The model in `base`, in `options.dtype` or by `quantization_config` in 4 bit, on this process's GPU or CPU."""
     use_cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
     if attention == VARLEN:
         register_varlen()

@@ -32,8 +32,7 @@ def check_machine() -> Iterator[tuple[str, str, str]]:
         yield "ok" if bfloat16 else "missing", "bfloat16", "yes" if bfloat16 else mend
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is a CPU build"
-        look = "nvidia-smi shows whether there is one. Without one, the demo runs"
-        yield "missing", "GPU", f"torch sees none ({built}); {look}"
+        yield "missing", "GPU", f"torch sees none ({built}); nvidia-smi shows whether there is one. The demo needs none"
     yield check_four_bit()
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler and Path(sysconfig.get_paths()["include"], "Python.h").is_file():
