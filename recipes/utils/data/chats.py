@@ -235,10 +235,9 @@ def _sharegpt_turn(turn, number: int) -> dict:
     place = f"conversations: turn {number}"
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise BadRow("wrong type", f"{place}: expected an object with `from` and `value`; write both")
-    role = turn["from"] if isinstance(turn["from"], str) else repr(turn["from"])
-    _check_role(role, SHAREGPT_ROLES, place)
-    message = {"role": SHAREGPT_ROLES[role], "content": turn["value"]}
-    if role == "function_call":
+    _check_role(turn["from"], tuple(SHAREGPT_ROLES), place)  # what stands there may have no hash
+    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+    if turn["from"] == "function_call":
         calls = _json(turn["value"], f"turn {number}: function_call")
         message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return message | ({"weight": turn["weight"]} if "weight" in turn else {})
@@ -302,11 +301,9 @@ def _call_id(name: str) -> str:
 def _tools(tools) -> list[dict] | None:
     """Function schemas in the form that templates expect, from a list or its JSON text."""
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("wrong type", "tools: expected a list of function schemas, or its JSON text; write [] for none")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()] or None
 
 
 def _json(text, place: str):
@@ -319,7 +316,7 @@ def _json(text, place: str):
     return value
 
 
-def _check_role(role, known, place: str) -> None:
+def _check_role(role, known: tuple[str, ...], place: str) -> None:
     if role not in known:
         meant = near(str(role).lower(), known)
         mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"

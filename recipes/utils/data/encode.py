@@ -116,9 +116,8 @@ class Encoder:
     @cached_property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the template's end-of-turn token first, then the tokenizer's EOS."""
-        labels = self.encode([Chat([USER, ANSWER], "")])[0].labels
-        end_of_turn = [label for label in labels if label != -100][-1]
-        return list(dict.fromkeys([end_of_turn, self.tokenizer.eos_token_id]))
+        learnt = [label for label in self.encode([Chat([USER, ANSWER], "")])[0].labels if label != -100]
+        return list(dict.fromkeys([learnt[-1], self.tokenizer.eos_token_id]))
 
     def _guarded(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict] | None, bool]:
         """(messages, tools, whether one was escaped): control tokens typed in text are refused, or broken by `MARK`."""

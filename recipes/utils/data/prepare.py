@@ -117,8 +117,7 @@ class _Part:
         ids, where, text = List(Value("int32")), Value("string"), Value("int64")
         features = Features({"input_ids": ids, "labels": ids, "where": where, "fingerprint": text})
         self.writer = ArrowWriter(features=features, path=str(path))
-        self.counts = Counts()
-        self.lengths: list[int] = []  # of all rows, in tokens
+        self.counts, self.lengths = Counts(), list[int]()  # of all rows, in tokens
         self.signed: dict[str, list[int]] = {}  # file:line: [the row's number, its signature]
 
     def add(self, chat: Chat, document: Document, row: Encoded) -> Encoded | None:
