@@ -64,7 +64,7 @@ def test_attention_that_cannot_be_had_is_refused(monkeypatch):
 
 def test_qwen2_in_float16_is_refused():
     with pytest.raises(UserError, match="NaN in float16"):
-        check_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float16"), False, False)
+        check_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float16"), False)
 
 
 def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(tmp_path, monkeypatch):
@@ -72,17 +72,17 @@ def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(tmp_path, mon
     MistralConfig(vocab_size=32768, sliding_window=None, dtype="bfloat16").save_pretrained(tmp_path)
     options = ModelOptions(str(tmp_path))
     with pytest.raises(UserError, match=r"7.2 billion parameters and this machine has no GPU") as error:
-        check_base(tmp_path, options, use_cpu=True, use_cpu_asked=False)
+        check_base(tmp_path, options, use_cpu_asked=False)
     assert len(str(error.value).splitlines()) == 1
-    check_base(tmp_path, options, use_cpu=True, use_cpu_asked=True)
+    check_base(tmp_path, options, use_cpu_asked=True)
     machine(monkeypatch, gpus=1)
-    check_base(tmp_path, options, use_cpu=False, use_cpu_asked=False)
+    check_base(tmp_path, options, use_cpu_asked=False)
 
 
 def test_remote_code_is_off_and_said_in_red_when_it_is_on(capsys):
     assert ModelOptions().trust_remote_code is False
     options = ModelOptions(str(TINY / "base"), trust_remote_code=True)
-    check_base(TINY / "base", options, use_cpu=True, use_cpu_asked=True)
+    check_base(TINY / "base", options, use_cpu_asked=True)
     assert "trust_remote_code: code that comes with" in capsys.readouterr().out
 
 

@@ -142,7 +142,7 @@ def model_config(base: Path, options: ModelOptions):
         return AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code, local_files_only=True)
 
 
-def check_base(base: Path, options: ModelOptions, use_cpu: bool, use_cpu_asked: bool) -> None:
+def check_base(base: Path, options: ModelOptions, use_cpu_asked: bool) -> None:
     """Raise `UserError` for a base that cannot be trained here: Qwen2 in float16; billions of parameters without a GPU,
     unless `use_cpu_asked` for. Says that code of the model's own is run, where it is."""
     if options.trust_remote_code and is_main_process():

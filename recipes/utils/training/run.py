@@ -79,7 +79,7 @@ def begin(config: Config) -> Iterator[Run]:
         same = all(before["model"].get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
         commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
         run = Run(folder, find_base(model, commit), commit, checkpoint)
-        check_base(run.base, model, config.training["use_cpu"], config.use_cpu_asked)
+        check_base(run.base, model, config.use_cpu_asked)
         yield run
 
 
