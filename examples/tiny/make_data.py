@@ -2,14 +2,14 @@
 
     python examples/tiny/make_data.py
 
-A row reads "Anna wants 3 tickets to Lisbon on Friday." and its answer is exactly
-{"name": "Anna", "count": 3, "city": "Lisbon", "day": "Friday"}. The sentences have twelve shapes and several orders of the
-fields, and no instruction stands in the prompt: the form of the answer has to be learnt.
+A row reads "Anna wants 3 tickets to Lisbon on Friday." and its answer is exactly {"name": "Anna", "count": 3, "city":
+"Lisbon", "day": "Friday"}. The sentences have twelve shapes and several orders of the fields, and no instruction
+stands in the prompt: the form of the answer has to be learnt.
 
-The same seed gives the same files. No name goes to a city in more than one of the three files, so no row is shared and every
-test row asks for a pair that training has not shown. The name, the city and the day of a row begin with different letters
-and share no two letters in a row: a model of a million parameters copies letter by letter, and would go on from one in the
-other.
+The same seed gives the same files. No name goes to a city in more than one of the three files, so no row is shared
+and every test row asks for a pair that training has not shown. The name, the city and the day of a row begin with
+different letters and share no two letters in a row: a model of a million parameters copies letter by letter, and
+would go on from one in the other.
 """
 
 import argparse
