@@ -48,9 +48,8 @@ ACROSS = 4  # runs that stand beside each other on a terminal
 
 
 def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
-    """Print the runs in the folders `runs` (those in runs/ without it) as one table, and return it: a dict a run, by
-    what its figures are called, as text. `html` and `csv` are files to write it to; the CSV has plain numbers. Raises
-    `UserError` for a folder that holds no run."""
+    """Print the runs in the folders `runs` (those in runs/ without it) as one table, and return it as text: a dict a
+    run. `html` and `csv` (plain numbers) are files to write it to. Raises `UserError` for a folder without a run."""
     folders = [Path(folder) for folder in runs or sorted(path.parent for path in Path("runs").glob("*/run.json"))]
     if not folders:
         raise UserError("no run under runs/; name the folders of runs")

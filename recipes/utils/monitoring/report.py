@@ -61,8 +61,7 @@ class Report(contextlib.AbstractContextManager, TrainerCallback):
 
 
 def refresh_report(folder: Path) -> None:
-    """Write the report, or say in a line why there is none: a full disk, or a figure that nobody thought of, must not
-    cost the run."""
+    """Write the report, or say in a line why there is none: neither a full disk nor an odd figure may cost the run."""
     try:
         if is_main_process():
             write_report(folder)

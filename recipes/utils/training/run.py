@@ -154,8 +154,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def check_same_run(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
     """Describe the run, and at a resume compare that with the checkpoint's description. Raises `UserError` naming each
-    setting that is not the same, unless `--accept-changes` was given; and always for an adapter of other shapes, or
-    another number of processes."""
+    setting that differs, unless `--accept-changes` was given, and always for other shapes or numbers of processes."""
     run.description = _describe(config, trainer, train, validation)
     if run.checkpoint is None:
         return

@@ -70,8 +70,7 @@ def device_name(use_cpu: bool) -> str:
 
 
 def check_disk(args, model, steps: int) -> str:
-    """What the checkpoints need of the disk: those that are kept, the best one, and the one that is being written.
-    Raises `UserError` if there is less."""
+    """What kept, best and unfinished checkpoints need of the disk. Raises `UserError` if there is less."""
     folder, size = Path(args.output_dir), checkpoint_bytes(model, args)
     interval = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     saves = {"no": 0, "steps": math.ceil(steps / interval), "epoch": math.ceil(args.num_train_epochs)}
