@@ -316,9 +316,10 @@ class _Events(TrainerCallback):
         deadlines = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, Deadline)]
         if not self.asked_by and any(each.reached or each.is_near() for each in deadlines):
             self.asked_by = "--max-hours"
-        if any(gather_object([self.asked_by is not None])) and not self.asked_by:
-            self.asked_by = "a signal to another process"
-        return self.asked_by is not None
+        stops = any(gather_object([self.asked_by is not None]))  # a signal in the midst of it counts the next time
+        if stops:
+            self.asked_by = self.asked_by or "a signal to another process"
+        return stops
 
 
 def checkpoint_bytes(model, args) -> int:
