@@ -35,8 +35,7 @@ from recipes.utils.evaluation import SCORES, compare, figures, own_interval, rea
 from recipes.utils.files import read_json, read_jsonl
 from recipes.utils.page import write_page
 
-# Follow from other settings or from the machine, or name the run itself.
-NOT_SETTINGS = [f"training.{name}" for name in ("output_dir", "bf16", "fp16", "use_cpu", "report_to")]
+IGNORED = ("output_dir", "bf16", "fp16", "use_cpu", "report_to")  # follow from others or the machine, or name the run
 RESULTS = {"eval_loss": ("min", "validation loss", ".4f"), "tokens_per_second": ("median", "tokens/s", ",.0f"),
            "peak_memory_gb": ("max", "memory, GB", ".2f"), "seconds": ("max", "time, s", ",.0f")}  # fmt: skip
 SHOWN = ("loss", "token_accuracy", "exact_match", "rouge_l", "chrf", "valid_json", "stopped")
@@ -49,9 +48,8 @@ ACROSS = 4  # runs that stand beside each other on a terminal
 
 
 def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
-    """Print the runs in the folders `runs` (those in runs/ without it) as one table, and return it: a dict a run, by
-    what its figures are called, as text. `html` and `csv` are files to write it to; the CSV has plain numbers. Raises
-    `UserError` for a folder that holds no run."""
+    """Print the runs in the folders `runs` (those in runs/ without it) as one table, and return it as text: a dict a
+    run. `html` and `csv` (plain numbers) are files to write it to. Raises `UserError` for a folder without a run."""
     folders = [Path(folder) for folder in runs or sorted(path.parent for path in Path("runs").glob("*/run.json"))]
     if not folders:
         raise UserError("no run under runs/; name the folders of runs")
@@ -61,8 +59,7 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
     found, names = [read(folder) for folder in folders], [folder.resolve().name for folder in folders]
     for one, name in zip(found, names, strict=True):
         one["name"] = name if names.count(name) == 1 else one["run"]
-        data = [(part, rows, found[0]["data"].get(part)) for part, rows in one["data"].items()]
-        one["other"] = [part for part, own, first in data if own and first and own != first]
+        one["other"] = [part for part, own in one["data"].items() if found[0]["data"].get(part, own) != own]
     settings = pandas.DataFrame([one["settings"] for one in found], dtype=object)
     values = settings.map(lambda value: json.dumps(value, default=str), na_action="ignore")
     # of the 4-bit base, among the runs that have one
@@ -94,7 +91,7 @@ def read(folder: Path) -> dict:
     counts, options, files = record["rows"], record["data"], record["data_sha256"]
     settings = {key: record[key] for key in ("method", "seed", "device")}
     for section in ("model", "data", "lora", "quantization", "training"):
-        settings |= {f"{section}.{key}": value for key, value in record.get(section, {}).items()}
+        settings |= {f"{section}.{key}": value for key, value in record.get(section, {}).items() if key not in IGNORED}
     settings |= {"model.revision": record["commit"]} if record.get("commit") else {}
     settings |= {"train rows": (counts.get("train") or {}).get("rows")}
     metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(RESULTS), dtype=float)
@@ -113,7 +110,6 @@ def read(folder: Path) -> dict:
             numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
         digest = read_json(scored.with_name("metrics.json"))["of"]["rows_sha256"]
         data["test"] = [digest, sum(row["tokens"] for row in rows), len(rows)]
-    settings = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
     start = {"run": str(folder), "status": record["status"], "settings": settings}
     return start | {"numbers": numbers, "rows": rows, "data": data}
 
@@ -126,11 +122,9 @@ def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
         value = one["settings"].get(key)
         text = "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         row[name if short.count(name) == 1 else key] = text
-    results = {}
-    for name, (_, label, form) in RESULTS.items():
-        mark = " †" * (name == "eval_loss" and "validation" in one["other"])
-        results[label] = format(numbers[name], form) + mark if name in numbers else ""
-    row["validation loss"] = results.pop("validation loss")
+    last = {label: format(numbers[name], form) if name in numbers else "" for name, (_, label, form) in RESULTS.items()}
+    mark = " †" * ("eval_loss" in numbers and "validation" in one["other"])
+    row["validation loss"] = last.pop("validation loss") + mark
     for name in SHOWN:
         value, low, high = (numbers.get(name + end) for end in ("", "_low", "_high"))
         interval = "" if low is None else f" ({show(name, low)} to {show(name, high)})"
@@ -140,7 +134,7 @@ def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
     found = compare(one["rows"], first["rows"]) if alike else {}
     judged = [(name, found[name]) for name in ("loss", "exact_match") if name in found]
     words = [f"{SCORES[name].label} {score['verdict']} ({show_interval(name, score)})" for name, score in judged]
-    row |= {f"against {first['name']}": "; ".join(words), **results}
+    row |= {f"against {first['name']}": "; ".join(words), **last}
     return row | {"not comparable": ", ".join(f"other {part} rows" for part in one["other"])}
 
 

@@ -43,9 +43,8 @@ from recipes.utils.evaluation import base_of, check_linear, load_adapter_tokeniz
 def merge_adapter(
     run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None
 ) -> Path:
-    """Merge an adapter into its base; returns the folder of the merged model. The arguments are the flags: see --help.
-    Raises `UserError`, and leaves nothing, for a target that is not empty, a full disk, weights that are not finite or
-    did not change, or a merged model farther than `max_kl` from the adapter."""
+    """Merge an adapter into its base; returns the merged model's folder. The arguments are the flags: see --help.
+    Raises `UserError` and leaves nothing: a target in use, no room, weights not finite or unchanged, over `max_kl`."""
     # 1. The adapter, its base, and a target that holds nothing yet.
     if rows < 1:
         raise UserError("--rows: at least one is needed; --no-verify compares nothing")

@@ -4,9 +4,9 @@
     python recipes/sweep.py configs/mistral.yaml --qlora --lora.r 8,16 --training.learning_rate 1e-4..4e-4 --trials 12
 
 Lists alone are tried in every combination; with a range (low..high) Optuna's TPE chooses --trials points. Every other
-flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. Trials that do worse than
-the median of those before them at the same step are stopped early (--no-pruning runs them to the end). A sweep that was
-stopped goes on where it was: give the same command again.
+flag is passed on as it is. Each trial is a run folder of its own, by a process of its own. From the fifth on, trials
+that do worse than the median of those before them at the same step are stopped early (--no-pruning runs them to the
+end). A sweep that was stopped goes on where it was: give the same command again.
 """
 
 import contextlib
@@ -82,7 +82,6 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
         afterwards.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         afterwards.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # the first four are run to the end, to know what is usual
         pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if pruning else optuna.pruners.NopPruner()
         storage, of = f"sqlite:///{folder / 'sweep.db'}", [str(config), method, repr(space), fixed]
         study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=pruner)

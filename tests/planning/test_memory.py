@@ -1,7 +1,5 @@
 """The memory model against the real thing: what autograd keeps in a step of SFTTrainer, byte for byte."""
 
-import dataclasses
-
 import bitsandbytes
 import pytest
 import torch
@@ -163,7 +161,7 @@ def test_a_trained_head_is_counted_in_16_bit_and_its_copy_in_float32():
 
 def test_several_processes_hold_the_gradients_that_they_exchange():
     lora = LoraConfig(r=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    one, two = predict(PUBLISHED["Qwen2-7B"], lora, [STEP, dataclasses.replace(STEP, processes=2)])
+    one, two = predict(PUBLISHED["Qwen2-7B"], lora, [STEP, STEP._replace(processes=2)])
     trained = 28 * 16 * (3584 + 3584)
     assert two["lora"].adapter - one["lora"].adapter == 4 * trained
 

@@ -136,7 +136,7 @@ def test_documents_come_back_from_packed_and_padded_rows():
     ids = torch.tensor([[5, 6, 7, 8, 9, 0], [1, 2, 3, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0]])
-    assert [d.tolist() for d in documents_of(ids, None, mask)] == [[5, 6, 7, 8, 9], [1, 2, 3]]
-    assert [d.tolist() for d in documents_of(ids, positions, mask)] == [[5, 6], [7, 8, 9], [1, 2, 3]]
-    flat = documents_of(ids[:1, :5], positions[:1, :5], None)
+    assert [d.tolist() for d in documents_of(ids, None, mask)[0]] == [[5, 6, 7, 8, 9], [1, 2, 3]]
+    assert [d.tolist() for d in documents_of(ids, positions, mask)[0]] == [[5, 6], [7, 8, 9], [1, 2, 3]]
+    flat, _ = documents_of(ids[:1, :5], positions[:1, :5], None)
     assert [d.tolist() for d in flat] == [[5, 6], [7, 8, 9]]

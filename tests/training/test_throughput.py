@@ -103,10 +103,10 @@ def test_throughput_is_tokens_by_the_time_spent_training(throughput, monkeypatch
     batch = MicroBatch([np.arange(30), np.arange(20)], np.ones(2), np.array([10, 5]), slots=64)
     for pause in (False, False, True):
         if pause:
-            throughput.pause()
-        throughput.step_begins()
+            throughput.on_evaluate()
+        throughput.on_step_begin()
         throughput.see(batch)
-        throughput.step_ends()
+        throughput.on_step_end()
     figures = throughput.figures()
     assert figures["tokens_per_second"] == 150 / 6
     assert figures["trained_tokens_per_second"] == 45 / 6

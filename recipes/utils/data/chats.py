@@ -120,7 +120,6 @@ def held_out(chat: Chat, share: float, seed: int) -> bool:
 
 def _chat(line: bytes, where: str, first: bool, reading: Reading, merge_system: bool) -> Chat | None:
     """The chat of a line; None for a blank or a bad one, which `reading` takes."""
-    text = ""
     try:
         text = line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
         if text.strip():
@@ -178,8 +177,7 @@ def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list
     """(messages, tools) of a row; its shape and the keys that are ignored are counted in `reading`."""
     shape = _shape(row)
     messages = [_message(turn, f"turn {number}") for number, turn in enumerate(_turns(row, shape), start=1)]
-    if merge_system:
-        messages = _merge_system(messages)
+    messages = _merge_system(messages) if merge_system else messages
     if any(message["role"] == "system" for message in messages[1:]):
         raise BadRow("system not first", "a system message is not the first one; move it there, or --data.system merge")
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]

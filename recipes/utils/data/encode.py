@@ -186,8 +186,7 @@ class Encoder:
         return [None if step is None else start + step for step, (start, _) in zip(offsets, marked, strict=True)]
 
     def _rendered_starts(self, text, messages, tools) -> list[int | None]:
-        asked = [messages[:index] for index in _answers(messages)]
-        prompts = [render(self.tokenizer, prompt, tools, add_generation_prompt=True)[0] for prompt in asked]
+        prompts = [render(self.tokenizer, messages[:index], tools, True)[0] for index in _answers(messages)]
         return [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
 
 

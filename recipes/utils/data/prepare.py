@@ -82,9 +82,8 @@ class Prepared:
 
 
 def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple[Prepared, Prepared | None]:
-    """The train and the validation rows, memory-mapped; None if the data has no validation part. Of `args`, the
-    SFTConfig, `max_length` and `seed` count here. With `report`, the findings are printed. Raises a `UserError` that
-    lists bad rows as file:line, if no row is left, and with `report` for what cannot be right."""
+    """The train and the validation rows (or None), memory-mapped, by `max_length` and `seed` of the SFTConfig `args`.
+    `report` prints what was found. Raises `UserError` for bad rows, no rows, and with `report` what cannot be right."""
     share = options.validation if isinstance(options.validation, float) else None
     if share is not None and not 0 < share < 1:
         raise UserError(f"data.validation: {share} is not a share between 0 and 1, nor a file")
@@ -117,7 +116,7 @@ class _Part:
         ids, where, text = List(Value("int32")), Value("string"), Value("int64")
         features = Features({"input_ids": ids, "labels": ids, "where": where, "fingerprint": text})
         self.writer = ArrowWriter(features=features, path=str(path))
-        self.counts, self.lengths = Counts(), list[int]()  # of all rows, in tokens
+        self.counts, self.findings, self.lengths = Counts(), list[Finding](), list[int]()  # of all rows, in tokens
         self.signed: dict[str, list[int]] = {}  # file:line: [the row's number, its signature]
 
     def add(self, chat: Chat, document: Document, row: Encoded) -> Encoded | None:
@@ -147,15 +146,15 @@ class _Part:
         self.writer.write({**values, "fingerprint": fingerprint(chat)}, writer_batch_size=BATCH)
         return row
 
-    def finish(self, reading: Reading) -> dict:
-        """Complete the files of the part; its counts."""
+    def finish(self, reading: Reading) -> list:
+        """Complete the files of the part; [its counts, what was found]."""
         self.writer.finalize()
         np.save(self.path.with_suffix(".npy"), np.array(list(self.signed.values()), np.uint32))
         self.counts.all_tokens = sum(self.lengths)
         self.counts.length_99 = int(np.percentile(self.lengths, 99, method="higher")) if self.lengths else 0
         rows, edges = np.histogram(self.lengths, 16)
         self.counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
-        return vars(self.counts) | vars(reading)
+        return [vars(self.counts) | vars(reading), self.findings]
 
 
 def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, tokenizer, args) -> dict:
@@ -163,7 +162,6 @@ def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, to
     reading, encoder = Reading(), Encoder(tokenizer, options.control_tokens == "escape")
     share = options.validation if isinstance(options.validation, float) else None
     parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length) for part in names}
-    found: dict[str, list[Finding]] = {part: [] for part in names}
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         served = AutoTokenizer.from_pretrained(saved)
@@ -172,14 +170,14 @@ def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, to
         part = names[held_out(chat, share, args.seed)] if share else names[0]
         kept = parts[part].add(chat, document, row)
         # a typed control token that was escaped is a real one to a server that reads text
-        if kept and part == "train" and number <= ROWS_COMPARED and not found[part] and not document.escaped:
-            found[part] = _prompt_parity(chat, kept, served)
+        if kept and part == "train" and number <= ROWS_COMPARED and not parts[part].findings and not document.escaped:
+            parts[part].findings = _prompt_parity(chat, kept, served)
         if number % BATCH == 0 and time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"prepared {number:,} rows, {number / (told - started):,.0f} a second")
     if options.on_bad_row == "error":
         reading.raise_if_bad()
-    return {part: [parts[part].finish(reading), found[part]] for part in names}
+    return {name: part.finish(reading) for name, part in parts.items()}
 
 
 def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple]:
@@ -236,9 +234,8 @@ def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, token
     all_rows, lost = counts.rows + counts.dropped, counts.lost_tokens / counts.all_tokens
     if max(counts.over_length / all_rows, lost) > options.max_over_length:
         over = f"{counts.over_length:,} of {all_rows:,} {part} rows are over training.max_length {args.max_length}"
-        fit = f"99 % of the rows fit in --training.max_length {counts.length_99}"
-        mend = "or take the loss: --data.max_over_length 1.0"
-        yield Finding("stop", f"{over}, and {lost:.0%} of the tokens would be lost; {fit}, {mend}")
+        mend = f"99 % of the rows fit in --training.max_length {counts.length_99}, or take the loss"
+        yield Finding("stop", f"{over}, and {lost:.0%} of the tokens would be lost; {mend}: --data.max_over_length 1.0")
     if counts.no_stop:
         endless = f"{counts.no_stop:,} {part} rows have an answer whose last trained token ends no turn"
         mend = "put the end-of-turn token inside the template's {% generation %} marks"

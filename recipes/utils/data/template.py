@@ -54,8 +54,7 @@ def prepends_blanks(tokenizer) -> bool:
 
 
 def choose_chat_template(tokenizer, setting: str, model_type: str | None) -> tuple[str, str]:
-    """(a template with loss marks, one line that says which one and why). Raises a `UserError` if the template asked
-    for cannot be used, or `auto` finds none that renders the model's own text."""
+    """(a template with loss marks, which and why). Raises `UserError` if `setting` is unusable or `auto` finds none."""
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     if setting != "auto":
@@ -88,8 +87,7 @@ def marks_answers(template: str) -> bool:
 
 
 def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, template: str | None = None):
-    """(text, [(start, end) of each span that the template marks as the model's, in characters]) of a conversation.
-    Raises a `TemplateError` if the template cannot carry it."""
+    """(text, [(start, end) in it of each span marked as the model's]); a `TemplateError` if it cannot be carried."""
     template = template or tokenizer.chat_template
     texts, spans = render_jinja_template(
         conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,

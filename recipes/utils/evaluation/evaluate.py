@@ -95,8 +95,7 @@ def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
 
 def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[float], old_chats, *settings) -> dict:
     """The `figures` of `live` (a PEFT model) on `chats` at each of `scales`, by the scale as text, with
-    `forgetting_loss` (nats a token) on `old_chats`, if there are any; `settings` are those of `evaluate`. Prints them,
-    and writes evaluation/scales.json."""
+    `forgetting_loss` (nats a token) on `old_chats`, if any; `settings`: as for `evaluate`. Written to scales.json."""
     by_scale, old_rows = {}, encoder.encode(old_chats)
     for scale in scales:
         set_scale(live, scale)

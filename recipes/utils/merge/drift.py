@@ -15,7 +15,6 @@ from recipes.utils.merge.export import check_space
 from recipes.utils.merge.stream import NotStreamable, stream_merge
 
 PIECE = 128  # tokens whose logits are compared at a time: in float64 those of one take a megabyte
-SHORT_CHAT = Chat([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}], "")
 
 
 def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
@@ -27,12 +26,11 @@ def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
         raise UserError("no run.json names this adapter's rows: --data FILE compares on yours, --no-verify not")
     options = record["data"]
     try:
-        if options["validation"]:
-            return rows_to_score({**record, "data": {**options, "test": None}})
-        return rows_to_score(record, options["test"] or options["train"])
+        paths = None if options["validation"] else options["test"] or options["train"]
+        return rows_to_score({**record, "data": {**options, "test": None}}, paths)
     except UserError as error:
         say(f"comparing on one short chat, since the run's rows cannot be read (--data FILE names others): {error}")
-        return [SHORT_CHAT]
+        return [Chat([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}], "")]
 
 
 def compare_with_adapter(
@@ -40,12 +38,10 @@ def compare_with_adapter(
 ) -> dict:
     """Compare the model in the folder `merged` with the live adapter at `scale` on the answers of `rows`; print a table
     and return what `measure_drift` says. After a Q-LoRA run a second table is of the other kind of base, which is tried
-    where there is room, and not kept; a line says which is nearer. The adapter's predictions are kept on the disk,
-    within `merged`: the logits of a few long answers over a large vocabulary take more memory than a model, and so do
-    two models at once. Raises `UserError` without room for them."""
+    where there is room, and not kept; a line says which is nearer. The adapter's logits are kept within `merged`: in
+    memory, those of a few long answers take more than a model, as two models do. Raises `UserError` without room."""
     encoded = Encoder(tokenizer, escape=True).encode(rows)
-    answer_tokens = sum(label != -100 for row in encoded for label in row.labels)
-    size = answer_tokens * len(tokenizer) * getattr(torch, record["model"]["dtype"]).itemsize
+    size = sum(row.trained for row in encoded) * len(tokenizer) * getattr(torch, record["model"]["dtype"]).itemsize
     check_space(merged, size, "comparing with the adapter (less with fewer --rows)")
     with TemporaryDirectory(dir=merged, prefix=".logits-") as logits:
         live = load_adapter(adapter, record)
@@ -71,9 +67,8 @@ def compare_with_adapter(
 
 
 def measure_drift(merged: Path, rows: list[Encoded], folder: Path) -> dict:
-    """The model in the folder `merged` against the logits of the live adapter kept in `folder`, over all answer tokens:
-    `rows`, `tokens`, `mean_kl` (KL(live || merged), nats a token), `top1_agreement`, `max_logit_difference`, and
-    `live_loss` and `merged_loss` (nats a token)."""
+    """The model in the folder `merged` against the live adapter's logits kept in `folder`, over all answer tokens:
+    `rows`, `tokens`, `mean_kl` (KL(live || merged)), `top1_agreement`, `max_logit_difference` and two losses (nats)."""
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="auto")
     kl = same = live_loss = merged_loss = largest = tokens = 0.0
     for number, row in enumerate(rows):

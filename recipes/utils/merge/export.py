@@ -1,7 +1,6 @@
 """What makes weights a model: config, stop ids, tokenizer, template, a card that says what it was made of, a Modelfile.
 
-Nothing here tells a local path or a secret. config.json is written after all weights, so that what a killed merge
-leaves cannot be taken for a model.
+Nothing here tells a local path or a secret. config.json comes last: what a killed merge leaves looks like no model.
 """
 
 import contextlib
@@ -131,8 +130,7 @@ def _write_tokenizer_config(output: Path, template: str, **keys) -> None:
 
 
 def make_modelfile(tokenizer, gguf: str) -> str:
-    """The Modelfile (for Ollama) of the shipped chat template that renders what the tokenizer's own does, with the path
-    of a GGUF file. Raises `UserError` where none does."""
+    """Ollama's Modelfile for `gguf`, by the shipped template that renders as the tokenizer's own; else `UserError`."""
     expected = _prompts(tokenizer, tokenizer.chat_template)
     for path in sorted(CONFIGS.glob("*.modelfile")):
         template = CONFIGS / "chat_templates" / f"{path.stem}.jinja"

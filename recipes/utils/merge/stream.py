@@ -2,9 +2,8 @@
 
 It is planned from headers and configs alone, so that what cannot be done is refused before the first byte is written.
 Each number is `base + scale · alpha/r · B·A`, added in float32 and rounded once to the base's own dtype: bit for bit
-what PEFT's merge_and_unload(safe_merge=False) gives with the adapter in float32. What the adapter does not touch is
-copied as bytes. Each core takes a tensor of its own, and B·A is made a few rows at a time: no tensor is ever held in
-float32. bitsandbytes is imported where it is used: that takes longer than merging a small model.
+what PEFT's merge_and_unload(safe_merge=False) gives with a float32 adapter. The rest is copied as bytes. Each core has
+a tensor of its own and makes B·A of a few rows at a time. bitsandbytes, slow to import, is imported where it is used.
 """
 
 import itertools
@@ -113,9 +112,8 @@ def merge_in_memory(record: dict, base: Path, adapter: Path, output: Path) -> tu
 
 
 def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: str, scale: float) -> tuple[bool, str]:
-    """Write the merged weights into the folder `output`; returns (the head is untied now, the weights' dtype). `kind`
-    is `original`, or `dequantized` for the base as the Q-LoRA run of `record` saw it. Raises `UserError` if there is
-    too little disk, and what `plan_merge` and `write_merge` raise."""
+    """Write the merged weights into the folder `output`; returns (the head is untied now, the weights' dtype). `kind`:
+    `dequantized` is the base as the Q-LoRA run of `record` saw it. Raises as `check_space`, planning and writing do."""
     plan = plan_merge(base, adapter, scale)
     check_space(output, plan.size)
     write_merge(plan, output, RoundTrip(record, base) if kind == "dequantized" else None)
@@ -157,9 +155,8 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
         if source.dtype not in DTYPES:
             raise UserError(f"{base}: {name} is {source.dtype}; a base in 16 or 32 bit is needed")
         if "lora_A" in parts and [parts["lora_B"].shape[0], parts["lora_A"].shape[1]] != source.shape:
-            part = f"{parts['lora_B'].shape} · {parts['lora_A'].shape}"
-            other_base = f"and the adapter's part for it {part}: the adapter belongs to another base"
-            raise UserError(f"{base}: {name} is {source.shape} {other_base}")
+            part = f"{parts['lora_B'].shape} · {parts['lora_A'].shape}: the adapter belongs to another base"
+            raise UserError(f"{base}: {name} is {source.shape} and the adapter's part for it {part}")
         if "full" in parts and parts["full"].shape != source.shape:
             resized = f"{parts['full'].shape} in the adapter and {source.shape} in the base"
             raise UserError(f"{name}: {resized}; a vocabulary that was resized cannot be merged")
@@ -171,8 +168,7 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
 
 def read_weights(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict | None]:
     """({file name: its tensors}, the index of a sharded model). By the index: a folder may hold other weights too.
-    Raises `UserError` without safetensors, and where the index names anything but files of the folder: the merged files
-    get the same names, and are written nowhere else."""
+    Raises `UserError` without safetensors, or where it names files outside the folder: merged ones get these names."""
     path, alone = folder / INDEX, folder / "model.safetensors"
     if not path.is_file() and not alone.is_file():
         raise UserError(f"{folder}: has no safetensors weights; pickled ones are not loaded, since they can run code")
@@ -252,8 +248,7 @@ class RoundTrip:
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` quantised and dequantised, in the precision that the run held the base in; may be done in its place.
-        Equal to dequantising the whole weight of the live model: blocks are independent of each other, so that they can
-        be quantised piece by piece; the constants, if they are quantised too, all together."""
+        Equal to the live model's: blocks are independent, so go piece by piece; quantised constants go all together."""
         from bitsandbytes import functional
 
         kind, flat = self.config.bnb_4bit_quant_type, weight.reshape(-1).to(self.dtype)
@@ -264,8 +259,7 @@ class RoundTrip:
             mean = constants.mean()
             constants = functional.dequantize_blockwise(*functional.quantize_blockwise(constants - mean, blocksize=256))
             constants = (constants + mean).float()
-        counts = [len(state.absmax) for _, state in packed]
-        for piece, (codes, state), own in zip(pieces, packed, constants.split(counts), strict=True):
+        for piece, (codes, state), own in zip(pieces, packed, constants.split(QUANTISED_PIECE // BLOCK), strict=True):
             state.absmax = own.contiguous()
             piece.copy_(functional.dequantize_4bit(codes, state).view(-1))  # in place: one copy is enough
         return flat.view(weight.shape)
@@ -273,8 +267,7 @@ class RoundTrip:
 
 def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -> None:
     """Write the planned files into the folder `output`, synced. With `round_trip` the base is first made what it was in
-    4 bit, one whole tensor at a time. Raises `UserError` if a merged weight is not finite, or none differs from the
-    base's."""
+    4 bit, a whole tensor at a time. Raises `UserError` if a merged weight is not finite, or none is another now."""
     changed, threads = 0, torch.get_num_threads()
     torch.set_num_threads(1)  # threads that share a piece this small wait longer for each other than they compute
     try:
@@ -309,22 +302,23 @@ def _write_header(path: Path, tensors: dict[str, Stored]) -> list[int]:
 def _write_tensor(path: Path, plan: Plan, trip: RoundTrip | None, name: str, source: Stored, place: int) -> bool:
     """Write one tensor into the file `path` at `place`, piece by piece; True if the adapter changed it."""
     parts, scaling = plan.changes.get(name, ({}, 0.0))
-    with open(source.file, "rb", buffering=0) as base, open(path, "r+b", buffering=0) as file:
-        base.seek(source.start)
+    with open(path, "r+b", buffering=0) as file:
         file.seek(place)
         trip = trip if trip and name in trip.names else None
         if not parts and not trip:
+            raw = source._replace(dtype="U8", shape=[source.size])
             for start in range(0, source.size, 4 * PIECE):
-                _write(file, _read(base, torch.empty(min(4 * PIECE, source.size - start), dtype=torch.uint8)))
+                _write(file, _load(raw, slice(start, start + 4 * PIECE)))
             return False
         whole = trip.apply(_load(source)).to(DTYPES[source.dtype]) if trip else None
         add, changed = _adding(parts, scaling), False
-        for rows in _pieces(source.shape):
+        count = -(-source.shape[0] // max(FEWEST_ROWS, PIECE // math.prod(source.shape[1:])))
+        edges = [source.shape[0] * number // count for number in range(count + 1)]  # of pieces of nearly equal length
+        for rows in itertools.starmap(slice, itertools.pairwise(edges)):
             new = old = _load(source, rows) if whole is None else whole[rows]
             if "full" in parts:
                 new = _load(parts["full"], rows).to(old.dtype)
-            if add:
-                new = add(rows, new)
+            new = add(rows, new) if add else new
             changed = changed or (new is not old and not torch.equal(new, old))
             if not new.sum(dtype=torch.float32).isfinite():
                 why = f"the adapter is broken, or {new.dtype} too small"
@@ -333,13 +327,6 @@ def _write_tensor(path: Path, plan: Plan, trip: RoundTrip | None, name: str, sou
         if hasattr(os, "posix_fadvise"):  # let the disk begin now, and not at the fsync
             os.posix_fadvise(file.fileno(), place, source.size, os.POSIX_FADV_DONTNEED)
     return changed
-
-
-def _pieces(shape: list[int]) -> list[slice]:
-    """The rows of a tensor in pieces of nearly equal length."""
-    count = -(-shape[0] // max(FEWEST_ROWS, PIECE // math.prod(shape[1:])))
-    edges = [shape[0] * number // count for number in range(count + 1)]
-    return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
 def _adding(parts: dict[str, Stored], scaling: float) -> Callable[[slice, torch.Tensor], torch.Tensor] | None:
@@ -366,17 +353,12 @@ def _adding(parts: dict[str, Stored], scaling: float) -> Callable[[slice, torch.
 def _load(stored: Stored, rows: slice = slice(None)) -> torch.Tensor:
     """A tensor, or some of its rows."""
     first, last, _ = rows.indices(stored.shape[0])
-    tensor = torch.empty((last - first, *stored.shape[1:]), dtype=DTYPES[stored.dtype])
+    tensor = torch.empty((last - first, *stored.shape[1:]), dtype=(DTYPES | {"U8": torch.uint8})[stored.dtype])
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     with open(stored.file, "rb", buffering=0) as file:
         file.seek(stored.start + first * (stored.size // stored.shape[0]))
-        return _read(file, tensor)
-
-
-def _read(file, tensor: torch.Tensor) -> torch.Tensor:
-    """Fill the contiguous `tensor` with the next bytes of `file`."""
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    while view:  # one call reads at most 2 GB
-        view = view[file.readinto(view) :]
+        while view:  # one call reads at most 2 GB
+            view = view[file.readinto(view) :]
     return tensor
 
 

@@ -42,8 +42,7 @@ def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_
 
 
 def batches(lengths: list[int]) -> list[list[int]]:
-    """Indices in batches of similar length, each within the token and row limits, longest first: what does not fit the
-    memory fails at once and not at the end."""
+    """Indices in batches of similar length within the limits, the longest first: what does not fit fails at once."""
     order, found = sorted(range(len(lengths)), key=lambda index: -lengths[index]), []
     while order:
         rows = max(1, min(ROWS_A_BATCH, TOKENS_A_BATCH // lengths[order[0]]))

@@ -4,6 +4,7 @@ A row that the model cannot predict when it predicts the others is wrong, or alo
 Swayamdipta et al., 2020, arXiv 2009.10795, which takes the mean over the epochs).
 """
 
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -31,15 +32,17 @@ class Ledger(TrainerCallback):
 
     def __init__(self, folder: Path, rows, on: bool = True):
         known = hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())
-        self.path, self.rows, self.on, self.noted = Path(folder) / LEDGER, rows, on and known, False
-        self.step: list[tuple] = []  # (hash of the token ids, nats, tokens) of this step
-        self.pending: list[dict] = []  # the lines to be written, by that hash
+        self.path, self.rows, self.on = Path(folder) / LEDGER, rows, on and known
+        self.say_once = functools.cache(say)
+        self.step: list[dict] = []  # the lines of this step, by the hash of their token ids
+        self.pending: list[dict] = []  # those to be written
         if on and not known:
-            self._note("none is kept, since its rows are no Dataset of token ids")
+            say("ledger: none is kept, since its rows are no Dataset of token ids")
 
     def see(self, batch) -> None:
         """Keep what a `MicroBatch` says of its documents."""
-        self.step += zip(map(document_hash, batch.documents), batch.nll.tolist(), batch.trained.tolist(), strict=True)
+        for ids, nll, tokens in zip(batch.documents, batch.nll.tolist(), batch.trained.tolist(), strict=True):
+            self.step.append({"where": document_hash(ids), "loss": round(nll / tokens, 6), "tokens": tokens})
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         from recipes.utils.training import observe  # here: who reads a ledger needs no trainer
@@ -54,10 +57,8 @@ class Ledger(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.on and not self.step:
-            self._note("the loss goes round TRL's fused LM head, so that of single rows is not known")
-        for key, nll, tokens in self.step:
-            line = {"step": state.global_step, "epoch": math.ceil(state.epoch), "where": key}
-            self.pending.append(line | {"loss": round(nll / tokens, 6), "tokens": tokens})
+            self.say_once("ledger: the loss goes round TRL's fused LM head, so that of single rows is not known")
+        self.pending += [{"step": state.global_step, "epoch": math.ceil(state.epoch)} | line for line in self.step]
         self.step.clear()
         if control.should_save:
             self.on_save(args, state, control)
@@ -68,19 +69,13 @@ class Ledger(TrainerCallback):
             known = [line | {"where": self.places[line["where"]]} for line in lines if line["where"] in self.places]
             append_jsonl(self.path, known)
             if len(known) < len(lines):
-                self._note("rows that were trained on otherwise than it was given them, such as cut ones, are left out")
+                self.say_once("ledger: rows that were trained on otherwise than given, such as cut ones, are left out")
 
     on_epoch_end = on_save
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.on_save(args, state, control)
         if self.on:
             self.hook.remove()
-
-    def _note(self, text: str) -> None:
-        if not self.noted:
-            say(f"ledger: {text}")
-        self.noted = True
 
 
 class Row(NamedTuple):

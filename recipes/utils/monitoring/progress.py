@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 
 import rich.progress
-from rich.progress import BarColumn, TextColumn
-from rich.table import Column
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from recipes.utils.console import out, say
@@ -16,18 +14,11 @@ from recipes.utils.files import append_jsonl, keep_steps
 LINES_IN_A_LOG = 20
 BESIDE_THE_BAR = ("loss", "mean_token_accuracy", "tokens_per_second", "mfu")  # they fit a terminal of 80 columns
 SHOWN = {  # what is logged, and how a line has it: whatever is not there is left out
-    "loss": "  loss {:.4f}",
-    "mean_token_accuracy": "  accuracy {:.1%}",
-    "rewards/margins": "  reward margin {:.3f}",
-    "learning_rate": "  lr {:.1e}",
-    "tokens_per_second": "  {:,.0f} tokens/s",
-    "trained_tokens_per_second": ", {:,.0f} trained",
-    "padding_share": "  padding {:.0%}",
-    "mfu": "  MFU {:.0%}",
-    "peak_memory_gb": "  {:.1f} GB",
-    "gpu_utilization": "  GPU {} %",
-    "gpu_power_w": ", {:.0f} W",
-}
+    "loss": "  loss {:.4f}", "mean_token_accuracy": "  accuracy {:.1%}", "rewards/margins": "  reward margin {:.3f}",
+    "learning_rate": "  lr {:.1e}", "tokens_per_second": "  {:,.0f} tokens/s",
+    "trained_tokens_per_second": ", {:,.0f} trained", "padding_share": "  padding {:.0%}", "mfu": "  MFU {:.0%}",
+    "peak_memory_gb": "  {:.1f} GB", "gpu_utilization": "  GPU {} %", "gpu_power_w": ", {:.0f} W",
+}  # fmt: skip
 
 
 class Progress(TrainerCallback):
@@ -47,9 +38,8 @@ class Progress(TrainerCallback):
             return
         keep_steps(self.path, state.global_step)
         if sys.stdout.isatty():
-            columns = TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None)
-            text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
-            self.bar = rich.progress.Progress(*columns, text, console=out, expand=True)
+            columns = "{task.completed}/{task.total}", rich.progress.BarColumn(bar_width=None), "{task.description}"
+            self.bar = rich.progress.Progress(*columns, console=out, expand=True)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
             atexit.register(self.bar.stop)  # it hides the cursor, and a run that fails has no on_train_end
@@ -72,21 +62,19 @@ class Progress(TrainerCallback):
             a_step = seconds / max(1, state.global_step - self.first_step)  # evaluations and all
             record["seconds_left"] = round(a_step * (state.max_steps - state.global_step), 1)
         append_jsonl(self.path, [record])
+        place = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  "
         if "eval_loss" in record:
             of_evaluation = {name[len("eval_") :]: value for name, value in record.items() if name.startswith("eval_")}
-            self._print(state, "validation " + metrics_line(of_evaluation))
+            say(place + "validation " + metrics_line(of_evaluation))
         elif "loss" in record and self.bar:
             self.bar.update(self.task, description=metrics_line(record, BESIDE_THE_BAR))
         elif "loss" in record and state.global_step >= self.line_due:
-            self._print(state, metrics_line(record))
+            say(place + metrics_line(record))
             self.line_due = state.global_step + max(1, state.max_steps // LINES_IN_A_LOG)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.stop()
-
-    def _print(self, state, text: str) -> None:
-        say(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}")
 
 
 def metrics_line(logs: dict, names=tuple(SHOWN)) -> str:

@@ -1,5 +1,6 @@
 """report.html: what a run was, how it went, what came of it, in one file; its plots are SVG in the page's colours."""
 
+import contextlib
 import io
 import re
 from difflib import SequenceMatcher
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 
 from recipes.utils.console import UserError, is_main_process, say
 from recipes.utils.files import read_json, read_jsonl
-from recipes.utils.monitoring.ledger import read_ledger
+from recipes.utils.monitoring.ledger import Row, read_ledger
 from recipes.utils.page import write_page
 
 MODELS = ("base", "adapter", "merged")  # as evaluation names them
@@ -35,15 +36,17 @@ CURVES = [  # title, unit, axis, {key of metrics.jsonl: name}
 COLOURS = {"#010203": "var(--ink)", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--a)",
            "#010207": "var(--b)", "#010208": "var(--c)"}  # fmt: skip
 INK, SOFT, LINE, *SERIES = COLOURS
-STYLE = {
-    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "xtick.color": LINE,
-    "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "text.color": INK,
+STYLE = {  # in inches, and points of 1/72 inch: text is read on a phone
+    "figure.figsize": (4.7, 2.75), "figure.constrained_layout.use": True, "svg.fonttype": "none", "font.size": 9.5,
+    "axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.xmargin": 0.01,
+    "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "xtick.color": LINE, "ytick.color": LINE, "text.color": INK,
+    "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "xtick.major.size": 0, "ytick.major.size": 0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE,
     "grid.linewidth": 0.6, "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.6,
 }  # fmt: skip
 
 
-class Report(TrainerCallback):
+class Report(contextlib.AbstractContextManager, TrainerCallback):
     """Writes `folder`/report.html at each evaluation, so that a run can be looked at while it goes on, and when it is
     left as a context manager, however the run ended."""
 
@@ -53,16 +56,12 @@ class Report(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         refresh_report(self.folder)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         refresh_report(self.folder)
 
 
 def refresh_report(folder: Path) -> None:
-    """Write the report, or say in a line why there is none: a full disk, or a figure that nobody thought of, must not
-    cost the run."""
+    """Write the report, or say in a line why there is none: neither a full disk nor an odd figure may cost the run."""
     try:
         if is_main_process():
             write_report(folder)
@@ -79,16 +78,13 @@ def write_report(folder: Path) -> None:
     answers = read_jsonl(evaluation / "predictions.jsonl")
     plots = []
     for title, unit, axis, keys in CURVES:
-        having = {key: [line for line in metrics if line.get(key) is not None] for key in keys}
-        series = {
-            keys[key]: ([one["step"] for one in own], [one[key] for one in own]) for key, own in having.items() if own
-        }
+        known = {key: [line for line in metrics if line.get(key) is not None] for key in keys}
+        series = {keys[key]: ([at["step"] for at in own], [at[key] for at in own]) for key, own in known.items() if own}
         if series:
             plots.append(curves(title, unit, series, axis))
-    try:
+    worst: list[Row] = []
+    with contextlib.suppress(UserError):  # it kept none, or its data files have changed
         worst = read_ledger(folder)[:WORST]
-    except UserError:  # it kept none, or its data files have changed
-        worst = []
     write_page(
         folder / "report.html", "report.html", folder=folder.resolve().name, record=record, **scores.get("report", {}),
         curves=plots, distributions=_distributions(record, answers, ledger), samples=samples[::-1], worst=worst,
@@ -133,7 +129,7 @@ def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: st
     mean in stretches, with the range of values as a band. Words in `axis`: it begins at "zero", is "log" where values
     span two powers of ten, is a "share", written in per cent."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, unit, "step")
+        axes = Figure().add_subplot(title=title, ylabel=unit, xlabel="step")
         for colour, (name, pair) in zip(SERIES, series.items(), strict=False):
             steps, values = (np.asarray(numbers, float) for numbers in pair)
             parts = np.array_split(np.arange(len(steps)), min(POINTS, len(steps)))
@@ -155,7 +151,7 @@ def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: st
         elif len(every) and every.max() >= 1000:
             axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        return _svg(figure, title)
+        return _svg(axes, title)
 
 
 def histogram(title: str, unit: str, series: dict[str, list[float]]) -> Markup:
@@ -171,39 +167,27 @@ def histogram(title: str, unit: str, series: dict[str, list[float]]) -> Markup:
 def bars(title: str, unit: str, edges: list[float], series: dict[str, list[int]]) -> Markup:
     """The same for rows that are counted already: `series` is {name: rows from one of `edges` to the next}."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, "rows", unit)
+        axes = Figure().add_subplot(title=title, ylabel="rows", xlabel=unit)
         for colour, (name, rows) in zip(SERIES, series.items(), strict=False):
             axes.stairs(rows, edges, fill=True, color=colour, alpha=0.3, linewidth=0)
             axes.stairs(rows, edges, color=colour, label=name, linewidth=1.4)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylim(bottom=0)
-        return _svg(figure, title)
+        return _svg(axes, title)
 
 
-def _axes(title: str, y_label: str, x_label: str):
-    figure = Figure(figsize=(4.7, 2.75), layout="constrained")  # in points of 1/72 inch: text is read on a phone
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.tick_params(length=0)
-    axes.margins(x=0.01)
-    return figure, axes
-
-
-def _svg(figure: Figure, title: str) -> Markup:
-    if len(figure.axes[0].get_legend_handles_labels()[1]) > 1:
-        figure.axes[0].legend(loc="best", handlelength=1.2)
+def _svg(axes, title: str) -> Markup:
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(handlelength=1.2)
     file = io.StringIO()
-    nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    axes.figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
-    text = text[text.index("<svg") :]
     for stand_in, colour in COLOURS.items():
         text = text.replace(stand_in, colour)
     ids = r"figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|\w+Collection"
-    text = re.sub(rf' id="({ids})_\d+"', "", text)
     head = rf'<svg role="img" aria-label="{title}" viewBox="\1">'
-    text = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', head, text, count=1)
-    text = re.sub(r"<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
+    text = re.sub(r'^.*?<svg[^>]*viewBox="([^"]*)"[^>]*>', head, text, count=1, flags=re.S)
+    needless = rf'<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*| id="({ids})_\d+"'
+    text = re.sub(needless, "", text, flags=re.S)
     return Markup(re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text))

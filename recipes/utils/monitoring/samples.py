@@ -58,8 +58,8 @@ class Samples(TrainerCallback):
             sample |= {"expected": decode(expected, skip_special_tokens=True), "answer": answer.text}
             append_jsonl(self.path, [{**sample, "stopped": answer.stopped}])
             text = " ".join(answer.text.split())
-            shown = text if len(text) <= SHOWN else text[:SHOWN] + "…"
-            say(f"  {Path(where).name}  {shown}{'' if answer.stopped else '  (did not stop)'}")
+            end = "…" * (len(text) > SHOWN) + "  (did not stop)" * (not answer.stopped)
+            say(f"  {Path(where).name}  {text[:SHOWN]}{end}")
 
 
 def split_prompt(row: dict) -> tuple[list[int], list[int]]:

@@ -61,9 +61,8 @@ def memory_of_steps(config: Config, model_config, attention: str, sizes: list[in
 
 
 def choose(sizes: list[int], length: int, room: set[tuple[bool, int]]) -> tuple[int, bool]:
-    """(rows a micro-batch, activation checkpointing): without checkpointing if a micro-batch of some size fits so, the
-    first of `sizes` (in rising order) that has tokens enough or else the largest that fits; the smallest, with it, if
-    nothing does. `room` holds what fits, as (checkpointing, rows)."""
+    """(rows a micro-batch, checkpointing): without it if some size fits so, the first of `sizes` (rising) with tokens
+    enough or else the largest that fits; the smallest, with it, if none does. `room`: pairs that fit."""
     best = None
     for checkpointing in (False, True):
         if fitting := [rows for rows in sizes if (checkpointing, rows) in room]:
@@ -88,8 +87,7 @@ def memory_of_gpu(gpu: str | None) -> tuple[int, str]:
 
 
 def on_gpu(config: Config, model_config, gpu: str | None, name: str) -> tuple[Config, str, str]:
-    """(`config` as the GPU called `name` can run it, what packed rows go through there, a flag that this takes or "").
-    Without `gpu` it is this machine's."""
+    """(`config` as the GPU `name`, this machine's without `gpu`, can run it, its attention, a flag for that or "")."""
     dtype, flag = config.model.dtype, ""
     if name in OLDER_THAN_AMPERE and dtype == "bfloat16":
         dtype = "float32" if model_config.model_type.startswith("qwen2") else "float16"  # where Qwen2 gives NaN
@@ -102,8 +100,7 @@ def on_gpu(config: Config, model_config, gpu: str | None, name: str) -> tuple[Co
 
 
 def print_memory(memory: dict[tuple, Memory], args: SFTConfig, name: str, available: int) -> None:
-    """Print `memory`, by (method, checkpointing, rows): that of the run's micro-batch by part, and of each size against
-    the `available` bytes of the GPU called `name`."""
+    """Print the run's micro-batch by part, and each size in `memory` against `available` bytes, those of GPU `name`."""
     own, length, packed = args.per_device_train_batch_size, args.max_length, "packed " if args.packing else ""
     new_table = partial(Table, title_justify="left", title_style="bold", box=None, padding=(0, 2))
     title = f"memory by part, GB: {own} {packed}rows of {length:,} tokens a micro-batch"
@@ -128,8 +125,7 @@ def is_gpu(device: str, gpu: str) -> bool:
 
 
 def measured_speed(config: Config, model_config, method: str, gpu: str, checkpointing: bool) -> str:
-    """The fastest rate measured on `gpu` for a model of this shape with the run's settings, and the hours that follow
-    from it; the nearest settings that were measured; or that nothing was."""
+    """The best rate measured on `gpu` for this shape and its settings, with hours; or the nearest; or that none is."""
     shape = [model_config.model_type, model_config.hidden_size, model_config.num_hidden_layers]
     runs = read_json(MEASURED)["runs"] if MEASURED.is_file() else []
     runs = [run for run in runs if run["ours"] and run["shape"] == shape and is_gpu(run["gpu"], gpu)]

@@ -1,16 +1,15 @@
 """Will it fit: the memory of one training step, from the model's own config and the run's settings, without weights.
 
 What is held throughout is counted on the model's shapes. What a step keeps and takes is read off one that is traced
-without memory: on torch's meta device the model, with two of its layers, gets the adapter that the run would give it
-and takes a step on tensors that have a shape and nothing else (torch's FakeTensorMode). What autograd keeps for the
-backward pass is counted storage by storage; decoder layers are alike, so each further one keeps what the second does.
-No formula knows the architecture, and no GPU is needed.
+without memory: the model, with two layers and the run's adapter, takes a step on tensors that have a shape and nothing
+else (torch's meta device and FakeTensorMode). What autograd keeps for the backward pass is counted by storage; decoder
+layers are alike, so each keeps what the second does. No formula knows the architecture, and no GPU is needed.
 """
 
 import copy
-import dataclasses
 import math
 import weakref
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,8 +25,7 @@ from recipes.utils.model import VARLEN, register_varlen
 TILE = (4096, 32768)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What decides the memory of a step besides the model's shape and its adapter."""
 
     dtype: str
@@ -53,8 +51,7 @@ class Step:
         return self.packed or self.rows > 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes of one training step on one device, by part."""
 
     weights: int
@@ -70,8 +67,7 @@ class Memory:
 
 
 def predict(model_config, lora: LoraConfig, steps: list[Step]) -> list[dict[str, Memory]]:
-    """For each of `steps`, which are of one dtype, {"lora": ..., "qlora": ...}: what it takes on a base in that dtype
-    and on one in 4 bit."""
+    """For each of `steps`, all of one dtype, what it takes on a base in that dtype, "lora", and in 4 bit, "qlora"."""
     model = on_meta(model_config, lora, steps[0].dtype)
     head = model.get_output_embeddings()
     (vocabulary, width), head_trains = head.weight.shape, any(p.requires_grad for p in head.parameters())
@@ -79,8 +75,7 @@ def predict(model_config, lora: LoraConfig, steps: list[Step]) -> list[dict[str,
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     # Q-LoRA holds all linear layers of the base in 4 bit but the head, be it a trained one.
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    in_head = set(head.modules())
-    linear = [m.weight.numel() for name, m in layers if m not in in_head and "lora_" not in name]
+    linear = [m.weight.numel() for name, m in layers if m not in set(head.modules()) and "lora_" not in name]
     found = []
     for step in steps:
         size, tokens = getattr(torch, step.dtype).itemsize, math.prod(step.batch)
@@ -91,9 +86,8 @@ def predict(model_config, lora: LoraConfig, steps: list[Step]) -> list[dict[str,
         at_head = tile + tokens * width * (4 + size) + head_trains * vocabulary * width * 4
         base = Memory(frozen * size, trained * each, kept, working, at_head)
         # A 4-bit weight is dequantised for each product; what autograd keeps is the same, since the base is frozen.
-        in_4_bit = sum(nf4_bytes(count, step.double_quantisation) for count in linear)
-        weights = (frozen - sum(linear)) * size + in_4_bit
-        qlora = dataclasses.replace(base, weights=weights, working=working + max(linear) * size)
+        weights = (frozen - sum(linear)) * size + sum(nf4_bytes(count, step.double_quantisation) for count in linear)
+        qlora = base._replace(weights=weights, working=working + max(linear) * size)
         found.append({"lora": base, "qlora": qlora})
     return found
 
@@ -118,8 +112,7 @@ def activations(model_config, lora: LoraConfig, step: Step) -> tuple[int, int]:
 
 
 def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
-    """(bytes kept by the model with two layers, those of the second, the most that is taken on top). The first layer
-    may keep less than the others: nothing before it is trained."""
+    """(bytes kept with two layers, by the second, most on top); the first may keep less: nothing trains before it."""
     # The flash-attn package keeps what torch's own copy of its kernel keeps, and so does sdpa where it needs no mask.
     maskless = step.attention.startswith("flash_") or (step.attention == "sdpa" and not step.masked)
     attention = VARLEN if maskless else step.attention
@@ -167,13 +160,11 @@ def trace(model_config, lora: LoraConfig, step: Step) -> tuple[int, int, int]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, but for the `own` ones, parameters and their gradients; `peak` is
-    the most there were outside the LM head."""
+    """Counts the bytes of living tensors but the `own`, parameters and gradients; `peak`: the most outside the head."""
 
     def __init__(self, own: set):
         super().__init__()
-        self.now = self.peak = 0
-        self.known, self.paused = set(own), False
+        self.now, self.peak, self.known, self.paused = 0, 0, set(own), False
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -216,12 +207,10 @@ def on_meta(model_config, lora: LoraConfig, dtype: str, layers: int | None = Non
 
 
 def _inputs(step: Step, attention: str) -> dict:
-    """A micro-batch, with what tells its documents apart as TRL's collator and transformers hand it on: positions and
-    the documents' borders, or a mask."""
+    """A micro-batch, with what tells its documents apart, as TRL and transformers hand it on: borders, or a mask."""
     rows, length = step.batch
-    inputs = {name: torch.empty(rows, length, dtype=torch.long) for name in ("input_ids", "labels")}
-    if step.packed:
-        inputs["position_ids"] = torch.empty(rows, length, dtype=torch.long)
+    names = ["input_ids", "labels"] + ["position_ids"] * step.packed
+    inputs = {name: torch.empty(rows, length, dtype=torch.long) for name in names}
     if attention != VARLEN:
         return {**inputs, "attention_mask": torch.empty(rows, 1, length, length, dtype=torch.bool)}
     borders = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.empty(3, dtype=torch.int32))

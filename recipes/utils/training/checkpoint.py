@@ -1,8 +1,6 @@
 """Checkpoints that are complete or absent: written under another name, listed with checksums, synced, then renamed.
-
 A kill at any moment leaves either the whole checkpoint or none under its name; what a disk does to one later is found
-by its manifest.json before training goes on from it.
-"""
+by its manifest.json before training goes on from it."""
 
 import contextlib
 import hashlib
@@ -57,8 +55,7 @@ def read_manifest(checkpoint: Path) -> dict:
 def fault(checkpoint: Path) -> str | None:
     """Why training cannot go on from `checkpoint`; None if it is complete and every file is as it was written."""
     try:
-        manifest = read_manifest(checkpoint)
-        files = manifest["files"]
+        files = (manifest := read_manifest(checkpoint))["files"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}: its writing was cut off, or these recipes did not write it"
     except (ValueError, KeyError):

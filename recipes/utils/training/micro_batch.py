@@ -28,37 +28,27 @@ def observe(model, *listeners):
 
 
 def read(inputs: dict, outputs) -> MicroBatch:
-    """A `MicroBatch` of a forward pass: its keyword arguments from TRL's collator and a FusedCausalLMOutput.
-
-    Packed rows come flattened into one, [1, tokens], others padded on the right, [rows, longest]. The copies to the
-    host cost no wait of their own: TRL waits for the forward pass at the same place, to log its token accuracy.
-    """
-    ids = inputs["input_ids"].cpu().numpy()
+    """A `MicroBatch` of a forward pass: its keyword arguments from TRL's collator and a FusedCausalLMOutput. The copies
+    to the host cost no wait of their own: TRL waits for the pass at the same place, to log its token accuracy."""
+    ids = inputs["input_ids"]
     nll, trained = np.zeros(ids.shape), np.zeros(ids.shape, dtype=np.int64)
     nll[:, 1:] = -outputs.log_probs.detach().float().cpu().numpy()  # zero where there is no label
     trained[:, 1:] = outputs.label_mask.cpu().numpy()
-    starts, lengths = spans(inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask"))
+    documents, starts = documents_of(ids, inputs.get("position_ids"), inputs.get("attention_mask"))
     nll, trained = np.add.reduceat(nll.ravel(), starts), np.add.reduceat(trained.ravel(), starts)
     kept = np.flatnonzero(trained)  # a row without a trained token is never made: such a stretch is padding
-    documents = [ids.ravel()[starts[index] : starts[index] + lengths[index]] for index in kept]
-    return MicroBatch(documents, nll[kept], trained[kept], ids.size)
+    return MicroBatch([documents[index] for index in kept], nll[kept], trained[kept], ids.numel())
 
 
-def spans(input_ids, position_ids=None, attention_mask=None) -> tuple[np.ndarray, np.ndarray]:
-    """(where each document of a micro-batch begins among its positions, all rows in one; its tokens); each position of
-    padding of packed rows counts as one more. All are [rows, length]: `position_ids` 0 where a packed document begins,
-    None for rows that are not packed; `attention_mask` 0 on padding, None where there is none."""
-    rows, length = input_ids.shape
-    if position_ids is None:
-        lengths = np.full(rows, length) if attention_mask is None else attention_mask.sum(1).cpu().numpy()
-        return np.arange(rows) * length, lengths
-    starts = np.flatnonzero(position_ids.cpu().numpy() == 0)
-    return starts, np.diff(starts, append=rows * length)
-
-
-def documents_of(input_ids, position_ids=None, attention_mask=None) -> list[np.ndarray]:
-    """The token ids of each document of a micro-batch, as they were before packing and padding; see `spans`."""
+def documents_of(input_ids, position_ids=None, attention_mask=None) -> tuple[list[np.ndarray], np.ndarray]:
+    """(the token ids of each document of a micro-batch, as they were before packing and padding; where it begins among
+    the positions of all rows). All are [rows, length]: `position_ids` 0 where a packed document begins, None for rows
+    that are not packed; `attention_mask` 0 on padding, None where there is none."""
     ids = input_ids.cpu().numpy().ravel()
     used = np.ones(ids.size, bool) if attention_mask is None else attention_mask.cpu().numpy().ravel().astype(bool)
-    starts, lengths = spans(input_ids, position_ids, attention_mask)
-    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True) if used[start]]
+    if position_ids is None:
+        starts = np.arange(0, ids.size, input_ids.shape[1])
+    else:
+        starts = np.flatnonzero((position_ids.cpu().numpy().ravel() == 0) & used)
+    stretches = zip(np.split(ids, starts[1:]), np.split(used, starts[1:]), strict=True)
+    return [stretch[its_tokens] for stretch, its_tokens in stretches], starts

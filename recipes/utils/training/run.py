@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import inspect
 import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ FREE = """
     output_dir per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project push_to_hub
     remove_unused_columns report_to resume_from_checkpoint run_name save_on_each_node save_only_model save_steps
     save_strategy save_total_limit skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id
-    trackio_static_space_id use_cache
-    """.split()  # noqa: SIM905
+    trackio_static_space_id use_cache""".split()  # noqa: SIM905
 ON_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedulers that step when it evaluates
 NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
 
@@ -65,12 +64,10 @@ class Run:
 @contextlib.contextmanager
 def begin(config: Config) -> Iterator[Run]:
     """Take the run's folder, which is locked in here, and find its base; a folder without a file goes in the end.
-
     A folder that holds a run is never written over, but by `--resume` of that run, from its newest complete checkpoint
     and with the commit of the base that it began with. Without a checkpoint it begins again in its folder, so that a
     job which was killed early needs nobody. Raises `UserError` for what this machine cannot do, a folder that holds a
-    run or is in use, a checkpoint that is not complete, and a base that cannot be had.
-    """
+    run or is in use, a checkpoint that is not complete, and a base that cannot be had."""
     check_machine(config)
     with contextlib.ExitStack() as held:
         folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
@@ -110,8 +107,7 @@ def _take_folder(config: Config, held: contextlib.ExitStack) -> tuple[Path, None
                 if given or not folder.is_dir():
                     raise
                 continue
-            of_a_run = ("run.json", "adapter_config.json", "checkpoint-*")
-            if not any(found for name in of_a_run for found in folder.glob(name)):
+            if not any(list(folder.glob(name)) for name in ("run.json", "adapter_config.json", "checkpoint-*")):
                 held.push(attempt.pop_all())
                 return folder, None
     raise UserError(f"{given}: holds a run already; give another --training.output_dir, or --resume to go on")
@@ -120,7 +116,6 @@ def _take_folder(config: Config, held: contextlib.ExitStack) -> tuple[Path, None
 def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | None]:
     """(the folder of the run that was named, or else of this config's that was written last; its checkpoint)."""
     given, default, named = config.output_dir, Path(f"runs/{config.name}-{config.method}"), str(config.resume)
-    checkpoint: Path | None = Path(named)
     if named == "latest":
         records = [path / "run.json" for path in (default, *default.parent.glob(f"{default.name}-*"))]
         newest = max(records, key=lambda record: record.stat().st_mtime if record.is_file() else 0.0)
@@ -132,7 +127,7 @@ def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | Non
         if why := fault(Path(named)) if Path(named).is_dir() else "there is no such folder":
             raise UserError(f"--resume: {named}: {why}; --resume alone takes the newest complete checkpoint")
     held.enter_context(_held(folder))
-    checkpoint, record = newest_complete(folder) if named == "latest" else checkpoint, folder / "run.json"
+    checkpoint, record = newest_complete(folder) if named == "latest" else Path(named), folder / "run.json"
     older = record.is_file() and read_json(record).get("format") != FORMAT
     if older or (checkpoint and "run" not in read_manifest(checkpoint)):
         raise UserError(f"--resume: {folder} was begun by an older version of these recipes; begin a new run")
@@ -159,8 +154,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def check_same_run(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
     """Describe the run, and at a resume compare that with the checkpoint's description. Raises `UserError` naming each
-    setting that is not the same, unless `--accept-changes` was given; and always for an adapter of other shapes, or
-    another number of processes."""
+    setting that differs, unless `--accept-changes` was given, and always for other shapes or numbers of processes."""
     run.description = _describe(config, trainer, train, validation)
     if run.checkpoint is None:
         return
@@ -210,30 +204,25 @@ def _describe(config: Config, trainer, train: Prepared, validation: Prepared | N
     validated = config.data.validation
     if validation and not isinstance(validated, float):
         validated = _digest(" ".join(validation.files.values()))
-    vocabulary = tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))
     adapter = model.peft_config["default"].to_dict().items()
     description = {
-        "data.train": _digest(" ".join(train.files.values())),
-        "data.validation": validated,
+        "data.train": _digest(" ".join(train.files.values())), "data.validation": validated,
         **{f"data.{key}": getattr(config.data, key) for key in ("over_length", "train_on", "system", "control_tokens")},
-        "chat template": _digest(tokenizer.chat_template or ""),
-        "tokenizer": _digest(vocabulary),
-        "base weights": _base_digest(model),
+        "chat template": _digest(tokenizer.chat_template or ""), "base weights": _base_digest(model),
+        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
         **{f"model.{key}": getattr(config.model, key) for key in ("dtype", "adapter", "compile_layers")},
-        "attention": model.config._attn_implementation,
         **{f"quantization.{key}": value for key, value in _quantization(model).items()},
         **{f"lora.{key}": value for key, value in adapter if key not in NOT_OF_THE_ADAPTER},
         **{f"training.{key}": value for key, value in args.to_dict().items() if key not in free},
         "effective batch": micro * args.gradient_accumulation_steps * processes, "micro-batch": micro,
-        "processes": processes, "sharded": trainer.is_fsdp_enabled,
-        "rows": _rows_digest(train.rows),
-        "validation rows": _rows_digest(validation.rows) if validation else None,
+        "processes": processes, "sharded": trainer.is_fsdp_enabled, "attention": model.config._attn_implementation,
+        "rows": _rows_digest(train.rows), "validation rows": _rows_digest(validation.rows) if validation else None,
     }  # fmt: skip
     return json.loads(json.dumps(description, default=lambda it: sorted(it) if isinstance(it, set) else str(it)))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
 def _rows_digest(rows) -> str:
@@ -248,12 +237,9 @@ def _rows_digest(rows) -> str:
 
 
 def _base_digest(model) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            start = parameter.detach().flatten()[:256].contiguous()
-            digest.update(name.encode() + start.view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    frozen = ((name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad)
+    starts = ((name, weight.flatten()[:256].contiguous().view(torch.uint8)) for name, weight in frozen)
+    return _digest(b"".join(name.encode() + start.cpu().numpy().tobytes() for name, start in starts))
 
 
 def _quantization(model) -> dict:
@@ -282,19 +268,18 @@ def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Pre
     try:
         yield results
     except BaseException as error:
-        ended = error
+        end = error
         if isinstance(error, torch.OutOfMemoryError):
-            ended = RunEnded("failed", out_of_memory(config, trainer))
+            end = RunEnded("failed", out_of_memory(config, trainer))
         elif isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
-            mend = "make room on the disk, then --resume"
-            ended = RunEnded("failed", f"{run.folder}: cannot be written: {error}; {mend}")
+            end = RunEnded("failed", f"{run.folder}: cannot be written: {error}; make room on the disk, then --resume")
         # the message of any other error may hold paths
-        word, why = (ended.word, str(ended)) if isinstance(ended, RunEnded) else ("failed", type(error).__name__)
+        word, why = (end.word, str(end)) if isinstance(end, RunEnded) else ("failed", type(error).__name__)
         with contextlib.suppress(OSError):
             write(status=word, ended=_now(), step=trainer.state.global_step, reason=why)
-        if ended is error:
+        if end is error:
             raise
-        raise ended from error
+        raise end from error
     write(status="finished", finished=_now(), best_validation_loss=trainer.state.best_metric, **results)
 
 
@@ -303,15 +288,14 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
     parts = {"train": train, "validation": validation} if validation else {"train": train}
     sections, findings = config.sections(), [finding for part in parts.values() for finding in part.findings]
     training = {key: value for key, value in sections["training"].items() if not key.endswith("token")}
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     counted = {name: dataclasses.asdict(part.counts) if part.files else {} for name, part in parts.items()}
     for name, part in parts.items():  # of rows that `prepare` did not make, their number is known
         counted[name] |= {"rows": len(part.rows), "bad": len(part.counts.bad)}
     record = {
         "format": FORMAT, "status": "running", "method": config.method, "name": config.name, "started": _now(),
         **sections, "training": {"output_dir": str(run.folder), **training},
-        "quantization": _quantization(trainer.model), "commit": run.commit,
-        "versions": versions | {"python": platform.python_version()}, "device": device_name(trainer.args.use_cpu),
+        "quantization": _quantization(trainer.model), "commit": run.commit, "device": device_name(trainer.args.use_cpu),
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "processes": trainer.args.world_size, "seed": trainer.args.seed, "rows": counted,
         "data_sha256": {file: digest for part in parts.values() for file, digest in part.files.items()},
         "findings": [finding._asdict() for finding in [*findings, *run.findings]], "description": run.description,
@@ -321,8 +305,7 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}
         record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
         before, now = old["versions"], record["versions"]
-        changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-        if changed:
+        if changed := [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]:
             say(f"resume: other versions than the run was begun with: {'; '.join(changed)}")
     return record
 

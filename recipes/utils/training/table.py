@@ -22,9 +22,8 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch = f"{micro} rows × {accumulation} accumulation × {processes} process{'es' * (processes > 1)}"
     batch += f" = {micro * accumulation * processes} rows, {len(train.rows) / an_epoch:.1f} chats a step"
-    adapter = trainer.model.peft_config["default"]
-    targets = adapter.target_modules
-    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    lora = trainer.model.peft_config["default"]
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
     if config.model.adapter:
         targets += f"; goes on from {config.model.adapter} with its settings, not those of the section `lora`"
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -40,22 +39,19 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
         "model": config.model.name_or_path + (f" at {run.commit[:12]}" if run.commit else ""),
         "precision": config.model.dtype + (", base in 4 bit" if config.method == "qlora" else ""),
         "device": device_name(args.use_cpu) + (f" × {processes}" if processes > 1 else ""),
-        "checkpoints": check_disk(args, trainer.model, steps),
-        "files": f"{shapes} rows{ignored}" if shapes else None,
+        "checkpoints": check_disk(args, trainer.model, steps), "files": f"{shapes} rows{ignored}" if shapes else None,
         "rows": f"{len(train.rows):,} train, {len(validation.rows) if validation else 0:,} validation",
         "split": f"{counts.split:,} {split}" if counts.split else None,
         "not used": _left_out(counts, validation.counts if validation else Counts(), args, config.data.over_length),
         "tokens": tokens, "packing": packing, "effective batch": batch, "steps": f"{steps:,} ({an_epoch:,} an epoch)",
-        "adapter": f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}",
-        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        "output": run.folder,
+        "adapter": f"rank {lora.r}, alpha {lora.lora_alpha}, on {targets}",
+        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})", "output": run.folder,
     }  # fmt: skip
     print_table(f"{config.name} · {config.method}", table)
-    findings = check_settings(args, packed, len(train.rows))
+    run.findings = check_settings(args, packed, len(train.rows))
     if {"input_ids", "labels"} <= set(train.rows.column_names):
-        findings += check_tokens(trainer.model, train.rows, trainer.processing_class)
-    run.findings += findings
-    report_findings(findings)
+        run.findings += check_tokens(trainer.model, train.rows, trainer.processing_class)
+    report_findings(run.findings)
 
 
 def steps_of(args, rows: int) -> tuple[int, int]:
@@ -74,8 +70,7 @@ def device_name(use_cpu: bool) -> str:
 
 
 def check_disk(args, model, steps: int) -> str:
-    """What the checkpoints need of the disk: those that are kept, the best one, and the one that is being written.
-    Raises `UserError` if there is less."""
+    """What kept, best and unfinished checkpoints need of the disk. Raises `UserError` if there is less."""
     folder, size = Path(args.output_dir), checkpoint_bytes(model, args)
     interval = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     saves = {"no": 0, "steps": math.ceil(steps / interval), "epoch": math.ceil(args.num_train_epochs)}
@@ -100,11 +95,10 @@ def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
         long = f"the warm-up of {warmup} steps is as long as the run of {steps}, so the learning rate is never reached"
         found.append(f"{long}: --training.warmup_steps 0.03")
     if steps < 100:
-        a_step = max(1, int(packed_rows * args.num_train_epochs / args.world_size) // 100)
-        micro = min(a_step, args.per_device_train_batch_size)
-        more = f"--training.per_device_train_batch_size {micro}"
-        more += f" --training.gradient_accumulation_steps {a_step // micro}"
-        more += " --training.packing false" if a_step == 1 and getattr(args, "packing", False) else ""
+        batch = max(1, int(packed_rows * args.num_train_epochs / args.world_size) // 100)
+        micro = min(batch, args.per_device_train_batch_size)
+        more = f"--training.per_device_train_batch_size {micro} --training.gradient_accumulation_steps {batch // micro}"
+        more += " --training.packing false" if batch == 1 and getattr(args, "packing", False) else ""
         more = "--training.max_steps -1" if 0 < args.max_steps < 100 else more
         few = f"few steps: {steps}, each with {rows / an_epoch:.1f} chats; an adapter wants 100 or more"
         found.append(f"{few}. This gives more: {more}")

@@ -6,18 +6,17 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import torch
+from transformers import TrainerCallback
 from trl.trainer.utils import get_peak_flops
 
 from recipes.utils.console import say
 from recipes.utils.training.micro_batch import MicroBatch
 
 
-class Throughput:
-    """Counts the tokens of the micro-batches that it is shown, against the time that went by while training.
-
-    The clock stands still while the run evaluates, answers samples or writes a checkpoint. `dtype` is what the products
-    are computed in: "bfloat16", "float16" or "float32".
-    """
+class Throughput(TrainerCallback):
+    """Counts the tokens of the micro-batches that it is shown, against the time that went by while training: the clock
+    stands still while the run evaluates, answers samples or writes a checkpoint. `dtype` is what the products are
+    computed in: "bfloat16", "float16" or "float32"."""
 
     def __init__(self, accelerator, model, dtype: str):
         self.accelerator, self.model, self.process = accelerator, model, psutil.Process()
@@ -29,22 +28,24 @@ class Throughput:
         self.peak = get_peak_flops(name, dtype) if name and "MIG" not in name else None
         self.counts = np.zeros(4)  # positions, tokens, trained tokens, FLOPs
         self.seconds = self.mark = self.highest = 0.0
-        self.paused, self.left_out = True, False
+        self.paused, self.left_out, self.nvml = True, False, True
 
     def see(self, batch: MicroBatch) -> None:
         self.flops = self.flops or count_flops(self.model)
         lengths, trained = np.array([len(ids) for ids in batch.documents]), batch.trained.sum()
         self.counts += (batch.slots, lengths.sum(), trained, self.flops.of(lengths, trained))
 
-    def step_begins(self) -> None:
+    def on_step_begin(self, *event, **kwargs) -> None:
         self.mark, self.paused = time.monotonic() if self.paused else self.mark, False
 
-    def step_ends(self) -> None:
+    def on_step_end(self, *event, **kwargs) -> None:
         now = time.monotonic()
         self.seconds, self.mark = self.seconds + now - self.mark, now
 
-    def pause(self) -> None:
+    def on_evaluate(self, *event, **kwargs) -> None:
         self.paused = True
+
+    on_save = on_evaluate
 
     def figures(self) -> dict[str, float]:
         """Figures since the last call, of all processes together (each must call it), and of this process's machine;
@@ -64,23 +65,21 @@ class Throughput:
         return figures | self.machine()
 
     def machine(self) -> dict[str, float]:
-        """Memory and use of this process's GPU; without one, of the process, its CPU's since the last call."""
-        if self.on_gpu:
-            return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9, **self._gpu()}
-        memory, cpu = self.process.memory_info().rss / 1e9, self.process.cpu_percent()
-        self.highest = max(self.highest, memory)
-        return {"peak_memory_gb": self.highest, "process_memory_gb": memory, "cpu_percent": cpu}
-
-    def _gpu(self) -> dict[str, float]:
-        """What NVML says of the GPU; nothing where it cannot be asked (in some containers, on parts of a GPU)."""
+        """Memory and use of this process's GPU, the use where NVML can be asked (not in some containers, nor on parts
+        of a GPU); without a GPU, of the process, its CPU's since the last call."""
+        if not self.on_gpu:
+            memory, cpu = self.process.memory_info().rss / 1e9, self.process.cpu_percent()
+            self.highest = max(self.highest, memory)
+            return {"peak_memory_gb": self.highest, "process_memory_gb": memory, "cpu_percent": cpu}
+        figures = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         try:
-            watts = torch.cuda.power_draw() / 1000
-            use = {"gpu_utilization": torch.cuda.utilization(), "gpu_power_w": watts}
-            return use | {"gpu_temperature_c": torch.cuda.temperature()}
+            if self.nvml:
+                figures |= {"gpu_utilization": torch.cuda.utilization(), "gpu_power_w": torch.cuda.power_draw() / 1000,
+                            "gpu_temperature_c": torch.cuda.temperature()}  # fmt: skip
         except Exception as error:  # pynvml has an exception of its own for each refusal
             say(f"GPU utilisation, power and temperature are not shown: {error}")
-            self._gpu = dict  # type: ignore[method-assign]
-            return {}
+            self.nvml = False
+        return figures
 
 
 class Flops(NamedTuple):
@@ -101,12 +100,10 @@ class Flops(NamedTuple):
 
 def count_flops(model) -> Flops:
     """The FLOPs of training `model`, recomputation left out, as MFU is defined (PaLM, arXiv 2204.02311, appendix B).
-
     A weight of a linear layer takes 2 FLOPs a token forward, 2 for the gradient of its input and, if it is trained, 2
     for its own: 4N + 6r a token for N frozen and r trained ones. The H of the head take 4H (trained: 6H) a labelled
     token, since only those go through TRL's fused head. Attention takes 4 FLOPs a pair, head and dimension forward
-    (query by key, weight by value), twice that backward. The first layer's input is counted as if it had a gradient.
-    """
+    (query by key, weight by value), twice that backward. The first layer's input is counted as if it had a gradient."""
     head, token = model.get_output_embeddings(), 0
     skipped = {id(module) for module in head.modules()}
     for name, module in model.named_modules():

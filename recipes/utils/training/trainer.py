@@ -1,8 +1,5 @@
-"""A trainer that survives: it stops at signals and deadlines with a checkpoint, keeps none by halves, and steps on no
-loss that is not finite, but ends with the rows that it came from.
-
-`Resumable` goes before any trainer of TRL: `class MyTrainer(Resumable, DPOTrainer)`.
-"""
+"""A trainer that survives: it stops at signals and deadlines with a whole checkpoint, and steps on no loss that is not
+finite, but ends with the rows that it came from. Before any trainer of TRL: `class MyTrainer(Resumable, DPOTrainer)`."""
 
 import contextlib
 import math
@@ -12,7 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import psutil
@@ -33,11 +30,7 @@ from recipes.utils.training.checkpoint import clear, fault, newest_complete, pub
 from recipes.utils.training.micro_batch import documents_of, read
 from recipes.utils.training.throughput import Throughput
 
-if TYPE_CHECKING:  # what a type checker takes the mixin's trainer for
-    from trl import SFTTrainer as _Trainer
-else:
-    _Trainer = object
-
+_Trainer: Any = object  # for a type checker, the trainer of TRL that the mixin goes before
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SLOW_DISK = 50e6  # bytes a second; for the first save, which nobody has timed yet
 ROWS_NAMED = 10
@@ -55,14 +48,13 @@ class Resumable(_Trainer):
     named where they have `input_ids` and `where` (file:line). What the libraries raise about settings that they alone
     can judge (a target module that the model lacks) is a `UserError`."""
 
-    _counted = False  # this micro-batch, by the throughput
-
     def __init__(self, *args, **kwargs):
         # before packing, which leaves no more of a row than its token ids
         self._rows = {"train": kwargs.get("train_dataset"), "validation": kwargs.get("eval_dataset")}
-        self._events: _Events | None = None  # while it trains
+        self._eval_due = False  # put off by a stop
         self._step: list[tuple[dict, torch.Tensor]] = []  # its micro-batches, each with its loss
         self._odd: list[np.ndarray] = []  # their documents with a loss that is not finite
+        self._counted = False  # this micro-batch, by the throughput
         try:
             super().__init__(*args, **kwargs)
         except torch.OutOfMemoryError:
@@ -77,6 +69,7 @@ class Resumable(_Trainer):
         for callback in list(self.callback_handler.callbacks):
             for other in getattr(callback, "in_place_of", ()):
                 self.remove_callback(other)
+        self.add_callback(self._throughput)
 
     def _send_telemetry(self):
         """Nothing is told to anybody."""
@@ -90,7 +83,7 @@ class Resumable(_Trainer):
         checkpoint = str(found) if found else None
         if self.args.should_save:
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
-        self._events = events = _Events(self, checkpoint)
+        events = _Events(self, checkpoint)
         self.add_callback(events)  # the last one: it knows what the others have asked for
         main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
         try:
@@ -135,14 +128,12 @@ class Resumable(_Trainer):
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
                 if (staged / "adapter_config.json").is_file():
                     publish_base(staged)
-                due = bool(self._events and self._events.evaluation_due)
-                about = {"processes": args.world_size, "evaluation_due": due, "run": _description(folder)}
+                about = {"processes": args.world_size, "evaluation_due": self._eval_due, "run": _description(folder)}
                 publish(staged, final, about)
                 shutil.rmtree(staging, ignore_errors=True)
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
-        # torch and safetensors have errors of their own for a full disk
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # a full disk, as each library has it
             shutil.rmtree(staging, ignore_errors=True)
             kept = "The checkpoint before it is whole, and nothing half-written is left"
             mend = "make room on the disk, then run again with --resume"
@@ -198,14 +189,13 @@ class Resumable(_Trainer):
 
     def _end_unless(self, fine: bool, what: str, part: str) -> None:
         """Raise `RunEnded` in every process unless it is `fine` in all of them, with the rows of `part` to suspect."""
-        if not _agreed(not fine, self.args):
+        if not any(gather_object([not fine])):
             return
-        odd = gather_object([document_hash(ids) for ids in self._odd])
-        given = [ids for batch, _ in self._step if "input_ids" in batch for ids in documents_of(**batch)]
-        every = gather_object([document_hash(ids) for ids in given])  # finite losses, and a gradient that is not
+        given = [ids for batch, _ in self._step if "input_ids" in batch for ids in documents_of(**batch)[0]]
+        odd, every = (gather_object([document_hash(ids) for ids in some]) for some in (self._odd, given))
         named_rows = {"input_ids", "where"} <= set(getattr(self._rows[part], "column_names", None) or ())
         places = locate(self._rows[part]) if named_rows else {}
-        rows = sorted({places[key] for key in odd or every if key in places})
+        rows = sorted({places[key] for key in odd or every if key in places})  # every one, if only a gradient is odd
         named = ", ".join(rows[:ROWS_NAMED]) or "unknown"
         named += f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
         kept = ", ".join(sorted(path.name for path in Path(self.args.output_dir).glob("checkpoint-*"))) or "none"
@@ -241,7 +231,7 @@ class Deadline(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.longest_step = max(self.longest_step, time.monotonic() - self.began)
-        if self.end < math.inf and _agreed(self.is_near(), args):
+        if self.end < math.inf and any(gather_object([self.is_near()])):
             say("--max-hours: training ends here, with a checkpoint")
             control.should_save = control.should_training_stop = self.reached = True
         self.began = time.monotonic()
@@ -259,7 +249,7 @@ class _Events(TrainerCallback):
     def __init__(self, trainer: Resumable, checkpoint: str | None):
         self.trainer, self.checkpoint, self.random_state = trainer, checkpoint, torch.random.get_rng_state()
         self.asked_by: str | None = None
-        self.saved = self.evaluation_due = False
+        self.saved = trainer._eval_due = False
 
     def ask(self, number, frame) -> None:
         """The signal handler."""
@@ -302,28 +292,20 @@ class _Events(TrainerCallback):
         else:
             state.best_metric = state.best_global_step = None
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._throughput.step_begins()
-
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._throughput.step_ends()
         if self._stops():
             at_the_end = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
             end_of_epoch = args.eval_strategy == "epoch" and at_the_end and args.eval_delay <= state.epoch
-            self.evaluation_due = control.should_evaluate or end_of_epoch
+            self.trainer._eval_due = control.should_evaluate or end_of_epoch
             control.should_evaluate, control.should_save = False, True
         self.random_state = torch.random.get_rng_state()
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self._stops():
-            self.evaluation_due = True
+            self.trainer._eval_due = True
             raise StopHere(self.asked_by)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.trainer._throughput.pause()
-
     def on_save(self, args, state, control, **kwargs):
-        self.trainer._throughput.pause()
         if self._stops():
             self.saved = True
             raise StopHere(self.asked_by)
@@ -333,18 +315,10 @@ class _Events(TrainerCallback):
         deadlines = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, Deadline)]
         if not self.asked_by and any(each.reached or each.is_near() for each in deadlines):
             self.asked_by = "--max-hours"
-        if _agreed(self.asked_by is not None, self.trainer.args) and not self.asked_by:
-            self.asked_by = "a signal to another process"
-        return self.asked_by is not None
-
-
-def _agreed(here: bool, args) -> bool:
-    """True in every process if `here` is true in one of them."""
-    if args.world_size == 1:
-        return here
-    anywhere = torch.tensor(int(here), device=args.device)
-    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
-    return bool(anywhere)
+        stops = any(gather_object([self.asked_by is not None]))  # a signal in the midst of it counts the next time
+        if stops:
+            self.asked_by = self.asked_by or "a signal to another process"
+        return stops
 
 
 def checkpoint_bytes(model, args) -> int:
