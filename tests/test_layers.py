@@ -136,7 +136,7 @@ def test_sizes_are_held(record_property):
         "its imports of ours": (len(ours(recipe)), 7),
         "files that a training run reaches": (len(files), 26),
         "lines of them": (sum(map(lines, run)), 4_400),
-        "lines of recipes/ and finetune.py": (sum(map(lines, MODULES)), 6_960),
+        "lines of recipes/ and finetune.py": (sum(map(lines, MODULES)), 6_800),
     }
     for name, (found, most) in figures.items():
         record_property("size", f"{name}: {found:,} of at most {most:,}")
