@@ -1,5 +1,5 @@
 """A trainer that survives: it stops at signals and deadlines with a whole checkpoint, and steps on no loss that is not
-finite, but ends with the rows that it came from. Before any trainer of TRL: `class MyTrainer(Resumable, DPOTrainer)`."""
+finite, but ends with the rows it came from. Before any trainer of TRL: `class MyTrainer(Resumable, DPOTrainer)`."""
 
 import contextlib
 import math
