@@ -74,6 +74,7 @@ class Ledger(TrainerCallback):
     on_epoch_end = on_save
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.on_save(args, state, control)
         if self.on:
             self.hook.remove()
 
