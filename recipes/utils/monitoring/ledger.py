@@ -27,8 +27,7 @@ class Ledger(TrainerCallback):
     `tokens` (trained ones). `rows` is a Dataset with `input_ids`, by which a row is found again once it is packed.
 
     Every process keeps its own micro-batches; the first one writes them all, before each checkpoint and at the end of
-    an epoch. After a resume the lines of steps past the checkpoint go. A line says what cannot be kept.
-    """
+    an epoch. After a resume the lines of steps past the checkpoint go. A line says what cannot be kept."""
 
     def __init__(self, folder: Path, rows, on: bool = True):
         known = hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())
