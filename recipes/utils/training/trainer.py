@@ -51,7 +51,6 @@ class Resumable(_Trainer):
     def __init__(self, *args, **kwargs):
         # before packing, which leaves no more of a row than its token ids
         self._rows = {"train": kwargs.get("train_dataset"), "validation": kwargs.get("eval_dataset")}
-        self._eval_due = False  # put off by a stop
         self._step: list[tuple[dict, torch.Tensor]] = []  # its micro-batches, each with its loss
         self._odd: list[np.ndarray] = []  # their documents with a loss that is not finite
         self._counted = False  # this micro-batch, by the throughput
@@ -83,7 +82,7 @@ class Resumable(_Trainer):
         checkpoint = str(found) if found else None
         if self.args.should_save:
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
-        events = _Events(self, checkpoint)
+        events = self._events = _Events(self, checkpoint)
         self.add_callback(events)  # the last one: it knows what the others have asked for
         main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
         try:
@@ -128,7 +127,8 @@ class Resumable(_Trainer):
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
                 if (staged / "adapter_config.json").is_file():
                     publish_base(staged)
-                about = {"processes": args.world_size, "evaluation_due": self._eval_due, "run": _description(folder)}
+                due = self._events.evaluation_due
+                about = {"processes": args.world_size, "evaluation_due": due, "run": _description(folder)}
                 publish(staged, final, about)
                 shutil.rmtree(staging, ignore_errors=True)
         except (torch.OutOfMemoryError, torch.distributed.DistError):
@@ -249,7 +249,7 @@ class _Events(TrainerCallback):
     def __init__(self, trainer: Resumable, checkpoint: str | None):
         self.trainer, self.checkpoint, self.random_state = trainer, checkpoint, torch.random.get_rng_state()
         self.asked_by: str | None = None
-        self.saved = trainer._eval_due = False
+        self.saved = self.evaluation_due = False
 
     def ask(self, number, frame) -> None:
         """The signal handler."""
@@ -296,13 +296,13 @@ class _Events(TrainerCallback):
         if self._stops():
             at_the_end = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
             end_of_epoch = args.eval_strategy == "epoch" and at_the_end and args.eval_delay <= state.epoch
-            self.trainer._eval_due = control.should_evaluate or end_of_epoch
+            self.evaluation_due = control.should_evaluate or end_of_epoch
             control.should_evaluate, control.should_save = False, True
         self.random_state = torch.random.get_rng_state()
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self._stops():
-            self.trainer._eval_due = True
+            self.evaluation_due = True
             raise StopHere(self.asked_by)
 
     def on_save(self, args, state, control, **kwargs):
