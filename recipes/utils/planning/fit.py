@@ -137,7 +137,7 @@ def measured_speed(config: Config, model_config, method: str, gpu: str, checkpoi
     asked = {
         "method": method, "targets": targets, "packing": args.packing, "checkpointing": checkpointing,
         "compile": config.model.compile_layers, "liger": args.use_liger_kernel, "cast": config.model.adapter_input_cast,
-        "fast_lora": getattr(config.model, "fast_lora", False),
+        "fast_lora": False,
         "attention": VARLEN if config.model.attn_implementation == "auto" else config.model.attn_implementation,
     }  # fmt: skip
 
