@@ -72,6 +72,19 @@ def small_config(folder: Path, name: str = "small", **sections) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def reports(request):
+    """Those of a test's own runs have no plots, unless it is marked `plots`: see without_plots.py."""
+    if "recipes.utils.monitoring.report" in sys.modules:  # else nothing is worth its import
+        import without_plots
+
+        without_plots.draw(request.node.get_closest_marker("plots") is not None)
+        yield
+        without_plots.draw(True)
+    else:
+        yield
+
+
 @pytest.fixture
 def config_file(tmp_path):
     """`small_config` in the test's own folder."""

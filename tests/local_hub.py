@@ -11,7 +11,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def local_hub(models: dict[str, Path], gated=()):
+def local_hub(models: dict[str, Path], gated=(), port: int = 0):
     """Serve `models` ({"someone/name": folder}) and yield (the endpoint's address, the list of paths asked for, a list
     with the commit that all of them are at, which may be changed)."""
     asked, commit = [], [COMMIT]
@@ -60,7 +60,7 @@ def local_hub(models: dict[str, Path], gated=()):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked, commit

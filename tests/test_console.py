@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, run_recipe, run_script, write_jsonl
+from forks import fork_script
 
 from recipes.utils.console import (
     CommandLine,
@@ -124,7 +125,7 @@ def test_a_run_in_the_place_of_a_config_is_answered_with_the_flag_for_it(path, n
     ids=lambda value: str(value)[:40],
 )
 def test_bad_input_ends_with_status_2_one_line_and_no_folder(config_file, tmp_path, sections, flags, message, capsys):
-    """In one process, through the very function that the scripts call; the next test goes through a real script."""
+    """In one process, through the very function that the scripts call; the next test goes through the script."""
     assert run_recipe("sft_lora", config_file(**sections), *flags) == 2
     errors = capsys.readouterr().err
     assert message in errors
@@ -133,9 +134,9 @@ def test_bad_input_ends_with_status_2_one_line_and_no_folder(config_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_json_line_ends_a_real_script_with_status_2_and_its_place(config_file, tmp_path):
+def test_a_bad_json_line_ends_the_script_with_status_2_and_its_place(config_file, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"}\n')
-    result = run_script("recipes/sft_lora.py", config_file(data={"train": str(tmp_path / "bad.jsonl")}))
+    result = fork_script("recipes/sft_lora.py", config_file(data={"train": str(tmp_path / "bad.jsonl")}), folder=ROOT)
     where = os.path.relpath(tmp_path / "bad.jsonl", ROOT)
     told = f"error: {where}:2: not JSON: Expecting ':' delimiter (column 29); mend this line, or remove it\n"
     assert (result.returncode, result.stderr) == (2, told)

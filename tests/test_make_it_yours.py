@@ -3,15 +3,13 @@
 import json
 import math
 import re
-import runpy
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_jsonl, run_script, small_config, write_jsonl
-from forks import FORKS
+from conftest import ROOT, TINY, read_jsonl, small_config, write_jsonl
+from forks import fork_script, start_script
 from safetensors.torch import load_file
 
 PAGE = (ROOT / "docs" / "make_it_yours.md").read_text(encoding="utf-8")
@@ -38,14 +36,6 @@ def apply(diff: str, text: str) -> str:
     return text
 
 
-def child(script: str, words: list[str], log: str) -> None:
-    """`python SCRIPT WORDS...`, with the libraries imported already; what it prints goes to the file `log`."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    sys.argv, sys.path[0] = [script, *words], str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
-
-
 class Copy:
     """A changed copy of the recipe in a folder of its own, and its runs."""
 
@@ -55,9 +45,8 @@ class Copy:
         self.config = small_config(folder, **sections)
 
     def start(self, *words):
-        process = FORKS.Process(target=child, args=(str(self.script), [str(self.config), *words], str(self.log)))
-        process.start()
-        return process
+        streams = ["/dev/null", self.log, self.log]
+        return start_script(self.script, self.config, *words, folder=self.script.parent, streams=streams)
 
     def train(self, *words) -> None:
         """Run to the end, with status 0 and an adapter that was trained."""
@@ -109,7 +98,7 @@ def test_the_page_has_the_changes_each_in_at_most_ten_lines():
 def test_an_unchanged_copy_runs(copy, lora_run):
     """As a user would run it, from its own folder: the same losses as the recipe in its own place."""
     mine = copy()
-    done = run_script(mine.script.name, mine.config.name, cwd=mine.script.parent)
+    done = fork_script(mine.script.name, mine.config.name, folder=mine.script.parent)
     assert done.returncode == 0, done.stderr
     assert mine.record["status"] == "finished"
     losses = [line["loss"] for line in mine.metrics if "loss" in line]

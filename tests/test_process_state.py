@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import copy_run, run_recipe, run_script, small_config
 
+pytestmark = pytest.mark.plots
+
 
 def loggers() -> dict:
     """Level, filters and handlers of each logger there is."""

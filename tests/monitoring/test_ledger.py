@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, chat, read_jsonl, run_recipe, run_script, write_jsonl
+from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
+from forks import log_of, start_several
 from scipy.stats import rankdata
 from trained import adapter_of, same, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,10 +102,11 @@ def test_without_a_ledger_there_is_no_file_and_the_same_adapter(config_file, tmp
 def test_two_processes_write_one_ledger(config_file):
     training = {**NO_EVALUATION, "max_steps": -1, "num_train_epochs": 1, "packing": False, "save_strategy": "no"}
     path = config_file(training={**training, "use_cpu": True, "gradient_accumulation_steps": 2})
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run_script(*launcher, ROOT / "recipes" / "sft_lora.py", path)
-    assert result.returncode == 0, result.stderr
     folder = path.parent / "run"
+    processes = start_several(2, "lora", path, folder)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], log_of(folder)
     lines = read_jsonl(folder / "ledger.jsonl")
     assert len({line["where"] for line in lines}) == len(lines) == 48
     for logged in (line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line):

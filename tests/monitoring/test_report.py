@@ -18,6 +18,8 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.utils.monitoring import Report, refresh_report, write_report
 from recipes.utils.monitoring.report import COLOURS, LONGEST, bars, curves, histogram, mark_differences
 
+pytestmark = pytest.mark.plots
+
 
 def outline(folder: Path) -> Outline:
     page = (folder / "report.html").read_text(encoding="utf-8").replace('<html lang="en">', "")

@@ -4,14 +4,13 @@ import json
 import os
 import pty
 import struct
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, read_jsonl
+from forks import start_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import adapter_of, same, train
 from wandb.proto import wandb_internal_pb2
@@ -43,26 +42,26 @@ def wandb_records(path: Path):
 def on_a_terminal(*words, **environment) -> tuple[int, str]:
     """Run a script as a person would, on a terminal at which nobody types: (exit status, what was shown)."""
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment,
-    )  # fmt: skip
-    os.close(slave)
+    process = start_script(*words, folder=ROOT, streams=[os.ttyname(slave)] * 3, environment=environment)
     killer = threading.Timer(200, process.kill)  # where it asks, it would ask for ever
     killer.start()
+    ended = threading.Thread(target=lambda: (process.join(), os.close(slave)))
+    ended.start()
     shown = b""
     while True:
         try:
             shown += os.read(master, 4096)
         except OSError:  # the other end is closed
             killer.cancel()
-            return process.wait(), shown.decode()
+            ended.join()
+            return process.exitcode, shown.decode()
 
 
-def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+def test_wandb_without_a_login_and_tensorboard_hold_the_loss_curve(config_file, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
     path = config_file(training={**SHORT, "report_to": ["wandb", "tensorboard"]})
-    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "COLUMNS": "250"}
+    environment = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "COLUMNS": "250"}
     status, shown = on_a_terminal(ROOT / "recipes" / "sft_lora.py", path, **environment)
     assert status == 0, shown
     assert "wandb: there is no login on this machine, so the run is kept offline; later: wandb login" in shown

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_jsonl, run_recipe, run_script
+from conftest import ROOT, read_jsonl, run_recipe, small_config
+from forks import fork_script
 from safetensors.torch import load_file
 
 from recipes import sft_lora
@@ -139,17 +140,24 @@ def test_a_kill_between_two_renames_loses_nothing(run_folder):
     assert newest_complete(run_folder) == run_folder / "checkpoint-8"
 
 
+@pytest.fixture(scope="module")
+def large_run(tmp_path_factory):
+    """The same of a run with an adapter that is larger than all but its optimizer."""
+    path = small_config(tmp_path_factory.mktemp("large"), lora={"r": 64})
+    return path, train(path)
+
+
 @pytest.mark.parametrize("fails", ["adapter_model.safetensors", "optimizer.pt"])
-def test_a_write_that_fails_keeps_the_checkpoint_before_and_says_so(config_file, tmp_path, fails):
+def test_a_write_that_fails_keeps_the_checkpoint_before_and_says_so(large_run, tmp_path, fails):
     """A limit on the size of a file, in a process of its own, below that of the file that is to fail."""
-    path = config_file(lora={"r": 64})
-    whole = train(path)
+    path, whole = large_run
     sizes = {p.name: p.stat().st_size for p in (whole / "checkpoint-4").iterdir()}
     below = max(size for size in sizes.values() if size < sizes[fails])
     first = tmp_path / "first"
     shutil.copytree(whole / "checkpoint-4", first / "checkpoint-4")
     limit = (below + sizes[fails]) // 2
-    result = run_script("tests/training/with_a_file_limit.py", limit, path, "--training.output_dir", first, "--resume")
+    script = ROOT / "tests" / "training" / "with_a_file_limit.py"
+    result = fork_script(script, limit, path, "--training.output_dir", first, "--resume", folder=ROOT)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "checkpoint-8 could not be written" in result.stderr
     assert "--resume" in result.stderr

@@ -1,12 +1,11 @@
 """Sharded training as far as a CPU goes: torch's own fully_shard over gloo on an adapter, and what is refused."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, run_recipe
+from forks import ranks, start_script
 
 from recipes import sft_lora
 
@@ -53,11 +52,13 @@ dist.destroy_process_group()
 def test_an_adapter_comes_back_whole_from_raw_fully_shard_over_gloo(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert result.stdout.strip() == "whole", result.stderr
+    streams = ["/dev/null", tmp_path / "out", tmp_path / "err"]
+    processes = [start_script(script, folder=tmp_path, streams=streams, environment=rank) for rank in ranks(2)]
+    for process in processes:
+        process.join(200)
+    errors = (tmp_path / "err").read_text()
+    assert [process.exitcode for process in processes] == [0, 0], errors
+    assert (tmp_path / "out").read_text().strip() == "whole", errors
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

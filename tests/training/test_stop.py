@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 from conftest import ROOT, read_jsonl, run_recipe
+from forks import start_script
 from transformers import TrainerCallback
 
 from recipes import sft_lora
@@ -21,18 +20,10 @@ from recipes.utils.training.checkpoint import fault
 LONG = {"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000}
 
 
-def begin(path, *flags):
-    process = subprocess.Popen(
-        [sys.executable, "recipes/sft_lora.py", str(path), *flags], cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return process
-
-
 def wait_for(path, text=""):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (path.exists() and text in path.read_text()):
-        time.sleep(0.1)
+        time.sleep(0.02)
     assert path.exists(), "the run did not begin"
 
 
@@ -64,12 +55,14 @@ def signal_at(monkeypatch):
     return plan
 
 
-def test_sigterm_ends_a_real_script_with_status_75_a_whole_checkpoint_and_no_final_adapter(config_file, tmp_path):
-    process = begin(config_file(training=LONG))
+def test_sigterm_ends_the_script_with_status_75_a_whole_checkpoint_and_no_final_adapter(config_file, tmp_path):
+    streams = ["/dev/null", tmp_path / "out", tmp_path / "err"]
+    process = start_script("recipes/sft_lora.py", config_file(training=LONG), folder=ROOT, streams=streams)
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 75
+    process.terminate()  # SIGTERM
+    process.join(60)
+    errors = (tmp_path / "err").read_text()
+    assert process.exitcode == 75, errors
     assert "SIGTERM: stopping after this step" in errors
     assert "is complete; run again with --resume" in errors
     assert "Traceback" not in errors
