@@ -74,13 +74,13 @@ def small_config(folder: Path, name: str = "small", **sections) -> Path:
 
 @pytest.fixture(autouse=True)
 def reports(request):
-    """Those of a test's own runs have no plots, unless it is marked `plots`: see without_plots.py."""
+    """Those of a test's own runs have no plots, unless it is marked `plots`: see quick_runs.py."""
     if "recipes.utils.monitoring.report" in sys.modules:  # else nothing is worth its import
-        import without_plots
+        import quick_runs
 
-        without_plots.draw(request.node.get_closest_marker("plots") is not None)
+        quick_runs.draw(request.node.get_closest_marker("plots") is not None)
         yield
-        without_plots.draw(True)
+        quick_runs.draw(True)
     else:
         yield
 

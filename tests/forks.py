@@ -15,7 +15,7 @@ from types import ModuleType
 from recipes.utils.console import CommandLine, parse, run_main, training_parser
 
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = ["recipes.sft_lora", "recipes.sft_qlora", "without_plots"]
+IMPORTED = ["recipes.sft_lora", "recipes.sft_qlora", "quick_runs"]
 SERVER = forkserver._forkserver
 SERVER.set_forkserver_preload(IMPORTED)
 

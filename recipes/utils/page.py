@@ -7,11 +7,11 @@ from jinja2 import Environment, FileSystemLoader
 from recipes.utils.files import whole_file
 
 PAGES = Path(__file__).parent / "pages"
+READ = Environment(loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def write_page(path: Path, template: str, **values) -> None:
     """Fill in a page of `pages/` and write it, whole or not at all; all text is escaped."""
-    environment = Environment(loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     # a lone half of an emoji, which a model may generate, is no UTF-8
     with whole_file(path, errors="replace") as file:
-        file.write(environment.get_template(template).render(**values))
+        file.write(READ.get_template(template).render(**values))

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, copy_run, read_jsonl
 from forks import log_of, start_several, warm
 from safetensors.torch import load_file
 
@@ -41,14 +41,12 @@ def wait_for_step(folder, step, seconds=120):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_two_processes_give_the_losses_and_the_adapter_of_one(config_file, tmp_path, method):
-    path = config_file(training=RUN)
-    warm()
-    finish(start_several(1, method, path, tmp_path / "one"), tmp_path / "one")
-    finish(start_several(2, method, path, tmp_path / "two", *TWO), tmp_path / "two")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), abs=1e-5)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+def test_two_processes_give_the_losses_and_the_adapter_of_one(config_file, tmp_path, method, request):
+    single = request.getfixturevalue(f"{method}_run")
+    finish(start_several(2, method, config_file(training=RUN), tmp_path / "two", *TWO), tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=1e-5)
+    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(single, "eval_loss"), abs=1e-5)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (single, tmp_path / "two"))
     assert {name: tensor.shape for name, tensor in one.items()} == {name: tensor.shape for name, tensor in two.items()}
     assert (tmp_path / "two" / "checkpoint-8" / "rng_state_1.pth").is_file()
     assert fault(tmp_path / "two" / "checkpoint-8") is None
@@ -80,12 +78,9 @@ def test_a_sigterm_to_either_stops_both_at_one_step_and_resume_goes_on(config_fi
         assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
-def test_another_number_of_processes_is_refused_at_a_resume(config_file, tmp_path):
-    path = config_file(training=RUN)
-    folder = tmp_path / "one"
-    warm()
-    finish(start_several(1, "lora", path, folder), folder)
-    finish(start_several(2, "lora", path, folder, *TWO, "--resume"), folder, 2)
+def test_another_number_of_processes_is_refused_at_a_resume(lora_run, tmp_path):
+    folder = copy_run(lora_run, tmp_path)
+    finish(start_several(2, "lora", tmp_path / "small.yaml", folder, *TWO, "--resume"), folder, 2)
     assert "processes: 1 in the checkpoint, 2 now" in log_of(folder)
 
 

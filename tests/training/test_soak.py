@@ -1,5 +1,6 @@
 """Runs that are killed again and again: each is taken up by --resume, and ends as the one that nobody touched."""
 
+import functools
 import os
 import random
 import signal
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_jsonl
-from forks import log_of, start, warm
+from conftest import read_jsonl, small_config
+from forks import log_of, start
 from safetensors.torch import load_file
 
 RUN = {"max_steps": 12, "eval_steps": 2, "save_steps": 2, "save_total_limit": 3}
@@ -19,15 +20,27 @@ def adapter(folder: Path) -> dict:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def soak(config_file, tmp_path, method: str, kind: signal.Signals, kills: int, seed: int):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function: (the config, the folder) of a run of a method that is let alone."""
+
+    @functools.cache
+    def run(method: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(method)
+        path = small_config(folder, lora={"lora_dropout": 0.1}, training=RUN)
+        process = start(method, path, folder / "alone")
+        process.join(300)
+        assert process.exitcode == 0, log_of(folder / "alone")
+        return path, folder / "alone"
+
+    return run
+
+
+def soak(alone, tmp_path, method: str, kind: signal.Signals, kills: int, seed: int):
     """Run until `kills` signals of a `kind` have hit, at random moments, with as many runs as that takes; each ends
     with the adapter and the validation losses of a run that was let alone."""
-    path = config_file(lora={"lora_dropout": 0.1}, training=RUN)
-    warm()
-    alone = start(method, path, tmp_path / "alone")
-    alone.join(300)
-    assert alone.exitcode == 0, log_of(tmp_path / "alone")
-    expected, evaluations = adapter(tmp_path / "alone"), validation_losses(tmp_path / "alone")
+    path, whole = alone(method)
+    expected, evaluations = adapter(whole), validation_losses(whole)
     moments, hit, runs = random.Random(seed), 0, 0
     while hit < kills:
         folder, runs = tmp_path / f"killed-{runs}", runs + 1
@@ -71,14 +84,12 @@ def validation_losses(folder: Path) -> list:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM], ids=lambda kind: kind.name)
-def test_a_run_that_is_killed_a_few_times_ends_as_the_one_that_was_not(config_file, tmp_path, kind):
-    soak(config_file, tmp_path, "lora", kind, kills=2, seed=1)
+def test_a_run_that_is_killed_a_few_times_ends_as_the_one_that_was_not(alone, tmp_path, kind):
+    soak(alone, tmp_path, "lora", kind, kills=2, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize(("kind", "kills"), [(signal.SIGKILL, 100), (signal.SIGTERM, 20)], ids=["SIGKILL", "SIGTERM"])
-def test_a_run_that_is_killed_at_random_moments_ends_as_the_one_that_was_not(
-    config_file, tmp_path, method, kind, kills
-):
-    soak(config_file, tmp_path, method, kind, kills, seed=2)
+def test_a_run_that_is_killed_at_random_moments_ends_as_the_one_that_was_not(alone, tmp_path, method, kind, kills):
+    soak(alone, tmp_path, method, kind, kills, seed=2)
