@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from jsonargparse import ArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
@@ -94,13 +93,11 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
         name, given = path.stem, given or {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
     given = given | {key: (value, f"--{key}") for key, value in overrides.items()}
     sections: dict[str, dict] = {section: {} for section in SECTIONS}
-    checker, problems = ArgumentParser(exit_on_error=False), []
-    for section, section_class in SECTIONS.items():
-        checker.add_class_arguments(section_class, section)
+    problems = []
     for full, (value, where) in given.items():
         try:
             section, key = known_key(full, method)
-            sections[section][key] = check_value(checker, section, key, _relative(value))
+            sections[section][key] = check_value(section, key, _relative(value))
         except UserError as error:
             problems.append(f"{where}: {error}")
     problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]

@@ -17,6 +17,9 @@ from recipes.utils.model import ModelOptions
 
 _CLASSES: tuple[type, ...] = (ModelOptions, DataOptions, LoraConfig, SFTConfig, BitsAndBytesConfig)
 SECTIONS = dict(zip(SECTION_NAMES, _CLASSES, strict=True))
+CHECKER = ArgumentParser(exit_on_error=False)  # made once: reading the classes' signatures takes tenths of a second
+for _section, _class in SECTIONS.items():
+    CHECKER.add_class_arguments(_class, _section)
 
 RENAMED = {
     "training.max_seq_length": "training.max_length", "training.evaluation_strategy": "training.eval_strategy",
@@ -89,8 +92,8 @@ def known_key(key: str, method: str) -> tuple[str, str]:
     return section, name
 
 
-def check_value(checker: ArgumentParser, section: str, name: str, value):
-    """`value` as the type that its library class declares, which `checker` knows. Raises `UserError` if it is none."""
+def check_value(section: str, name: str, value):
+    """`value` as the type that its library class declares. Raises `UserError` if it is none."""
     key, declared = f"{section}.{name}", inspect.signature(SECTIONS[section]).parameters[name]
     if value is None and declared.default is not None and type(None) not in typing.get_args(declared.annotation):
         raise UserError(f"{key}: needs a value; leave the key out for the default")
@@ -107,7 +110,7 @@ def check_value(checker: ArgumentParser, section: str, name: str, value):
     if choices and value not in choices:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
     try:
-        return getattr(checker.parse_object({section: {name: value}}, defaults=False)[section], name)
+        return getattr(CHECKER.parse_object({section: {name: value}}, defaults=False)[section], name)
     except ArgumentError as error:
         kind = declared.annotation
         expected = kind.__name__ if isinstance(kind, type) else re.sub(r"[\w.]+\.", "", str(kind))
