@@ -130,10 +130,10 @@ def make_lora(rung: dict):
     from peft import LoraConfig
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS[rung["targets"]], task_type="CAUSAL_LM")
-    if rung["fast_lora"]:
-        from benchmarks.fast_lora import register_fast_lora
+    if rung["fast_lora"]:  # not the others: Unsloth's packages stand in the place of the recipes'
+        from recipes.utils.model import ModelOptions, fast_lora
 
-        register_fast_lora(lora)
+        fast_lora(lora, ModelOptions())
     return lora
 
 

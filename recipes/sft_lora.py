@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from recipes.utils.config import Config, read_config
 from recipes.utils.data import load_tokenizer, prepare
-from recipes.utils.model import choose_attention, load_base, prepare_adapter, save_adapter
+from recipes.utils.model import choose_attention, fast_lora, load_base, prepare_adapter, save_adapter
 from recipes.utils.monitoring import Ledger, Progress, Report, Samples, Trackers
 from recipes.utils.training import Deadline, ResumableTrainer, begin, check_same_run, print_run, recorded
 
@@ -32,19 +32,21 @@ def train_lora(config: Config) -> Path:
     with begin(config) as run:
         # 1. Settings: a section of the YAML holds the arguments of one library class.
         args = SFTConfig(output_dir=str(run.folder), **config.training)
-        lora_config = LoraConfig(**config.lora)
+        lora_config = fast_lora(LoraConfig(**config.lora), config.model)
 
         # 2. Data: JSONL files -> checked chats -> token ids, labels on answers alone. What cannot be right stops here.
         tokenizer = load_tokenizer(run.base, config.model.chat_template, config.model.trust_remote_code)
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, in the dtype that the config names (left to itself, a model loads in float32).
-        attention = choose_attention(config.model, args.use_cpu)
+        attention = choose_attention(config.model, args.use_cpu, args.packing)
         model = load_base(run.base, config.model, attention, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.
         if config.model.adapter:
-            model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
+            lora_config = fast_lora(LoraConfig.from_pretrained(config.model.adapter), config.model)
+            model = PeftModel.from_pretrained(model, config.model.adapter, config=lora_config, is_trainable=True)
+            lora_config = None
 
         # 5. Trainer: TRL's SFTTrainer, which packs the rows and whose fused head computes the loss without holding all
         # logits. Another loss: override `compute_loss` in a subclass, as docs/make_it_yours.md shows. ResumableTrainer

@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from recipes.utils.config import Config, read_config
 from recipes.utils.data import load_tokenizer, prepare
-from recipes.utils.model import choose_attention, load_base, prepare_adapter, save_adapter
+from recipes.utils.model import choose_attention, fast_lora, load_base, prepare_adapter, save_adapter
 from recipes.utils.monitoring import Ledger, Progress, Report, Samples, Trackers
 from recipes.utils.training import Deadline, ResumableTrainer, begin, check_same_run, print_run, recorded
 
@@ -33,7 +33,7 @@ def train_qlora(config: Config) -> Path:
     with begin(config) as run:
         # 1. Settings: a section of the YAML holds the arguments of one library class.
         args = SFTConfig(output_dir=str(run.folder), **config.training)
-        lora_config = LoraConfig(**config.lora)
+        lora_config = fast_lora(LoraConfig(**config.lora), config.model)
         # The values of the QLoRA paper (arXiv 2305.14314): NF4, constants quantised too, products computed in 16 bit.
         quantization = {
             "load_in_4bit": True,
@@ -49,12 +49,14 @@ def train_qlora(config: Config) -> Path:
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
-        attention = choose_attention(config.model, args.use_cpu)
+        attention = choose_attention(config.model, args.use_cpu, args.packing)
         model = load_base(run.base, config.model, attention, quantization_config, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.
         if config.model.adapter:
-            model, lora_config = PeftModel.from_pretrained(model, config.model.adapter, is_trainable=True), None
+            lora_config = fast_lora(LoraConfig.from_pretrained(config.model.adapter), config.model)
+            model = PeftModel.from_pretrained(model, config.model.adapter, config=lora_config, is_trainable=True)
+            lora_config = None
 
         # 5. Trainer: TRL's SFTTrainer, which packs the rows and whose fused head computes the loss without holding all
         # logits. Another loss: override `compute_loss` in a subclass, as docs/make_it_yours.md shows. ResumableTrainer

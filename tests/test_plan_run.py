@@ -78,7 +78,8 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MEASURED = {
     "gpu": "a made-up GPU H200", "shape": ["mistral", 4096, 32], "method": "lora", "ours": True, "date": "2000-01-01",
     "checkpointing": False, "variant": "a variant", "useful_tokens_per_second": 1000.0, "targets": ATTENTION,
-    "settings": {"packing": True, "method": "lora", "targets": "qkvo", "attention": "varlen", "cast": False},
+    "settings": {"packing": True, "method": "lora", "targets": "qkvo", "attention": "varlen", "cast": False,
+                 "fast_lora": True},
 }  # fmt: skip
 
 
@@ -108,7 +109,7 @@ FASTER = {"useful_tokens_per_second": 9000.0}
         {"packing": False},
         {"compile": True},
         {"liger": True},
-        {"fast_lora": True},
+        {"fast_lora": False},
         {"cast": True},
         {"attention": "sdpa"},
         {"targets": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]},
@@ -134,10 +135,16 @@ def test_where_others_alone_were_measured_the_nearest_is_named_with_what_is_othe
     assert "not measured with this run's liger; nearest" in text
 
 
+def test_ligers_kernels_are_said_to_be_unknown_to_the_prediction(mistral, capsys):
+    said = "Liger's kernels are not known to what follows"
+    assert said in shown(capsys, *mistral, "--gpu", "H100", "--training.use_liger_kernel", "true")
+    assert said not in shown(capsys, *mistral, "--gpu", "H100")
+
+
 def test_the_speeds_that_are_recorded_can_be_quoted(mistral, capsys):
     """By the file in the repository: as measured, the nearest, and none for a size, which several GPUs have."""
     text = shown(capsys, *mistral, "--gpu", "H100", "--lora.target_modules", "all-linear")
-    assert "tokens/s (packed, no checkpointing, NVIDIA H100 80GB HBM3, " in text
+    assert "tokens/s (packed, no checkpointing, fast LoRA, NVIDIA H100 80GB HBM3, " in text
     assert "million tokens" in text
     assert "not measured with this run's targets; nearest: " in shown(capsys, *mistral, "--gpu", "H100")
     text = shown(

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY, copy_run
 
 from recipes.utils.config import Config, check_machine, load_config, read_config
+from recipes.utils.config.config import has_kernels
 from recipes.utils.console import UserError, parse, training_parser
 
 BASE = """\
@@ -305,11 +306,14 @@ def test_a_run_on_a_base_of_the_hub_is_run_again_on_its_commit(lora_run, tmp_pat
 def gpus(monkeypatch):
     """A function that makes torch see so many GPUs."""
 
-    def see(number: int, bfloat16: bool = True):
+    def see(number: int, bfloat16: bool = True, compiler: str | None = "cc"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90a"])
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+        monkeypatch.setattr("recipes.utils.config.config.c_compiler", lambda: compiler)
         monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     return see
@@ -326,6 +330,59 @@ def test_several_gpus_without_a_launcher_are_refused_with_the_command(tmp_path, 
     with pytest.raises(UserError, match=r"2 GPUs .*accelerate launch --num_processes 2 .*CUDA_VISIBLE_DEVICES=0"):
         check_machine(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    check_machine(config)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_more_processes_than_gpus_are_refused_with_the_number_before_one_asks_for_its_gpu(
+    tmp_path, gpus, monkeypatch, number
+):
+    gpus(number)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=rf"^8 processes and {number} GPUs?: --num_processes {number}; torchrun: --npr"):
+        load(tmp_path, BASE)
+    assert load(tmp_path, BASE, {"training.use_cpu": True}).training["use_cpu"]
+
+
+def test_a_process_that_has_died_is_given_up_after_ten_minutes(tmp_path):
+    assert load(tmp_path, BASE).training["ddp_timeout"] == 600
+    assert load(tmp_path, BASE, {"training.ddp_timeout": 60}).training["ddp_timeout"] == 60
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((8, 9), ["sm_80", "sm_86", "sm_90"], True),
+        ((8, 0), ["sm_86", "sm_90"], False),
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], False),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((12, 1), ["sm_90", "sm_120"], True),
+        ((12, 0), ["sm_80", "sm_90"], False),
+        ((12, 0), ["sm_80", "compute_90"], True),
+        ((7, 5), ["compute_80"], False),
+        ((9, 4), ["gfx942"], True),
+    ],
+)
+def test_a_gpu_runs_kernels_of_its_own_major_version_and_code_that_is_older(capability, built, runs):
+    assert has_kernels(capability, built) is runs
+
+
+def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused_before_anything_is_read(tmp_path, gpus, monkeypatch):
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    with pytest.raises(UserError, match=r"Some GPU has compute capability 7.0, .* kernels for sm_80, sm_90a: install"):
+        load(tmp_path, BASE)
+
+
+def test_a_gpu_without_a_compiler_is_told_before_a_base_is_looked_for(tmp_path, gpus):
+    config = on_gpus(load(tmp_path, BASE))
+    gpus(1, compiler=None)
+    with pytest.raises(UserError, match="apt-get install gcc python3-dev"):
+        check_machine(config)
+    gpus(1)
+    check_machine(config)
+    gpus(0, compiler=None)
     check_machine(config)
 
 

@@ -78,6 +78,18 @@ def test_each_row_of_an_evaluation_holds_its_own_loss(base):
     assert ["answer" in row for row in rows] == [True] + [False] * 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_16_bit_is_scored_and_answered_under_autocast_as_it_is_trained(base, dtype):
+    _, encoder, chats = base
+    model, seen = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=dtype), set()
+    model.model.layers[0].register_forward_hook(
+        lambda *_: seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+    )
+    evaluate(model, encoder, chats[:2], 1, 2)
+    assert seen == {dtype if dtype == torch.bfloat16 else False}
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_the_tokenizer_is_copied_once_for_all_rows_of_an_evaluation(base, monkeypatch):
     model, encoder, chats = base
     made, begin = [], Encoder.__init__

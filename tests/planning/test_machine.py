@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import run_recipe
 
+from recipes.utils.config import config
 from recipes.utils.planning import machine
 
 
@@ -54,9 +55,14 @@ def test_a_compiler_is_looked_for_where_triton_would(monkeypatch, tmp_path):
     (tmp_path / "mycc").write_text("#!/bin/sh\n")
     (tmp_path / "mycc").chmod(0o755)
     (tmp_path / "Python.h").write_text("")
-    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(config.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", str(tmp_path / "mycc"))
     assert compiler() == ("ok", str(tmp_path / "mycc"))
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler()[0] != "ok"  # cc alone: Triton asks for gcc and clang
+    (tmp_path / "mycc").rename(tmp_path / "clang")
+    assert compiler() == ("ok", str(tmp_path / "clang"))
     (tmp_path / "Python.h").unlink()
     state, text = compiler()
     assert state == ("missing" if torch.cuda.is_available() else "optional")

@@ -105,14 +105,18 @@ def test_out_of_memory_says_what_to_turn_down_with_this_runs_numbers(config_file
             return super().training_step(*args, **kwargs)
 
     monkeypatch.setattr(sft_lora, "ResumableTrainer", Large)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 64.2e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 84.1e9)
     path = config_file(training={"gradient_accumulation_steps": 3})
     assert run_recipe("sft_lora", path) == 1
     errors = capsys.readouterr().err
+    assert "Peak: 64.2 GB, 84.1 reserved." in errors
     assert "out of memory in the step after step 5, with micro-batches of 2 × 320 tokens" in errors
     mends = [line for line in errors.splitlines() if line.startswith("  ")]
-    assert "gradient_checkpointing true" in mends[0]
-    assert "--training.per_device_train_batch_size 1 --training.gradient_accumulation_steps 6" in mends[1]
-    assert "sft_qlora.py" in mends[2]
+    assert "1. PYTORCH_ALLOC_CONF=expandable_segments:True" in mends[0]
+    assert "gradient_checkpointing true" in mends[1]
+    assert "--training.per_device_train_batch_size 1 --training.gradient_accumulation_steps 6" in mends[2]
+    assert "sft_qlora.py" in mends[3]
     assert "--resume" in errors
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     monkeypatch.undo()

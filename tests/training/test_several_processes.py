@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,5 +106,65 @@ def test_torchrun_on_a_laptop_trains_and_a_sigterm_to_it_leaves_the_word_in_run_
                 if str(path) in " ".join(left.cmdline()):
                     left.kill()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped", output
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert fault(checkpoint) is None
+
+
+def start_nodes(path, folder, *flags) -> list[subprocess.Popen]:
+    """Two torchruns of one process each, as on two machines, that meet on the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "1",
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
+             "recipes/sft_lora.py", str(path), "--training.output_dir", str(folder), *TWO, *flags]  # fmt: skip
+    with open(f"{folder}.log", "a") as log:
+        return [subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log) for _ in range(2)]
+
+
+def end_nodes(nodes, folder) -> list[int]:
+    """The statuses of both, which must end by themselves."""
+    try:
+        return [node.wait(150) for node in nodes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(log_of(folder)) from None
+    finally:
+        for node in nodes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                kill_node(node)
+
+
+def kill_node(node) -> None:
+    """As a machine that loses its power: torchrun and the recipe."""
+    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_two_nodes_go_on_to_the_bit_after_one_was_lost(config_file, tmp_path):
+    path = config_file(training={**RUN, "max_steps": 24, "eval_steps": 8}, lora={"lora_dropout": 0.1})
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    assert end_nodes(start_nodes(path, whole), whole) == [0, 0], log_of(whole)
+    nodes = start_nodes(path, lost)
+    wait_for_step(lost, 6)
+    kill_node(nodes[1])
+    assert 0 not in end_nodes(nodes, lost)
+    assert json.loads((lost / "run.json").read_text())["status"] != "finished"
+    assert end_nodes(start_nodes(path, lost, "--resume"), lost) == [0, 0], log_of(lost)
+    assert len(losses(lost)) == 24
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, lost))
+    assert max((one[name] - other[name]).abs().max().item() for name in one) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", [[0], [1], [0, 1]], ids=["first", "second", "both"])
+def test_a_sigterm_to_a_node_stops_both_with_a_checkpoint(config_file, tmp_path, whom):
+    path = config_file(training={**RUN, "max_steps": 5000, "eval_steps": 5000, "save_steps": 5000})
+    nodes = start_nodes(path, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 2)
+    for number in whom:
+        nodes[number].send_signal(signal.SIGTERM)
+    end_nodes(nodes, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped", log_of(tmp_path / "run")
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert fault(checkpoint) is None

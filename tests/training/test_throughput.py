@@ -14,6 +14,7 @@ from trl.trainer.utils import get_peak_flops
 
 from recipes.utils.training import Flops, MicroBatch, Throughput, count_flops, observe
 from recipes.utils.training.micro_batch import read
+from recipes.utils.training.throughput import peak_flops
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -135,3 +136,19 @@ def test_the_peak_of_a_gpu_is_its_dense_rate():
     assert get_peak_flops("NVIDIA H200", "bfloat16") == 989e12  # NVIDIA's data sheet: 1,979 with sparsity
     assert get_peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
     assert get_peak_flops("NVIDIA H200", "float32") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H200", "bfloat16", 989e12), ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2e12),
+        ("NVIDIA GeForce RTX 4090", "float16", 165.2e12), ("NVIDIA GeForce RTX 4090", "float32", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None), ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
+        ("NVIDIA L40", "bfloat16", 181e12), ("NVIDIA L40S", "bfloat16", 362e12), ("NVIDIA A40", "float16", 149.7e12),
+        ("NVIDIA RTX 6000 Ada Generation", "bfloat16", 364.2e12), ("Quadro RTX 6000", "float16", None),
+        ("Tesla V100-SXM2-32GB", "float16", 125e12), ("Tesla V100-SXM2-32GB", "bfloat16", None),
+        ("Tesla V100-PCIE-16GB", "float16", 112e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_trl_does_not_know_has_the_rate_of_its_data_sheet_and_of_no_other(name, dtype, peak):
+    assert peak_flops(name, dtype) == peak

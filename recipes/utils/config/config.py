@@ -4,6 +4,9 @@ Every key is honoured or refused, by a `UserError` that names the line, before a
 """
 
 import os
+import re
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +78,7 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
         if not Path(file).is_file() or file_hash(Path(file)) != digest:
             where = "paths are relative to where the command runs"
             raise UserError(f"{path}: {file} is not there as the run had it; {where}")
+    sections["model"].setdefault("fast_lora", False)  # of a run from before it was a setting
     if record.get("commit"):
         sections["model"]["revision"] = record["commit"]
     given = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -109,12 +113,15 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
     trackers = _trackers(training.get("report_to"), path)
     training = {
         "use_cpu": not torch.cuda.is_available(),
+        "ddp_timeout": 600,  # seconds until the others give up on a process that has died
         "ddp_find_unused_parameters": False,  # a look at the whole graph a step, for nothing
         "logging_nan_inf_filter": False,  # the filter would log a NaN loss as 0.0 and train on
         **training,
     }
     # Mixed precision follows the base's dtype: the adapter stays in float32 and is stepped there.
     training |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16", "report_to": "none"}
+    if not training["use_cpu"]:
+        _check_gpus()  # here already: SFTConfig connects the processes, each to its GPU
     if training["bf16"] and not training["use_cpu"] and not torch.cuda.is_bf16_supported(including_emulation=False):
         mend = "use --model.dtype float16, or float32 for Qwen2, which gives NaN in float16"
         raise UserError(f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; {mend}")
@@ -165,6 +172,35 @@ def _check_together(data: DataOptions, training: dict, quantization: dict, path:
             raise UserError(f"{path}: training.{key} needs validation rows: --data.validation 0.05, {mend}")
 
 
+def _check_gpus() -> None:
+    """Raise `UserError` for more processes than GPUs, and for a GPU that this torch has no kernels for."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        flags = f"--num_processes {gpus}; torchrun: --nproc-per-node {gpus}"
+        raise UserError(f"{processes} processes and {gpus} GPU{'s' * (gpus > 1)}: {flags}")
+    capability, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not has_kernels(capability, built):
+        number, name = "{}.{}".format(*capability), torch.cuda.get_device_name()
+        why = f"{name} has compute capability {number}, and this torch has kernels for {', '.join(built)}"
+        raise UserError(f"{why}: install the same torch as built for another CUDA (12.6 for older GPUs)")
+
+
+def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
+    """True if a GPU of that compute capability runs what torch was `built` for (torch.cuda.get_arch_list()): kernels
+    (sm_86) of its own major version that are no newer, or code (compute_90) that is no newer, for the driver."""
+    parts = re.findall(r"(\w+)_(\d+)(\d)", " ".join(built))
+    made = [(kind, (int(major), int(minor))) for kind, major, minor in parts]  # none on ROCm
+    return not made or any(own <= capability and (kind == "compute" or own[0] == capability[0]) for kind, own in made)
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would take, which compiles its launchers with it and with Python.h; None where one of
+    the two is not there."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
+    header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return shutil.which(compiler) if compiler and header else None
+
+
 def check_machine(config: Config) -> None:
     """Raise `UserError`, before data or a base is looked for, where this machine cannot do the run."""
     use_cpu, dtype, recipe = config.training["use_cpu"], config.model.dtype, f"recipes/sft_{config.method}.py"
@@ -177,6 +213,8 @@ def check_machine(config: Config) -> None:
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
         launch, one = f"accelerate launch --num_processes {gpus} {recipe}", f"CUDA_VISIBLE_DEVICES=0 python {recipe}"
         raise UserError(f"{gpus} GPUs are visible and no launcher was used: {launch} ..., or one GPU: {one} ...")
+    if gpus and not c_compiler():
+        raise UserError("Triton compiles with gcc and Python.h at the first step: apt-get install gcc python3-dev")
     if config.training.get("use_liger_kernel") and not (gpus and is_liger_kernel_available()):
         why = "it is not installed: pip install liger-kernel" if gpus else "its kernels run on a GPU alone"
         raise UserError(f"training.use_liger_kernel: {why}; or leave the key out")

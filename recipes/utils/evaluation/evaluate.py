@@ -15,7 +15,7 @@ from recipes.utils.data import Chat, DataOptions, Encoded, Encoder, Reading, hel
 from recipes.utils.evaluation.runs import set_scale
 from recipes.utils.evaluation.statistics import SCORES, compare, figures, score_text, sentence, show, show_interval
 from recipes.utils.files import read_jsonl, write_json, write_jsonl
-from recipes.utils.model import batches, generate_answers
+from recipes.utils.model import generate_answers, in_batches
 
 MODELS = ("base", "adapter", "merged")
 SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered
@@ -54,7 +54,8 @@ def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_
     if max_new_tokens is None:  # room for the longest expected answer and some more, so that babble shows
         max_new_tokens = min(1024, max(map(len, wanted)) + 16)
     prompts = [encoder.prompt_ids(chat.messages[:-1], chat.tools) for chat in asked]
-    answers = generate_answers(model, encoder, prompts, max_new_tokens)
+    with _as_in_training(model):
+        answers = generate_answers(model, encoder, prompts, max_new_tokens)
     for row, ids, answer in zip(rows, wanted, answers, strict=False):
         expected = encoder.tokenizer.decode(ids, skip_special_tokens=True)
         row |= {"expected": expected, "expected_tokens": len(ids), "answer": answer.text, "stopped": answer.stopped}
@@ -75,7 +76,8 @@ def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
     model.eval()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     scores = np.zeros((len(encoded), 3))
-    for batch in batches([len(row.input_ids) for row in encoded]):
+
+    def score(batch: list[int]) -> None:
         rows = [torch.tensor(encoded[index].input_ids, device=model.device) for index in batch]
         ids = pad_sequence(rows, batch_first=True, padding_value=encoder.tokenizer.pad_token_id or 0)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -90,7 +92,16 @@ def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
             by_token.append(torch.stack([loss, (logits.argmax(-1) == wanted).float(), torch.ones_like(loss)], 1))
         row_of, found = learnt.nonzero()[:, 0].cpu(), torch.cat(by_token).double().cpu()
         scores[batch] = torch.zeros(len(batch), 3).double().index_add_(0, row_of, found).numpy()
+
+    with _as_in_training(model):
+        in_batches([len(row.input_ids) for row in encoded], score)
     return scores
+
+
+def _as_in_training(model):
+    """What was trained is float32 beside a base in 16 bit: autocast joins them as it did in a step, and for samples."""
+    dtype = model.config.dtype
+    return torch.autocast(model.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[float], old_chats, *settings) -> dict:

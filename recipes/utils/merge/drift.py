@@ -48,7 +48,7 @@ def compare_with_adapter(
         if scale != 1:
             set_scale(live, scale)
         for number, row in enumerate(encoded):
-            torch.save(_logits(live, row), Path(logits, f"{number}.pt"))
+            torch.save(_logits(live, row).cpu(), Path(logits, f"{number}.pt"))
         del live
         gc.collect()
         drifts = {kind: measure_drift(merged, encoded, Path(logits))}
@@ -70,12 +70,13 @@ def measure_drift(merged: Path, rows: list[Encoded], folder: Path) -> dict:
     """The model in the folder `merged` against the live adapter's logits kept in `folder`, over all answer tokens:
     `rows`, `tokens`, `mean_kl` (KL(live || merged)), `top1_agreement`, `max_logit_difference` and two losses (nats)."""
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="auto")
+    device = "cpu" if model.device.type == "mps" else model.device  # which has no float64
     kl = same = live_loss = merged_loss = largest = tokens = 0.0
     for number, row in enumerate(rows):
         answers = torch.tensor([label for label in row.labels[1:] if label != -100])
         pieces = zip(torch.load(folder / f"{number}.pt").split(PIECE), _logits(model, row).split(PIECE), strict=True)
         for (live, found), answer in zip(pieces, answers.split(PIECE), strict=True):
-            live, found = live.double(), found.double()
+            live, found, answer = live.to(device).double(), found.to(device).double(), answer.to(device)
             largest = max(largest, (live - found).abs().max().item())
             same += (live.argmax(-1) == found.argmax(-1)).sum().item()
             live, found = live.log_softmax(-1), found.log_softmax(-1)
@@ -109,4 +110,4 @@ def _print_drift(drifts: dict[str, dict], kind: str) -> None:
 def _logits(model, row: Encoded) -> torch.Tensor:
     """The logits (answer tokens, vocabulary) of a row, in the model's precision."""
     learnt = torch.tensor(row.labels)[1:] != -100
-    return model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1].cpu()[learnt]
+    return model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1][learnt.to(model.device)]

@@ -251,7 +251,8 @@ class RoundTrip:
         Equal to the live model's: blocks are independent, so go piece by piece; quantised constants go all together."""
         from bitsandbytes import functional
 
-        kind, flat = self.config.bnb_4bit_quant_type, weight.reshape(-1).to(self.dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # as the run, which rounds as it does, and faster
+        kind, flat = self.config.bnb_4bit_quant_type, weight.reshape(-1).to(device, self.dtype)
         pieces = flat.split(QUANTISED_PIECE)
         packed = [functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=kind) for piece in pieces]
         constants = torch.cat([state.absmax for _, state in packed])
@@ -262,7 +263,7 @@ class RoundTrip:
         for piece, (codes, state), own in zip(pieces, packed, constants.split(QUANTISED_PIECE // BLOCK), strict=True):
             state.absmax = own.contiguous()
             piece.copy_(functional.dequantize_4bit(codes, state).view(-1))  # in place: one copy is enough
-        return flat.view(weight.shape)
+        return flat.view(weight.shape).to(weight.device)
 
 
 def write_merge(plan: Plan, output: Path, round_trip: RoundTrip | None = None) -> None:

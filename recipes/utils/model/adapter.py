@@ -1,9 +1,11 @@
 """A LoRA adapter: where it may begin, what is trained and in which precision, and how it is saved: whole or not."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.autograd.function import once_differentiable
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
 from recipes.utils.files import read_json, sync, write_json
@@ -40,11 +42,95 @@ def check_adapter(folder: str | None) -> None:
         raise UserError(f"model.adapter: {folder} began with {start} and is no plain LoRA; {mend}")
 
 
+def fast_lora(config, options: ModelOptions):
+    """`config` (a LoraConfig), by which PEFT builds layers that move less memory than its own and compute the same,
+    unless `options.fast_lora` is false: PEFT's classes with another forward pass, so that names, files and merges are
+    as they were. PEFT calls this hook experimental; nothing of it is saved with an adapter."""
+    from bitsandbytes.nn import Linear4bit as BaseLinear4bit
+    from peft import LoraConfig  # here: PEFT takes seconds, and a merge needs none of it
+    from peft.tuners.lora import Linear, Linear4bit
+
+    pairs = {torch.nn.Linear: Linear, BaseLinear4bit: Linear4bit}  # not their subclasses: layers in 8 bit are some
+    kinds = {base: type(f"Fast{kind.__name__}", (FastForward, kind), {}) for base, kind in pairs.items()}
+
+    def layer(target, adapter_name: str, config, **kwargs):
+        """The adapter's layer around `target`, which may have one already; None leaves it to PEFT."""
+        kind = kinds.get(type(target.get_base_layer() if hasattr(target, "get_base_layer") else target))
+        return kind(target, adapter_name, config=config, **kwargs) if kind and not config.fan_in_fan_out else None
+
+    if options.fast_lora and isinstance(config, LoraConfig):
+        config._register_custom_module({torch.nn.Linear: layer})
+    return config
+
+
+def has_fast_lora(model) -> bool:
+    return any(isinstance(module, FastForward) for module in model.modules())
+
+
+class FastForward:
+    """The forward pass of a LoRA layer, before whose class in PEFT it goes. That class keeps what this is not for: no
+    adapter or several, merged ones, DoRA and its like, dropout, a trained base layer, mixed batches, dtypes that have
+    to be brought together, and compilation, which joins the passes over memory by itself."""
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        found = None if args or kwargs else self._fast(x)
+        return super().forward(x, *args, **kwargs) if found is None else found  # type: ignore[misc]
+
+    def _fast(self, x: torch.Tensor) -> torch.Tensor | None:
+        layer: Any = self
+        name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+        if name not in layer.lora_A or name in layer.lora_variant or layer.disable_adapters or layer.merged:
+            return None
+        base, a, b, device = layer.base_layer, layer.lora_A[name], layer.lora_B[name], x.device.type
+        drops = layer.training and not isinstance(layer.lora_dropout[name], torch.nn.Identity)
+        trained = b.bias is not None or any(parameter.requires_grad for parameter in base.parameters())
+        if drops or trained or torch.compiler.is_compiling():
+            return None
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else a.weight.dtype
+        if hasattr(base, "compute_dtype"):  # in 4 bit
+            fits = x.dtype == dtype and base.compute_dtype in (None, dtype)
+        else:
+            fits = autocast or x.dtype == base.weight.dtype == dtype
+        weights = a.weight.to(dtype), b.weight.to(dtype)
+        return AddsIntoBase.apply(x.to(dtype), *weights, layer.scaling[name], base) if fits else None
+
+
+class AddsIntoBase(torch.autograd.Function):
+    """base(x) + scaling · x Aᵀ Bᵀ for a frozen `base`. PEFT multiplies the full-width product by the scale, adds it to
+    the base's output in a third tensor, and has autograd do that again backward and sum two gradients of x: together a
+    fifth of a 7B model's step. Here the scale goes to the narrow x Aᵀ, and the matrix products make both sums."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, scaling: float, base):
+        output = base(x)
+        narrow = (x.reshape(-1, x.shape[-1]) @ a.t()).mul_(scaling)
+        output.view(-1, output.shape[-1]).addmm_(narrow, b.t())
+        ctx.save_for_backward(x, narrow, a, b)
+        # The weight is looked up backward: where it is spread over processes, it lies elsewhere by then.
+        ctx.scaling, ctx.base, ctx.state = scaling, base, getattr(base.weight, "quant_state", None)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, narrow, a, b = ctx.saved_tensors
+        gradient, weight, of_x = gradient.reshape(-1, gradient.shape[-1]), ctx.base.weight, None
+        inner = (gradient @ b).mul_(ctx.scaling)
+        if ctx.needs_input_grad[0]:
+            if ctx.state is not None:
+                from bitsandbytes.functional import dequantize_4bit
+
+                weight = dequantize_4bit(weight.data, ctx.state)
+            of_x = (gradient @ weight.to(gradient.dtype)).addmm_(inner, a).view(x.shape)
+        return of_x, inner.t() @ x.reshape(-1, x.shape[-1]), gradient.t() @ narrow, None, None
+
+
 def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> None:
     """Make a model with its adapter ready to train: what is trained in float32, since in 16 bit small steps are rounded
     away, and the levers on speed of `options`, which leave the losses as they are. Call it when the trainer is built,
     which casts an adapter on a 4-bit base to bfloat16. `backend` is torch.compile's."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # here: PEFT takes seconds, and a merge needs none of it
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -53,15 +139,29 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
     for config in model.peft_config.values():
         # An adapter to go on from names its base as the hub does, and PEFT would ask the hub for it at each save.
         config.base_model_name_or_path, config.revision = base or None, commit_of(Path(base))
+    if has_fast_lora(model):
+        say("speed: fast LoRA layers")
     if not options.adapter_input_cast:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module._cast_input_dtype = cast_outside_autocast
         say("speed: adapter inputs uncast")
     if options.compile_layers:
-        for layer in model.get_base_model().base_model.layers:
+        backbone = model.get_base_model().base_model
+        backbone.register_forward_pre_hook(for_one_graph, with_kwargs=True)
+        for layer in backbone.layers:
             layer.compile(backend=backend)  # in place: no name in a checkpoint changes
         say("speed: decoder layers compiled, which the first steps pay for")
+
+
+def for_one_graph(module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+    """What the compiled layers of `module` would be compiled anew for at each packed row: how many chats it holds, and
+    how long the longest is, which the kernel takes as a bound."""
+    for name in {"cu_seq_lens_q", "cu_seq_lens_k"} & inputs.keys():
+        torch._dynamo.maybe_mark_dynamic(inputs[name], 0)
+    for name in {"max_length_q", "max_length_k"} & inputs.keys():
+        inputs[name] = max(4096, 1 << (inputs[name] - 1).bit_length())
+    return args, inputs
 
 
 def cast_outside_autocast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -32,8 +32,9 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
         borders = pad(first.nonzero().flatten(), (0, 1), value=len(first)).to(torch.int32)  # as the kernel wants it
     if borders is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if dropout:
-        raise ValueError("varlen attention has no attention_dropout; use --model.attn_implementation sdpa")
+    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        lacks = "attention_dropout, soft cap or sinks; use --model.attn_implementation eager"
+        raise ValueError(f"varlen attention has no {lacks}")
     longest = int(borders.diff().max()) if longest is None else longest
     window = kwargs.get("sliding_window")
     window = window if window and window < longest else None

@@ -37,6 +37,7 @@ class ModelOptions:
     chat_template: str = "auto"  # auto is the model's own, with loss marks; or mistral, qwen2, a .jinja file
     adapter: str | None = None  # a LoRA folder to go on from
     adapter_input_cast: bool = False  # PEFT's cast of each adapter's input to float32: same losses, more memory
+    fast_lora: bool = True  # LoRA layers that move less memory than PEFT's and compute the same
     compile_layers: bool = False  # torch.compile of each decoder layer
     trust_remote_code: bool = False  # run code that comes with the model
 
@@ -160,15 +161,15 @@ def check_base(base: Path, options: ModelOptions, use_cpu_asked: bool) -> None:
         raise UserError(f"{options.name_or_path} has {billions:.1f} billion parameters and {why}; {mend}")
 
 
-def choose_attention(options: ModelOptions, use_cpu: bool) -> str:
+def choose_attention(options: ModelOptions, use_cpu: bool, packing: bool = False) -> str:
     """The attention implementation, told with its reason; `auto` is the fastest here that keeps packed chats apart.
     Raises `UserError` if the one asked for cannot be had here; another is never taken in its place."""
-    attention, reason = attention_and_reason(options, use_cpu)
+    attention, reason = attention_and_reason(options, use_cpu, packing)
     say(f"attention: {attention} ({reason})")
     return attention
 
 
-def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str]:
+def attention_and_reason(options: ModelOptions, use_cpu: bool, packing: bool = False) -> tuple[str, str]:
     """What `choose_attention` takes and says."""
     setting, on_cpu = options.attn_implementation, use_cpu or not torch.cuda.is_available()
     missing = "it has no float32" if options.dtype == "float32" else None
@@ -177,6 +178,8 @@ def attention_and_reason(options: ModelOptions, use_cpu: bool) -> tuple[str, str
     elif torch.cuda.get_device_capability()[0] < 8:
         missing = f"{torch.cuda.get_device_name()} is older than Ampere"
     no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
+    if setting == "auto" and on_cpu and packing:
+        return VARLEN, f"chat by chat; {missing}"
     if setting == "auto" and missing:
         return "sdpa", f"no faster one here: {missing}"
     if setting == "auto":
@@ -205,7 +208,9 @@ def load_base(base: Path, options: ModelOptions, attention: str, quantization_co
     use_cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
     if attention == VARLEN:
         register_varlen()
-    device = "cpu" if use_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # A 16-bit base that is to be spread over GPUs may not fit on each; FSDP takes it from memory, layer by layer.
+    spread = os.environ.get("ACCELERATE_USE_FSDP") == "true" and quantization_config is None
+    device = "cpu" if use_cpu or spread else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     how = {"dtype": getattr(torch, options.dtype), "attn_implementation": attention, "device_map": {"": device}}
     how |= {"trust_remote_code": options.trust_remote_code, "use_safetensors": True, "local_files_only": True}
     try:

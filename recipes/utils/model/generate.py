@@ -1,5 +1,6 @@
 """Greedy answers, in batches that fit."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_
     stops, pad_id = encoder.stop_ids, encoder.stop_ids[0]  # any pads: masked before a prompt, cut off after a stop
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id)
     answers: dict[int, Answer] = {}
-    for batch in batches([len(prompt) + max_new_tokens for prompt in prompts]):
+
+    def answer(batch: list[int]) -> None:
         # padded on the left, so that every answer begins at the same place
         asked, left = [torch.tensor(prompts[index]) for index in batch], {"batch_first": True, "padding_side": "left"}
         ids = pad_sequence(asked, padding_value=pad_id, **left).to(model.device)
@@ -38,14 +40,21 @@ def generate_answers(model, encoder: Encoder, prompts: list[list[int]], max_new_
             end = next((place for place, token in enumerate(generated) if token in stops), None)
             text = encoder.tokenizer.decode(generated[:end], skip_special_tokens=True)
             answers[index] = Answer(text, end is not None, len(generated) if end is None else end + 1)
+
+    in_batches([len(prompt) + max_new_tokens for prompt in prompts], answer)
     return [answers[index] for index in range(len(prompts))]
 
 
-def batches(lengths: list[int]) -> list[list[int]]:
-    """Indices in batches of similar length within the limits, the longest first: what does not fit fails at once."""
-    order, found = sorted(range(len(lengths)), key=lambda index: -lengths[index]), []
+def in_batches(lengths: list[int], work: Callable[[list[int]], None]) -> None:
+    """Call `work` with the indices of batches of similar length within the limits, the longest first. One that a GPU
+    has no memory for is halved, and so are those after it; raises `torch.OutOfMemoryError` for a single row."""
+    order, most = sorted(range(len(lengths)), key=lambda index: -lengths[index]), TOKENS_A_BATCH
     while order:
-        rows = max(1, min(ROWS_A_BATCH, TOKENS_A_BATCH // lengths[order[0]]))
-        found.append(order[:rows])
-        order = order[rows:]
-    return found
+        batch = order[: max(1, min(ROWS_A_BATCH, most // lengths[order[0]]))]
+        try:
+            work(batch)
+            order = order[len(batch) :]
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            most = lengths[order[0]] * (len(batch) // 2)

@@ -15,7 +15,7 @@ from trl import SFTConfig
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, out
 from recipes.utils.files import read_json
-from recipes.utils.model import VARLEN, attention_and_reason
+from recipes.utils.model import VARLEN, attention_and_reason, fast_lora
 from recipes.utils.planning.memory import Memory, Step, on_meta, predict
 
 MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"  # by train_gpu.py there
@@ -23,8 +23,9 @@ RESERVE = 0.06  # of a card, for CUDA, its libraries' workspaces and the allocat
 ENOUGH = 8192  # tokens a micro-batch; more fill a GPU no better
 FEW = 4096  # and with fewer it idles, which recomputing activations costs less than
 GPUS = {  # GB, as they are sold
-    "T4": 16, "V100": 16, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "A10": 24, "A10G": 24, "L4": 24, "L40S": 48,
-    "A6000": 48, "A100-40": 40, "A100-80": 80, "A100": 80, "H100": 80, "H200": 141, "B200": 180,
+    "T4": 16, "V100": 16, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "A10": 24, "A10G": 24, "L4": 24, "L40": 48,
+    "L40S": 48, "A40": 48, "A6000": 48, "RTX 6000 Ada": 48, "A100-40": 40, "A100-80": 80, "A100": 80, "H100": 80,
+    "H200": 141, "B200": 180,
 }  # fmt: skip
 OLDER_THAN_AMPERE = ("T4", "V100")
 PARTS = {
@@ -43,7 +44,8 @@ def fits(memory: Memory, available: int) -> bool:
 
 def lora_of(config: Config) -> LoraConfig:
     """The adapter that the run trains: a new one, or the one that it goes on from."""
-    return PeftConfig.from_pretrained(config.model.adapter) if config.model.adapter else LoraConfig(**config.lora)
+    own = config.model.adapter
+    return fast_lora(PeftConfig.from_pretrained(own) if own else LoraConfig(**config.lora), config.model)
 
 
 def memory_of_steps(config: Config, model_config, attention: str, sizes: list[int]) -> dict[tuple, Memory]:
@@ -131,13 +133,13 @@ def measured_speed(config: Config, model_config, method: str, gpu: str, checkpoi
     runs = [run for run in runs if run["ours"] and run["shape"] == shape and is_gpu(run["gpu"], gpu)]
     if not runs:
         return f"not measured on this GPU ({gpu})"
-    args = SFTConfig(**config.training)
-    model = on_meta(model_config, lora_of(config), config.model.dtype, layers=2)
+    args, lora = SFTConfig(**config.training), lora_of(config)
+    model = on_meta(model_config, lora, config.model.dtype, layers=2)
     targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     asked = {
         "method": method, "targets": targets, "packing": args.packing, "checkpointing": checkpointing,
         "compile": config.model.compile_layers, "liger": args.use_liger_kernel, "cast": config.model.adapter_input_cast,
-        "fast_lora": False,
+        "fast_lora": config.model.fast_lora and not (config.model.compile_layers or lora.lora_dropout or lora.use_dora),
         "attention": VARLEN if config.model.attn_implementation == "auto" else config.model.attn_implementation,
     }  # fmt: skip
 

@@ -1,15 +1,15 @@
 """What this machine can run: versions, GPU, 4-bit arithmetic, compiler and disk, each tried and not only looked for."""
 
 import importlib.metadata
-import os
 import re
 import shutil
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
+
+from recipes.utils.config import c_compiler
 
 PINS = Path(__file__).resolve().parents[3] / "requirements.txt"
 ROOM = {"disk here": (Path("."), 2, ""), "disk of HF_HOME": (Path(HF_HOME), 15, ": set HF_HOME")}  # GB, for a 7B base
@@ -34,8 +34,7 @@ def check_machine() -> Iterator[tuple[str, str, str]]:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is a CPU build"
         yield "missing", "GPU", f"torch sees none ({built}); nvidia-smi shows whether there is one. The demo needs none"
     yield check_four_bit()
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler and Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+    if compiler := c_compiler():
         yield "ok", "C compiler", compiler
     else:
         why = "none, or no Python.h: on a GPU, Triton needs both at the first step: apt install gcc python3-dev"

@@ -8,7 +8,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
@@ -24,7 +23,7 @@ from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
 from recipes.utils.data import Finding, Prepared
 from recipes.utils.files import DISK_FULL, locked, read_json, write_json, write_jsonl
-from recipes.utils.model import adapter_shapes, check_base, commit_of, find_base, stored_shapes
+from recipes.utils.model import adapter_shapes, check_base, commit_of, find_base, has_fast_lora, stored_shapes
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
 from recipes.utils.training.table import device_name
 
@@ -76,6 +75,7 @@ def begin(config: Config) -> Iterator[Run]:
         same = all(before["model"].get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
         commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
         run = Run(folder, find_base(model, commit), commit, checkpoint)
+        _on_first(config, lambda: None)  # until each machine has it
         check_base(run.base, model, config.use_cpu_asked)
         yield run
 
@@ -89,7 +89,9 @@ def _on_first(config: Config, decide: Callable[[], Any]) -> Any:
         except UserError as error:
             decision[1] = error
     PartialState(cpu=config.training["use_cpu"])  # where nothing has connected the processes yet
-    broadcast_object_list(decision)
+    if torch.distributed.is_initialized():  # in a group that waits: to fetch a base may take longer than a step may
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        torch.distributed.broadcast_object_list(decision, group=patient)
     if decision[1]:
         raise decision[1]
     return decision[0]
@@ -162,6 +164,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
     if before is None:
         say(f"resume: nobody has recorded what {run.checkpoint} is made of, so nothing is compared")
         return
+    before.setdefault("model.fast_lora", False)  # runs from before it was a setting
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
     if changed.keys() & {"data.train", "chat template", "tokenizer", "training.max_length"}:
         changed.pop("rows", None)  # that is why
@@ -211,6 +214,7 @@ def _describe(config: Config, trainer, train: Prepared, validation: Prepared | N
         "chat template": _digest(tokenizer.chat_template or ""), "base weights": _base_digest(model),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
         **{f"model.{key}": getattr(config.model, key) for key in ("dtype", "adapter", "compile_layers")},
+        "model.fast_lora": has_fast_lora(model),
         **{f"quantization.{key}": value for key, value in _quantization(model).items()},
         **{f"lora.{key}": value for key, value in adapter if key not in NOT_OF_THE_ADAPTER},
         **{f"training.{key}": value for key, value in args.to_dict().items() if key not in free},
@@ -320,7 +324,10 @@ def out_of_memory(config: Config, trainer) -> str:
     micro, length = args.per_device_train_batch_size, args.max_length
     half, batch = max(1, micro // 2), micro * args.gradient_accumulation_steps
     flags = f"--training.per_device_train_batch_size {half} --training.gradient_accumulation_steps {batch // half}"
+    peak, reserved = (how() / 1e9 for how in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
     mends = {
+        "PYTORCH_ALLOC_CONF=expandable_segments:True before the command: what is reserved lies in pieces, too small":
+            reserved > 1.1 * peak,
         "--training.per_device_eval_batch_size 1        costs little time": evaluating and args.eval_batch_size > 1,
         "--training.gradient_checkpointing true         saved activations shrink; about 1.4 times the time":
             not (args.gradient_checkpointing or args.activation_checkpointing),
@@ -331,7 +338,7 @@ def out_of_memory(config: Config, trainer) -> str:
         f"--training.max_length {length // 2} (now {length}): longer rows are dropped; another run": True,
     }  # fmt: skip
     listed = [f"  {number}. {mend}" for number, mend in enumerate((mend for mend in mends if mends[mend]), 1)]
-    memory = f" Peak: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB." if torch.cuda.is_available() else ""
+    memory = f" Peak: {peak:.1f} GB, {reserved:.1f} reserved." if reserved else ""
     when = f"{'in an evaluation after' if evaluating else 'in the step after'} step {trainer.state.global_step}"
     head = f"out of memory {when}, with micro-batches of {micro} × {length} tokens.{memory} In this order:"
     return "\n".join([head, *listed, f"then go on with: python recipes/sft_{config.method}.py CONFIG --resume"])

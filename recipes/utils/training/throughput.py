@@ -12,6 +12,22 @@ from trl.trainer.utils import get_peak_flops
 from recipes.utils.console import say
 from recipes.utils.training.micro_batch import MicroBatch
 
+# Dense FLOPs a second in 16 bit, summed up in float32: from NVIDIA's data sheets, none measured here. By the name that
+# CUDA has for the GPU, whole: a laptop's, and an L40S, are others.
+DATA_SHEET = {
+    "NVIDIA GeForce RTX 3090": 71e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA A40": 149.7e12, "NVIDIA L40": 181e12, "NVIDIA RTX 6000 Ada Generation": 364.2e12,
+    **dict.fromkeys((f"Tesla V100-SXM2-{size}GB" for size in (16, 32)), 125e12),
+    **dict.fromkeys((f"Tesla V100-PCIE-{size}GB" for size in (16, 32)), 112e12),
+}  # fmt: skip
+
+
+def peak_flops(name: str, dtype: str) -> float | None:
+    """Dense FLOPs a second of the GPU `name` in `dtype`, by TRL's table or `DATA_SHEET`; None for what is in neither,
+    and for a part of a GPU (MIG), which bears the name of the whole."""
+    own = DATA_SHEET.get(name) if dtype == "float16" or (dtype == "bfloat16" and "V100" not in name) else None
+    return None if "MIG" in name else get_peak_flops(name, dtype) or own
+
 
 class Throughput(TrainerCallback):
     """Counts the tokens of the micro-batches that it is shown, against the time that went by while training: the clock
@@ -22,10 +38,7 @@ class Throughput(TrainerCallback):
         self.accelerator, self.model, self.process = accelerator, model, psutil.Process()
         self.flops: Flops | None = None  # counted at the first micro-batch: a model without a head shows none
         self.on_gpu = accelerator.device.type == "cuda"
-        # TRL's table of dense rates, from the makers' data sheets; None for a GPU that is not in it, and for float32. A
-        # part of a GPU (MIG) bears the name of the whole.
-        name = torch.cuda.get_device_name() if self.on_gpu else None
-        self.peak = get_peak_flops(name, dtype) if name and "MIG" not in name else None
+        self.peak = peak_flops(torch.cuda.get_device_name(), dtype) if self.on_gpu else None
         self.counts = np.zeros(4)  # positions, tokens, trained tokens, FLOPs
         self.seconds = self.mark = self.highest = 0.0
         self.paused, self.left_out, self.nvml = True, False, True

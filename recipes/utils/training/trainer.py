@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -63,6 +64,10 @@ class Resumable(_Trainer):
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
             raise UserError("FSDP was asked for and is not in use: launch with configs/accelerate/fsdp2.yaml as it is")
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        if self.accelerator.is_fsdp2 and dtype != "float32":
+            # accelerate would round what comes out of the model too, and so each loss that is logged to 8 bits
+            policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self._throughput = Throughput(self.accelerator, self.model, dtype)
         self.model.register_forward_hook(self._look, with_kwargs=True)
         for callback in list(self.callback_handler.callbacks):

@@ -1,17 +1,24 @@
 """The fast LoRA layers compute what PEFT's do, and leave to PEFT what they do not know."""
 
 import contextlib
+import json
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, copy_run, read_jsonl, run_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, Linear4bit
-from transformers import BitsAndBytesConfig
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BitsAndBytesConfig, MistralConfig
 
-from benchmarks import fast_lora
-from benchmarks.fast_lora import FastLinear, FastLinear4bit, register_fast_lora
-from recipes.utils.model import ModelOptions, load_base, prepare_adapter
+from recipes.utils.config import load_config
+from recipes.utils.model import VARLEN, ModelOptions, fast_lora, load_base, prepare_adapter
+from recipes.utils.model.adapter import AddsIntoBase, FastForward
+from recipes.utils.planning.memory import on_meta
+from recipes.utils.training.checkpoint import _digest
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -25,10 +32,7 @@ def adapted(method, dtype, device, fast, checkpointing=False, **lora):
         )
     base = load_base(TINY / "base", ModelOptions(dtype=dtype), "sdpa", four_bit, device == "cpu")
     lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
-    config = LoraConfig(**lora)
-    if fast:
-        register_fast_lora(config)
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, fast_lora(LoraConfig(**lora), ModelOptions(fast_lora=fast))).train()
     prepare_adapter(model, ModelOptions())
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -67,21 +71,21 @@ def apart_as_a_whole(one, other):
 
 
 def fast_layers(model):
-    return [module for module in model.modules() if isinstance(module, (FastLinear, FastLinear4bit))]
+    return [module for module in model.modules() if isinstance(module, FastForward)]
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """How often the fast way was taken, and how often it was not."""
     counts = {True: 0, False: 0}
-    forward = fast_lora.fast_forward
+    fast = FastForward._fast
 
     def counted(layer, x):
-        found = forward(layer, x)
+        found = fast(layer, x)
         counts[found is not None] += 1
         return found
 
-    monkeypatch.setattr(fast_lora, "fast_forward", counted)
+    monkeypatch.setattr(FastForward, "_fast", counted)
     return counts
 
 
@@ -120,8 +124,8 @@ def test_a_mistake_in_the_layers_is_seen(method, wrong, monkeypatch):
         return (of_x * 1.001 if wrong == "input gradient" and of_x is not None else of_x, *others)
 
     right = step(adapted(method, "float32", "cpu", True), "float32", "cpu")
-    backward = fast_lora.AddsIntoBase.backward
-    monkeypatch.setattr(fast_lora.AddsIntoBase, "backward", staticmethod(broken))
+    backward = AddsIntoBase.backward
+    monkeypatch.setattr(AddsIntoBase, "backward", staticmethod(broken))
     assert apart(step(adapted(method, "float32", "cpu", True), "float32", "cpu"), right) > 1e-4
 
 
@@ -140,6 +144,45 @@ def test_autograd_keeps_no_more_than_with_pefts():
             step(model, "bfloat16", "cpu")
         kept.append(sum(storage.nbytes() for storage in storages.values()))
     assert kept[0] <= kept[1]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that the operations of a step read and write, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if not function.is_view and "detach" not in str(function):
+            tensors = [each for each in tree_leaves((args, kwargs, output)) if isinstance(each, torch.Tensor)]
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return output
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_moves_less_memory_than_with_pefts(checkpointing):
+    """Mistral-7B's dimensions, in tensors that hold nothing: what is read and written, without the base's weights."""
+    config = MistralConfig(vocab_size=1024, sliding_window=None)
+    moved = []
+    for fast in (True, False):
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = on_meta(config, fast_lora(lora, ModelOptions(fast_lora=fast)), "bfloat16", 1, VARLEN)
+        with FakeTensorMode():
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+            prepare_adapter(model.train(), ModelOptions())
+            if checkpointing:
+                model.activation_checkpointing_enable()
+                model.enable_input_require_grads()
+            ids, borders = torch.zeros(1, 4096, dtype=torch.long), torch.zeros(9, dtype=torch.int32)
+            packed = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 2048, "max_length_k": 2048}
+            with Traffic() as traffic:
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden = model.get_base_model().base_model(input_ids=ids, use_cache=False, **packed)[0]
+                hidden.backward(torch.zeros_like(hidden))
+        moved.append(traffic.bytes)
+    assert moved[0] < 0.87 * moved[1]
 
 
 @pytest.mark.parametrize(
@@ -197,8 +240,69 @@ def test_names_and_files_are_those_of_pefts_adapters(method, kind, tmp_path):
 
 def test_an_adapter_that_is_read_can_have_them_too(tmp_path):
     adapted("lora", "float32", "cpu", False).save_pretrained(tmp_path)
-    config = LoraConfig.from_pretrained(tmp_path)
-    register_fast_lora(config)
+    config = fast_lora(LoraConfig.from_pretrained(tmp_path), ModelOptions())
     base = load_base(TINY / "base", ModelOptions(dtype="float32"), "sdpa", use_cpu=True)
     model = PeftModel.from_pretrained(base, str(tmp_path), config=config, is_trainable=True)
     assert len(fast_layers(model)) == 7 * base.config.num_hidden_layers
+
+
+def test_the_hook_of_peft_that_builds_them_is_as_it_was():
+    """It is private: an upgrade that changes it fails here, and not in a run that is slower without a word."""
+    config = LoraConfig(target_modules=["first", "second"])
+    assert config._custom_modules is None
+    plain = config.to_dict()
+    fast_lora(config, ModelOptions(fast_lora=False))
+    assert config._custom_modules is None
+    assert fast_lora(config, ModelOptions()) is config
+    assert list(config._custom_modules) == [torch.nn.Linear]
+    assert config.to_dict() == plain
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4), "second": torch.nn.Embedding(4, 4)})
+    kinds = {name: type(module) for name, module in get_peft_model(model, config).base_model.model.items()}
+    assert issubclass(kinds["first"], (FastForward, Linear))
+    assert not issubclass(kinds["second"], FastForward)
+
+
+def test_a_run_without_them_learns_the_same(lora_run, config_file):
+    path = config_file()
+    assert run_recipe("sft_lora", path, "--model.fast_lora", "false") == 0
+    lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (lora_run, path.parent / "run"))
+    for line, other in zip(lines, others, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & set(line):
+            assert line[key] == pytest.approx(other[key], rel=1e-4)
+    adapter, its = (load_file(folder / "adapter_model.safetensors") for folder in (lora_run, path.parent / "run"))
+    assert adapter.keys() == its.keys()
+    for name, weight in adapter.items():
+        torch.testing.assert_close(weight, its[name], atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_run_that_goes_on_from_an_adapter_has_them(config_file, lora_run, method, capsys):
+    words = ("--model.adapter", lora_run, "--dry-run")
+    assert run_recipe(f"sft_{method}", config_file(), *words) == 0
+    assert "speed: fast LoRA layers" in capsys.readouterr().out
+    assert run_recipe(f"sft_{method}", config_file(), *words, "--model.fast_lora", "false") == 0
+    assert "fast LoRA" not in capsys.readouterr().out
+
+
+def test_a_resume_does_not_change_the_layers_in_silence(lora_run, tmp_path, capsys):
+    """Nor that of a run from before they were a setting, which had PEFT's."""
+    folder = copy_run(lora_run, tmp_path)
+    words = (tmp_path / "small.yaml", "--resume", "--training.max_steps", "9")
+    assert run_recipe("sft_lora", *words, "--model.fast_lora", "false") == 2
+    assert "model.fast_lora: true in the checkpoint, false now" in capsys.readouterr().err
+    manifest = folder / "checkpoint-8" / "manifest.json"
+    known = json.loads(manifest.read_text())
+    del known["run"]["model.fast_lora"], known["sha256"]
+    manifest.write_text(json.dumps({**known, "sha256": _digest(known)}))
+    assert run_recipe("sft_lora", *words) == 2
+    assert "model.fast_lora: false in the checkpoint, true now" in capsys.readouterr().err
+    assert run_recipe("sft_lora", *words, "--model.fast_lora", "false") == 0
+
+
+def test_a_record_from_before_they_were_a_setting_says_that_there_were_none(lora_run, tmp_path):
+    record = copy_run(lora_run, tmp_path) / "run.json"
+    assert load_config(record, {}, "lora").model.fast_lora
+    known = json.loads(record.read_text())
+    del known["model"]["fast_lora"]
+    record.write_text(json.dumps(known))
+    assert not load_config(record, {}, "lora").model.fast_lora
