@@ -33,7 +33,7 @@ def adapted(method, dtype, device, fast, checkpointing=False, **lora):
     base = load_base(TINY / "base", ModelOptions(dtype=dtype), "sdpa", four_bit, device == "cpu")
     lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
     model = get_peft_model(base, fast_lora(LoraConfig(**lora), ModelOptions(fast_lora=fast))).train()
-    prepare_adapter(model, ModelOptions())
+    prepare_adapter(model, ModelOptions(fast_lora=fast))
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -192,10 +192,23 @@ def test_a_layer_moves_less_memory_than_with_pefts(checkpointing):
         ({"bias": "all"}, 1e-5), ({"use_rslora": True}, 1e-5),
     ],
 )  # fmt: skip
-def test_what_else_an_adapter_can_be_is_pefts_to_the_bit_or_computed_alike(lora, alike, taken):
+def test_what_else_an_adapter_can_be_is_pefts_to_the_bit_or_computed_alike(lora, alike, taken, capsys):
     one, other = (step(adapted("lora", "float32", "cpu", fast, **lora), "float32", "cpu") for fast in (True, False))
     assert (taken[True] > 0) == (alike > 0)
+    assert ("speed: PEFT's own LoRA layers" in capsys.readouterr().out) == (alike == 0)
     assert apart(one, other) <= alike
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
+def test_a_second_adapter_of_another_kind_is_pefts(lora, taken):
+    model = adapted("lora", "float32", "cpu", True, target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **lora))
+    step(model, "float32", "cpu")
+    assert taken.pop(True) > 0
+    taken[True] = 0
+    model.set_adapter("second")
+    step(model, "float32", "cpu")
+    assert taken[True] == 0
 
 
 def test_switched_off_merged_and_several_adapters_are_pefts(taken, tmp_path):

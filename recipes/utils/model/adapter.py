@@ -44,11 +44,10 @@ def check_adapter(folder: str | None) -> None:
 
 def fast_lora(config, options: ModelOptions):
     """`config` (a LoraConfig), by which PEFT builds layers that move less memory than its own and compute the same,
-    unless `options.fast_lora` is false: PEFT's classes with another forward pass, so that names, files and merges are
-    as they were. PEFT calls this hook experimental; nothing of it is saved with an adapter."""
+    unless `options.fast_lora` is false or it has what they do not know: PEFT's classes with another forward pass, so
+    that names, files and merges are as they were. PEFT calls this hook experimental; nothing of it is saved."""
     from bitsandbytes.nn import Linear4bit as BaseLinear4bit
-    from peft import LoraConfig  # here: PEFT takes seconds, and a merge needs none of it
-    from peft.tuners.lora import Linear, Linear4bit
+    from peft.tuners.lora import Linear, Linear4bit  # here: PEFT takes seconds, and a merge needs none of it
 
     pairs = {torch.nn.Linear: Linear, BaseLinear4bit: Linear4bit}  # not their subclasses: layers in 8 bit are some
     kinds = {base: type(f"Fast{kind.__name__}", (FastForward, kind), {}) for base, kind in pairs.items()}
@@ -58,7 +57,8 @@ def fast_lora(config, options: ModelOptions):
         kind = kinds.get(type(target.get_base_layer() if hasattr(target, "get_base_layer") else target))
         return kind(target, adapter_name, config=config, **kwargs) if kind and not config.fan_in_fan_out else None
 
-    if options.fast_lora and isinstance(config, LoraConfig):
+    others = config.lora_dropout, config.use_dora, config.lora_bias, options.compile_layers
+    if options.fast_lora and not any(others):
         config._register_custom_module({torch.nn.Linear: layer})
     return config
 
@@ -139,8 +139,9 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
     for config in model.peft_config.values():
         # An adapter to go on from names its base as the hub does, and PEFT would ask the hub for it at each save.
         config.base_model_name_or_path, config.revision = base or None, commit_of(Path(base))
-    if has_fast_lora(model):
-        say("speed: fast LoRA layers")
+    if options.fast_lora:
+        others = "PEFT's own LoRA layers, which dropout, DoRA, lora_bias and compiled layers need"
+        say(f"speed: {'fast LoRA layers' if has_fast_lora(model) else others}")
     if not options.adapter_input_cast:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):

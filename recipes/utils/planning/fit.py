@@ -15,7 +15,7 @@ from trl import SFTConfig
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, out
 from recipes.utils.files import read_json
-from recipes.utils.model import VARLEN, attention_and_reason, fast_lora
+from recipes.utils.model import VARLEN, attention_and_reason, fast_lora, has_fast_lora
 from recipes.utils.planning.memory import Memory, Step, on_meta, predict
 
 MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"  # by train_gpu.py there
@@ -133,13 +133,13 @@ def measured_speed(config: Config, model_config, method: str, gpu: str, checkpoi
     runs = [run for run in runs if run["ours"] and run["shape"] == shape and is_gpu(run["gpu"], gpu)]
     if not runs:
         return f"not measured on this GPU ({gpu})"
-    args, lora = SFTConfig(**config.training), lora_of(config)
-    model = on_meta(model_config, lora, config.model.dtype, layers=2)
+    args = SFTConfig(**config.training)
+    model = on_meta(model_config, lora_of(config), config.model.dtype, layers=2)
     targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     asked = {
         "method": method, "targets": targets, "packing": args.packing, "checkpointing": checkpointing,
         "compile": config.model.compile_layers, "liger": args.use_liger_kernel, "cast": config.model.adapter_input_cast,
-        "fast_lora": config.model.fast_lora and not (config.model.compile_layers or lora.lora_dropout or lora.use_dora),
+        "fast_lora": has_fast_lora(model),
         "attention": VARLEN if config.model.attn_implementation == "auto" else config.model.attn_implementation,
     }  # fmt: skip
 
