@@ -1,4 +1,4 @@
-"""Four row shapes become checked chats; every bad row is named by file and line."""
+"""Files become checked chats; every bad row is named by file and line. What rows mean is in test_shapes.py."""
 
 import gzip
 import json
@@ -47,14 +47,52 @@ def test_shapes_are_reported_and_other_keys_listed_once(tmp_path):
     assert dict(reading.shapes) == {"messages": 1, "prompt-completion": 2, "alpaca": 3, "sharegpt": 1}
 
 
-def test_all_bad_rows_are_found_in_one_pass_and_the_first_twenty_told(tmp_path):
+def test_all_bad_rows_are_found_in_one_pass_and_each_fault_told_once(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("nope\n" * 33)
+    rows = [json.dumps({"messages": [QUESTION, ANSWER]}), '{"prompt": "a"}', *["nope"] * 33]
+    path.write_text("\n".join(rows))
+    with pytest.raises(UserError) as error:
+        read_chats(str(path))
+    assert str(error.value).replace(f"{path}:", "").splitlines() == [
+        "2: completion: missing; add it",
+        "3: not JSON: Expecting value (column 1); mend this line, or remove it (also 4, 5, 6 and 29 more)",
+        "34 bad rows in all: 33 not JSON, 1 missing field. To train without them: --data.on_bad_row skip",
+    ]
+
+
+def test_of_many_faults_the_first_twenty_are_told(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": f"r{n}", "content": ""}]} for n in range(33)])
     with pytest.raises(UserError) as error:
         read_chats(str(path))
     lines = str(error.value).splitlines()
     assert len(lines) == 21
-    assert lines[-1] == "13 more; 33 bad rows in all: 33 not JSON. To train without them: --data.on_bad_row skip"
+    assert lines[-1] == "13 more; 33 bad rows in all: 33 unknown role. No row can be used as it is"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "### Human: a"}, "these rows are text that is rendered already"),
+        ({"system": "SYSTEM: x", "chat": "USER: a ASSISTANT: b"}, "these rows are Glaive's"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these rows are preferences; keep the chosen answer alone"),
+        ({"conversation_a": [], "conversation_b": []}, "these rows are preferences; keep the better"),
+        (
+            {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
+            "these rows are single messages of a",
+        ),
+        ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "these rows are Gemini's; rename `contents` to"),
+        ({"id": "1", "data": ["a", "b"]}, "these rows are UltraChat's first form"),
+        ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}, "these rows are preferences"),
+        ({"prompt": None, "completion": "b"}, "prompt: is null; fill it in, or remove the row"),
+    ],
+)
+def test_what_a_file_of_another_kind_is_is_told_once(tmp_path, row, said):
+    with pytest.raises(UserError) as error:
+        read_chats(str(write_jsonl(tmp_path / "rows.jsonl", [row] * 480)))
+    first, last = str(error.value).splitlines()
+    assert f"rows.jsonl:1: {said}" in first
+    assert first.endswith("(also 2, 3, 4 and 476 more)")
+    assert last.startswith("480 bad rows in all")
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "*.jsonl"])
@@ -153,10 +191,10 @@ def test_weight_0_on_a_sharegpt_call_is_kept(tmp_path):
 
 
 def test_a_misspelt_key_of_a_message_is_bad_and_another_is_listed(tmp_path):
-    row = {"messages": [QUESTION, {**ANSWER, "reasoning_content": "hm"}]}
+    row = {"messages": [QUESTION, {**ANSWER, "language": "en"}]}
     reading = Reading()
     assert len(list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])), reading))) == 1
-    assert list(reading.ignored_keys) == ["messages.reasoning_content"]
+    assert list(reading.ignored_keys) == ["messages.language"]
     row["messages"][1]["wieght"] = 0
     with pytest.raises(UserError, match="turn 2: unknown key `wieght`; did you mean `weight`?"):
         read_chats(str(write_jsonl(tmp_path / "a.jsonl", [row])))
@@ -175,6 +213,83 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path):
     for name in ("cut.jsonl.gz", "no.jsonl.gz"):
         with pytest.raises(UserError, match=f"{name}: cannot be read after line"):
             read_chats(str(tmp_path / name))
+
+
+def test_what_is_no_text_is_told_by_what_it_is(tmp_path):
+    files = {
+        "a.jsonl": (b"PK\x03\x04", "a zip archive, or a workbook of Excel"),
+        "b.jsonl": (b"\x28\xb5\x2f\xfd", "packed by zstd"),
+        "c.jsonl": (json.dumps(chat("a", "b")).encode("utf-16"), "UTF-16; save it as UTF-8"),
+    }
+    for name, (content, said) in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: is {said}"):
+            read_chats(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_and_objects_on_several_lines_are_read_row_by_row(tmp_path, indent):
+    rows = [chat("1", "a\u2028b"), {"prompt": "no answer"}, chat("3", "c")]
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False))
+    (tmp_path / "pretty.jsonl").write_text("\n".join(json.dumps(row, indent=2, ensure_ascii=False) for row in rows))
+    (tmp_path / "packed.json").write_bytes(gzip.compress((tmp_path / "array.json").read_bytes()))
+    for name in ("array.json", "pretty.jsonl", "packed.json"):
+        reading = Reading()
+        found = list(stream_chats(str(tmp_path / name), reading))
+        assert [row.messages[-1]["content"] for row in found] == ["a\u2028b", "c"]
+        assert [row.where.rpartition(":")[2] for row in found] == ["1", "3"]
+        assert [bad["where"].rpartition(":")[2] for bad in reading.bad] == ["2"]
+
+
+def test_a_json_array_that_breaks_off_is_named_where_it_does(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([chat("1", "2")] * 3)[:-20])
+    with pytest.raises(UserError, match=r"a.json:3: not JSON"):
+        read_chats(str(tmp_path / "a.json"))
+
+
+def test_csv_cells_are_texts_and_rows_named_by_their_first_line(tmp_path):
+    path = tmp_path / "rows.csv"  # "NA" and "1.0" stay what they are; to pandas they are something else
+    path.write_text('prompt,completion\n"a\nb",NA\nc,1.0\nd,\ne,f,g\nh\n')
+    reading = Reading()
+    found = list(stream_chats(str(path), reading))
+    assert [[message["content"] for message in row.messages] for row in found] == [["a\nb", "NA"], ["c", "1.0"]]
+    assert [row.where.rpartition(":")[2] for row in found] == ["2", "4"]
+    kinds = {bad["where"].rpartition(":")[2]: bad["kind"] for bad in reading.bad}
+    assert kinds == {"5": "empty answer", "6": "wrong type", "7": "missing field"}
+    (tmp_path / "rows.tsv").write_text("instruction\tinput\toutput\na\t\tb\n")
+    assert read_chats(str(tmp_path / "rows.tsv"))[0].messages[0]["content"] == "a"
+    cell = json.dumps([QUESTION, ANSWER]).replace('"', '""')
+    (tmp_path / "turns.csv").write_text(f'messages\n"{cell}"\n')
+    assert read_chats(str(tmp_path / "turns.csv"))[0].messages == [QUESTION, ANSWER]
+
+
+def test_parquet_is_read_whatever_its_suffix_with_its_nulls_as_padding(tmp_path):
+    """Columns and fields that other rows have are null; so are arguments and schemas, and a row's weight."""
+    from datasets import Dataset
+
+    calls = [
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"city": "Oslo"}}]},
+        {"role": "assistant", "content": "x", "weight": 1, "tool_calls": [{"name": "f", "arguments": {"day": 3}}]},
+    ]
+    schemas = [
+        {"name": "f", "parameters": {"type": "object", "properties": {name: {"type": kind}}}}
+        for name, kind in (("city", "string"), ("day", "integer"))
+    ]
+    rows = [
+        *({"messages": [QUESTION, call, RESULT, ANSWER], "tools": [s]} for call, s in zip(calls, schemas, strict=True)),
+        {"prompt": "2+2?", "completion": "4"},
+        {"prompt": "2+2?", "completion": " "},
+    ]
+    keys = {key for row in rows for key in row}
+    Dataset.from_list([{key: row.get(key) for key in keys} for row in rows]).to_parquet(tmp_path / "rows.data")
+    reading = Reading()
+    first, second, third = stream_chats(str(tmp_path / "rows.data"), reading)
+    assert first.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    assert first.messages[:1] + first.messages[2:] == [QUESTION, RESULT, ANSWER]
+    assert first.tools == [{"type": "function", "function": schemas[0]}]
+    assert second.messages[1]["tool_calls"][0]["function"]["arguments"] == {"day": 3}
+    assert third.messages == [QUESTION, ANSWER]
+    assert [bad["where"].rpartition(":")[2] for bad in reading.bad] == ["4"]
 
 
 def test_globs_reach_into_folders_and_names_with_brackets_are_names(tmp_path):

@@ -1,37 +1,39 @@
-"""JSONL files to checked chats: four shapes of rows become messages; errors are told as file:line with the mend."""
+"""Files to checked chats: JSON lines, a JSON array, Parquet, CSV; errors are told as file:line with the mend."""
 
-import contextlib
-import difflib
+import csv
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from recipes.utils.console import UserError, find_data_files, near
+from recipes.utils.console import UserError, find_data_files
+from recipes.utils.data.shapes import BadRow, check_characters, conversation, system_merged
 
-MOST_ERRORS = 20  # bad rows that are told one by one
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-SHAREGPT_ROLES |= {role: role for role in ROLES}
-SHAPES = {  # by which keys a row is known, and what else is read of it
-    "messages": (["messages"], ["tools"]),
-    "sharegpt": (["conversations"], ["system", "tools"]),
-    "prompt-completion": (["prompt", "completion"], ["tools"]),
-    "alpaca": (["instruction", "output"], ["input", "system"]),
+MOST_ERRORS = 20  # kinds of bad rows that are told one by one
+MOST_PLACES = 3  # of one of them
+NO_TEXT = {  # how files begin that are something else
+    b"PK": "a zip archive, or a workbook of Excel; unpack it, or save it as CSV",
+    b"BZh": "packed by bzip2; unpack it, or pack it by gzip",
+    b"\xfd7zXZ": "packed by xz; unpack it, or pack it by gzip",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it, or pack it by gzip",
+    b"\xff\xfe": "UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8",
+    b"ARROW1": "an Arrow file; save it as Parquet: Dataset.to_parquet",
 }
-MESSAGE_KEYS = ("role", "content", "tool_calls", "weight", "tool_call_id", "name")
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Which rows to train on, and what to do with those that cannot be used as they are: the section `data`."""
 
-    train: str | list[str] = ""  # required: a path, a list, or a glob of JSONL files
+    train: str | list[str] = ""  # required: a path, a list, or a glob of files
     validation: float | str | list[str] | None = None  # the same, or a share of the train rows, such as 0.05
     test: str | list[str] | None = None  # what evaluate_adapter.py scores; the validation rows when null
     over_length: Literal["drop", "truncate", "error"] = "drop"  # what becomes of rows over training.max_length
@@ -42,14 +44,6 @@ class DataOptions:
     control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
     ledger: bool = True  # keep the loss of each training row at each epoch, in RUN/ledger.jsonl
     samples: int = 3  # validation prompts that are answered at each evaluation, into RUN/samples.jsonl
-
-
-class BadRow(Exception):
-    """What is wrong with one row: `kind` is what rows are counted by, the message says where and how to mend it."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
 
 
 class Chat(NamedTuple):
@@ -70,41 +64,51 @@ class Reading:
     ignored_keys: list[str] = field(default_factory=list)
     trimmed: int = 0
     blank: int = 0
+    thoughts: int = 0  # rows with an answer that has one
     bad: list[dict] = field(default_factory=list)  # {"where", "kind", "error", "line"}
 
     def add_bad(self, where: str, error: BadRow, line: str = "") -> None:
         self.bad.append({"where": where, "kind": error.kind, "error": str(error), "line": line})
 
     def raise_if_bad(self) -> None:
-        """Raise a `UserError` with the first bad rows and a count by kind, if there are any."""
-        lines = [f"{row['where']}: {row['error']}" for row in self.bad[:MOST_ERRORS]]
+        """Raise a `UserError` with the bad rows, those with the same fault told once, and a count by kind, if any."""
+        faults: dict[str, list[str]] = {}
+        for row in self.bad:
+            faults.setdefault(row["error"], []).append(row["where"])
+        lines = []
+        for error, places in list(faults.items())[:MOST_ERRORS]:
+            others = [place.rpartition(":")[2] for place in places[1 : MOST_PLACES + 1]]
+            more = f" and {len(places) - 1 - MOST_PLACES:,} more" if len(places) - 1 > MOST_PLACES else ""
+            lines.append(f"{places[0]}: {error}" + (f" (also {', '.join(others)}{more})" if others else ""))
         if len(self.bad) > 1:
             kinds = Counter(row["kind"] for row in self.bad).most_common()
-            more = f"{len(self.bad) - MOST_ERRORS:,} more; " if len(self.bad) > MOST_ERRORS else ""
+            more = f"{len(faults) - MOST_ERRORS:,} more; " if len(faults) > MOST_ERRORS else ""
             counted = f"{len(self.bad):,} bad rows in all: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
-            lines.append(f"{more}{counted}. To train without them: --data.on_bad_row skip")
+            skip = "To train without them: --data.on_bad_row skip" if self.shapes else "No row can be used as it is"
+            if not self.shapes and len(kinds) == 1 and kinds[0][0] == "not JSON":
+                skip += ": one JSON object a line is expected; CSV is known by its suffix, .csv or .tsv"
+            lines.append(f"{more}{counted}. {skip}")
         if lines:
             raise UserError("\n".join(lines))
 
 
 def stream_chats(paths: str | list[str], reading: Reading, merge_system: bool = False) -> Iterator[Chat]:
-    """Yield each chat of JSONL files (paths, globs, .gz), one in memory at a time; the rest goes to `reading`.
-    `merge_system` moves system messages into the user turn that follows, for templates that have no place for them."""
+    """Yield each chat of files (paths, globs, .gz), one in memory at a time; the rest goes to `reading`. `merge_system`
+    moves system messages into the user turn that follows, for templates that have no place for them."""
     for path in find_data_files(paths):
         number, blank = 0, reading.blank
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for number, line in enumerate(file, start=1):  # `str.splitlines` would tear text at U+2028
-                    if chat := _chat(line, f"{path}:{number}", number == 1, reading, merge_system):
-                        yield chat
-        except (OSError, EOFError, zlib.error) as error:
+            for number, row in _rows(path):
+                if chat := _chat(row, f"{path}:{number}", number == 1, reading, merge_system):
+                    yield chat
+        except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
         if number == reading.blank - blank:
             raise UserError(f"{path}: has no rows; one JSON object a line is expected")
 
 
 def read_chats(paths: str | list[str], merge_system: bool = False) -> list[Chat]:
-    """All chats of JSONL files. Raises a `UserError` that lists the bad rows."""
+    """All chats of files. Raises a `UserError` that lists the bad rows."""
     reading = Reading()
     chats = list(stream_chats(paths, reading, merge_system))
     reading.raise_if_bad()
@@ -118,17 +122,66 @@ def held_out(chat: Chat, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _chat(line: bytes, where: str, first: bool, reading: Reading, merge_system: bool) -> Chat | None:
-    """The chat of a line; None for a blank or a bad one, which `reading` takes."""
+def _rows(path: Path) -> Iterator[tuple[int, bytes | dict]]:
+    """(number, row) of each row of a file: its line, of a JSON array or Parquet its place, which counts from 1; the row
+    as the bytes of a JSON object, or where a table holds it as its columns."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if what := next((what for magic, what in NO_TEXT.items() if start.startswith(magic)), None):
+        raise UserError(f"{path}: is {what}")
+    if start[:4] == b"PAR1":
+        from datasets import load_dataset
+
+        yield from enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), start=1)
+        return
+    with (gzip.open if start[:2] == b"\x1f\x8b" or path.suffix == ".gz" else open)(path, "rb") as file:
+        if (suffix := Path(path.name.removesuffix(".gz")).suffix) in (".csv", ".tsv"):
+            csv.field_size_limit(2**31 - 1)
+            text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+            table, line = csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t", strict=True), 2
+            for row in table:  # not by pandas, to which the answers "NA" and "1.0" are something else
+                yield line, row
+                line = table.line_num + 1
+        elif re.match(rb"\s*(\[|\{\s*[\r\n])", file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")):
+            yield from enumerate(_objects(file.read().decode("utf-8-sig")), start=1)
+        else:
+            yield from enumerate(file, start=1)  # `str.splitlines` would tear text at U+2028
+
+
+def _objects(text: str) -> Iterator[bytes]:
+    """Each object of a JSON array, or of objects that stand on several lines."""
+    place, skipped = 0, re.compile(r"\s*\[?[\s,]*" if text.lstrip()[0] == "[" else r"[\s,]*")
+    while (place := skipped.match(text, place).end()) < len(text) and text[place] != "]":  # type: ignore[union-attr]
+        try:
+            end = json.JSONDecoder().raw_decode(text, place)[1]
+        except (ValueError, RecursionError):
+            end = len(text)  # where the next one begins cannot be told; what is wrong is told of this one
+        yield text[place:end].encode()
+        place, skipped = end, re.compile(r"[\s,]*")
+
+
+def _chat(row: bytes | dict, where: str, first: bool, reading: Reading, merge_system: bool) -> Chat | None:
+    """The chat of a row; None for a blank or a bad one, which `reading` takes."""
+    text = ""
     try:
-        text = line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
-        if text.strip():
-            messages, tools = _conversation(_parsed(text), reading, merge_system)
-            return Chat(messages, where, tools, text)
-        reading.blank += 1
+        if isinstance(row, bytes):
+            text = row.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+            if not text.strip():
+                reading.blank += 1
+                return None
+            messages, tools = _checked(_parsed(text), reading, merge_system)
+        else:
+            text = json.dumps(row, ensure_ascii=False, default=str)
+            if None in row:
+                raise BadRow(
+                    "wrong type", "more cells than the first line names; put a cell that holds commas in quotes"
+                )
+            check_characters(row)
+            messages, tools = _checked(row, reading, merge_system)
+        return Chat(messages, where, tools, text)
     except UnicodeDecodeError as error:
         what = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-        reading.add_bad(where, BadRow("not UTF-8", what), repr(line))
+        reading.add_bad(where, BadRow("not UTF-8", what), repr(row))
     except BadRow as error:
         reading.add_bad(where, error, text)
     return None
@@ -141,11 +194,12 @@ def _parsed(text: str) -> dict:
             found = f"expected a JSON object, found {type(row).__name__}"
             raise BadRow("not an object", f"{found}; write one object a line")
         if "\\u" in text:  # only such text can hold what no tokenizer takes
-            _check_characters(row)
+            check_characters(row)
         return row
     except json.JSONDecodeError as error:
-        mend = "write one object a line, not an array" if text.lstrip()[0] == "[" else "mend this line, or remove it"
-        raise BadRow("not JSON", f"not JSON: {error.msg} (column {error.colno}); {mend}") from error
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} of it"
+        mend = "mend this line, or remove it"
+        raise BadRow("not JSON", f"not JSON: {error.msg} ({place}); {mend}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise BadRow("not JSON", f"not JSON that can be read: {error}; remove the line") from error
 
@@ -158,26 +212,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _check_characters(value, path: str = "") -> None:
-    """Raise a `BadRow` where a text within `value` holds what no tokenizer takes."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _check_characters(part, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for number, part in enumerate(value, start=1):
-            _check_characters(part, f"{path}[{number}]")
-    elif isinstance(value, str) and "\0" in value:
-        raise BadRow("NUL", f"{path}: holds a NUL character; remove it")
-    elif isinstance(value, str) and (lone := re.search("[\ud800-\udfff]", value)):
-        half = f"holds half a character (\\u{ord(lone.group()):x}); the text was cut inside an emoji or the like"
-        raise BadRow("lone surrogate", f"{path}: {half}: write it whole, or remove it")
-
-
-def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict], list[dict] | None]:
-    """(messages, tools) of a row; its shape and the keys that are ignored are counted in `reading`."""
-    shape = _shape(row)
-    messages = [_message(turn, f"turn {number}") for number, turn in enumerate(_turns(row, shape), start=1)]
-    messages = _merge_system(messages) if merge_system else messages
+def _checked(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict], list[dict] | None]:
+    """(messages up to the last answer, tools) of a row; what is counted goes to `reading`."""
+    shape, messages, tools, unread = conversation(row)
+    messages = system_merged(messages) if merge_system else messages
     if any(message["role"] == "system" for message in messages[1:]):
         raise BadRow("system not first", "a system message is not the first one; move it there, or --data.system merge")
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -185,155 +223,8 @@ def _conversation(row: dict, reading: Reading, merge_system: bool) -> tuple[list
         found, mend = ("every answer has weight 0", "remove the row") if answers else ("no assistant turn", "add one")
         raise BadRow("no answer", f"{found}, so there is nothing to learn; {mend}")
     reading.shapes[shape] += 1
-    ignored = row.keys() - {*SHAPES[shape][0], *SHAPES[shape][1]}
-    for turn in row["messages"] if shape == "messages" else ():
-        ignored.update(f"messages.{key}" for key in turn.keys() - set(MESSAGE_KEYS))
-    reading.ignored_keys = sorted(ignored.union(reading.ignored_keys))
+    reading.thoughts += any("reasoning_content" in messages[n] or "</think>" in messages[n]["content"] for n in answers)
+    if not unread.issubset(reading.ignored_keys):
+        reading.ignored_keys = sorted(unread.union(reading.ignored_keys))
     reading.trimmed += messages[-1]["role"] != "assistant"
-    return messages[: answers[-1] + 1], _tools(row.get("tools"))
-
-
-def _shape(row: dict) -> str:
-    for shape, (keys, _) in SHAPES.items():
-        if any(key in row for key in keys):
-            return shape
-    known = [name for keys, others in SHAPES.values() for name in keys + others]
-    slips = (f"did you write `{key}` for {meant}?" for key in row if (meant := near(key, known)))
-    shapes = "expected `messages`, `conversations`, `prompt` and `completion`, or `instruction` and `output`"
-    raise BadRow("missing field", f"no known shape: found the keys {sorted(row)}; {next(slips, shapes)}")
-
-
-def _turns(row: dict, shape: str) -> list:
-    """The row as a list of {"role", "content"}, not checked yet."""
-    if shape == "messages":
-        return _field(row, "messages", list)
-    if shape == "prompt-completion":
-        prompt, completion = _field(row, "prompt", str, list), _field(row, "completion", str, list)
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return prompt + ([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    if shape == "sharegpt":
-        return system + [_sharegpt_turn(turn, n) for n, turn in enumerate(_field(row, "conversations", list), start=1)]
-    instruction, output = _field(row, "instruction", str), _field(row, "output", str)
-    context = _field(row, "input", str) if row.get("input") else ""
-    question = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
-
-
-def _field(row: dict, name: str, *kinds: type):
-    if name not in row:
-        raise BadRow("missing field", f"{name}: {_missing(name, row)}")
-    if not isinstance(row[name], kinds):
-        expected = " or ".join("a string" if kind is str else "a list" for kind in kinds)
-        raise BadRow("wrong type", f"{name}: expected {expected}, found {type(row[name]).__name__}; write it as such")
-    return row[name]
-
-
-def _sharegpt_turn(turn, number: int) -> dict:
-    place = f"conversations: turn {number}"
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise BadRow("wrong type", f"{place}: expected an object with `from` and `value`; write both")
-    _check_role(turn["from"], tuple(SHAREGPT_ROLES), place)  # what stands there may have no hash
-    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-    if turn["from"] == "function_call":
-        calls = _json(turn["value"], f"turn {number}: function_call")
-        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return message | ({"weight": turn["weight"]} if "weight" in turn else {})
-
-
-def _message(message, turn: str) -> dict:
-    """The message reduced to what a template reads, or a `BadRow` that names the turn."""
-    if not isinstance(message, dict):
-        raise BadRow("wrong type", f"{turn}: expected an object with `role` and `content`; write both")
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    _check_role(role, ROLES, turn)
-    if calls and role == "assistant":
-        content = content or ""
-    if content is None:
-        raise BadRow("missing field", f"{turn} ({role}): content: {_missing('content', message)}")
-    if not isinstance(content, str):
-        found = f"expected a string, found {type(content).__name__}; join its parts into one"
-        raise BadRow("wrong type", f"{turn} ({role}): content: {found}")
-    if role == "assistant" and not content.strip() and not calls:
-        teaches = "the answer is empty; it would teach the model to stop at once"
-        raise BadRow("empty answer", f"{turn}: {teaches}: fill it in, or remove the row")
-    for key in message.keys() - set(MESSAGE_KEYS):
-        if meant := difflib.get_close_matches(key, MESSAGE_KEYS, n=1, cutoff=0.8):
-            raise BadRow("misspelt key", f"{turn}: unknown key `{key}`; did you mean `{meant[0]}`?")
-    if role == "tool" and "\\u" in content:  # a template may decode such text, and show what it hides
-        with contextlib.suppress(BadRow):
-            content = json.dumps(_json(content, "content"), ensure_ascii=False)
-    checked = {"role": role, "content": content}
-    if calls:
-        if role != "assistant" or not isinstance(calls, list):
-            raise BadRow("wrong type", f"{turn}: tool_calls: expected a list, in an assistant turn; move it there")
-        checked["tool_calls"] = [_tool_call(call, turn) for call in calls]
-    if "weight" in message:
-        if message["weight"] not in (0, 1) or isinstance(message["weight"], bool):
-            raise BadRow("wrong type", f"{turn}: weight: expected 0 (no loss on this turn) or 1; write one of them")
-        checked["weight"] = message["weight"]
-    if role == "tool" and isinstance(message.get("tool_call_id"), str):
-        checked["tool_call_id"] = _call_id(message["tool_call_id"])
-    return checked
-
-
-def _tool_call(call, turn: str) -> dict:
-    """{"type": "function", "function": {"name", "arguments": dict}}, with "id" where the row has one."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow("wrong type", f"{turn}: tool_calls: expected objects with `name` and `arguments`; write both")
-    place, arguments = f"{turn}: arguments of {function['name']}", function.get("arguments", {})
-    arguments = _json(arguments, place) if isinstance(arguments, str) else arguments
-    if not isinstance(arguments, dict):
-        raise BadRow("wrong type", f'{place}: expected an object; write {{"name": value}}')
-    checked = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": _call_id(call["id"]), **checked} if isinstance(call.get("id"), str) else checked
-
-
-def _call_id(name: str) -> str:
-    """Nine letters or digits, which is what Mistral's form takes; another id becomes such a one, the same each time."""
-    fits = re.fullmatch("[a-zA-Z0-9]{9}", name)
-    return name if fits else hashlib.blake2b(name.encode(), digest_size=5).hexdigest()[:9]
-
-
-def _tools(tools) -> list[dict] | None:
-    """Function schemas in the form that templates expect, from a list or its JSON text."""
-    tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise BadRow("wrong type", "tools: expected a list of function schemas, or its JSON text; write [] for none")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()] or None
-
-
-def _json(text, place: str):
-    try:
-        value = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        message = f"{place}: not JSON: {getattr(error, 'msg', error)}; write it as JSON, with double quotes"
-        raise BadRow("tool call not JSON", message) from error
-    _check_characters(value, place)
-    return value
-
-
-def _check_role(role, known: tuple[str, ...], place: str) -> None:
-    if role not in known:
-        meant = near(str(role).lower(), known)
-        mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"
-        raise BadRow("unknown role", f"{place}: unknown role {role!r}; {mend}")
-
-
-def _missing(name: str, row: dict) -> str:
-    return "missing; " + (f"did you write `{slip}` for it?" if (slip := near(name, row)) else "add it")
-
-
-def _merge_system(messages: list[dict]) -> list[dict]:
-    merged, waiting = [], []
-    for message in messages:
-        if message["role"] == "system":
-            waiting.append(message["content"])
-            continue
-        if waiting and message["role"] == "user":
-            message, waiting = {**message, "content": "\n\n".join([*waiting, message["content"]])}, []
-        merged.append(message)
-    if waiting:
-        raise BadRow("system not first", "a system message at the end has no user turn to be merged into; remove it")
-    return merged
+    return messages[: answers[-1] + 1], tools

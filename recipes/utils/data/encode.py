@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from recipes.utils.console import UserError
-from recipes.utils.data.chats import BadRow, Chat
+from recipes.utils.data.chats import Chat
+from recipes.utils.data.shapes import BadRow
 from recipes.utils.data.template import ANSWER, USER, render
 
 MARK = "\ufdd0"  # a code point that is no character, so it stands in no text

@@ -23,8 +23,9 @@ from rensa import RMinHash
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError, find_data_files, say
-from recipes.utils.data.chats import BadRow, Chat, DataOptions, Reading, held_out, stream_chats
+from recipes.utils.data.chats import Chat, DataOptions, Reading, held_out, stream_chats
 from recipes.utils.data.encode import Document, Encoded, Encoder
+from recipes.utils.data.shapes import BadRow
 from recipes.utils.files import file_hash
 
 BATCH = 1000  # rows
