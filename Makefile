@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 demo: .venv/installed
 	$(VENV)/python recipes/sft_lora.py configs/tiny.yaml --training.output_dir runs/tiny-lora
-	$(VENV)/python recipes/evaluate_adapter.py runs/tiny-lora
+	$(VENV)/python recipes/evaluate_adapter.py runs/tiny-lora --shots 4
 	$(VENV)/python recipes/merge_adapter.py runs/tiny-lora
 	$(VENV)/python recipes/evaluate_adapter.py runs/tiny-lora --model runs/tiny-lora/merged
 

@@ -5,12 +5,13 @@
     python recipes/compare_runs.py runs/* --html comparison.html --csv comparison.csv
 
 Scores and intervals are those of evaluate_adapter.py, for the runs that it has scored. Runs are measured against the
-first one; what was validated or tested on other rows is marked as not comparable.
+first one, on the rows that both were scored on; what was validated or tested on other rows is marked.
 """
 
 import json
 import sys
 from argparse import ArgumentParser
+from collections import Counter
 from fnmatch import filter as matching
 from pathlib import Path
 
@@ -31,7 +32,7 @@ if __name__ == "__main__":
 import pandas
 from rich.table import Table
 
-from recipes.utils.evaluation import SCORES, compare, figures, own_interval, read_rows, show, show_interval
+from recipes.utils.evaluation import SCORES, compare, figures, own_interval, read_rows, score_of, show, show_interval
 from recipes.utils.files import read_json, read_jsonl
 from recipes.utils.page import write_page
 
@@ -43,6 +44,8 @@ NOTES = {
     "train": "{}: trained on other rows than {}, so more than its settings differ",
     "validation": "† {}: other validation rows than {}, so its validation loss is not comparable",
     "test": "† {}: other test rows than {}, so its scores are not comparable",
+    "common": "† {}: other test rows than {}; it is held against that on the {:,} rows in common",
+    "answers": "{}: answers to {:,} rows, {} to {:,}; held against each other on those in common",
 }
 ACROSS = 4  # runs that stand beside each other on a terminal
 
@@ -64,10 +67,10 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
     values = settings.map(lambda value: json.dumps(value, default=str), na_action="ignore")
     # of the 4-bit base, among the runs that have one
     keys = [key for key in settings if values[key].nunique(dropna=key.startswith("quantization.")) > 1]
-    table = pandas.DataFrame([row_of(one, found[0], keys) for one in found])
+    table = pandas.DataFrame([row_of(one, found[0], keys) for one in found]).fillna("")
     table = table[[name for name in table if name in ("run", "validation loss") or table[name].any()]]
     print_runs(table)
-    notes = [NOTES[part].format(one["name"], found[0]["name"]) for one in found for part in one["other"]]
+    notes = [note for one in found for note in notes_on(one, found[0])]
     for note in notes:
         say(note)
     rows = [line[(line != "") | (line.index == "validation loss")].to_dict() for _, line in table.iterrows()]
@@ -97,7 +100,7 @@ def read(folder: Path) -> dict:
     metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(RESULTS), dtype=float)
     numbers = metrics.agg({name: how for name, (how, *_) in RESULTS.items()}).dropna().to_dict()
     numbers |= {"seconds": record["train"]["train_runtime"]} if "train" in record else {}
-    data, rows = {}, []
+    data, rows, keys = {}, [], []
     for part in [part for part in ("train", "validation") if counts.get(part)]:
         share = [options[part], record["seed"]] if isinstance(options[part], float) else []
         paths = options["train" if share else part]
@@ -105,13 +108,52 @@ def read(folder: Path) -> dict:
         hashes = {str(files.get(path)) for name in names for path in matching(files, name) or [name]}
         data[part] = [*sorted(hashes), *share, counts[part]["rows"], counts[part]["trained_tokens"]]
     if scored.is_file() and (rows := read_rows(scored).get("adapter", [])):
-        for name, value in [(name, value) for name, value in figures(rows).items() if name in SCORES]:
+        keys = row_keys(read_jsonl(scored))
+        for name, value in [(name, value) for name, value in figures(rows).items() if shown(name)]:
             low, high = own_interval(rows, name) or (None, None)
             numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
         digest = read_json(scored.with_name("metrics.json"))["of"]["rows_sha256"]
         data["test"] = [digest, sum(row["tokens"] for row in rows), len(rows)]
     start = {"run": str(folder), "status": record["status"], "settings": settings}
-    return start | {"numbers": numbers, "rows": rows, "data": data}
+    return start | {"numbers": numbers, "rows": rows, "keys": keys, "data": data}
+
+
+def shown(name: str) -> bool:
+    return name in SCORES or name.startswith("metric.")
+
+
+def row_keys(lines: list[dict]) -> list[tuple]:
+    """By what a row of predictions.jsonl is known in those of another run: what was asked, its number of answer tokens,
+    and how often it came before."""
+    seen: Counter = Counter()
+    keys = []
+    for line in lines:
+        asked = json.dumps([line["prompt"], line["tokens"]], sort_keys=True)
+        keys.append((asked, seen[asked]))
+        seen[asked] += 1
+    return keys
+
+
+def in_common(one: dict, other: dict) -> tuple[list[dict], list[dict]]:
+    """The rows that both runs were scored on, each run's, in the order of the first; none where the expected answers
+    differ."""
+    theirs = dict(zip(other["keys"], other["rows"], strict=True))
+    both = [(row, theirs[key]) for key, row in zip(one["keys"], one["rows"], strict=True) if key in theirs]
+    both = [pair for pair in both if len({row["expected"] for row in pair if "expected" in row}) < 2]
+    return [ours for ours, _ in both], [others for _, others in both]
+
+
+def notes_on(one: dict, first: dict) -> list[str]:
+    """What a reader has to know before holding a run against the first one."""
+    common, _ = in_common(one, first)
+    notes = []
+    for part in one["other"]:
+        kind = "common" if part == "test" and common else part
+        notes.append(NOTES[kind].format(one["name"], first["name"], len(common)))
+    answers = [sum("answer" in row for row in run["rows"]) for run in (one, first)]
+    if all(run["rows"] for run in (one, first)) and answers[0] != answers[1] and "test" not in one["other"]:
+        notes.append(NOTES["answers"].format(one["name"], answers[0], first["name"], answers[1]))
+    return notes
 
 
 def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
@@ -125,15 +167,15 @@ def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
     last = {label: format(numbers[name], form) if name in numbers else "" for name, (_, label, form) in RESULTS.items()}
     mark = " †" * ("eval_loss" in numbers and "validation" in one["other"])
     row["validation loss"] = last.pop("validation loss") + mark
-    for name in SHOWN:
+    of_the_user = [name for name in numbers if name.startswith("metric.") and f"{name}_low" in numbers]
+    for name in (*of_the_user, *SHOWN):
         value, low, high = (numbers.get(name + end) for end in ("", "_low", "_high"))
         interval = "" if low is None else f" ({show(name, low)} to {show(name, high)})"
         text = "" if value is None else show(name, value) + interval + " †" * ("test" in one["other"])
-        row["test loss" if name == "loss" else SCORES[name].label] = text
-    alike = one is not first and one["rows"] and first["rows"] and "test" not in one["other"]
-    found = compare(one["rows"], first["rows"]) if alike else {}
-    judged = [(name, found[name]) for name in ("loss", "exact_match") if name in found]
-    words = [f"{SCORES[name].label} {score['verdict']} ({show_interval(name, score)})" for name, score in judged]
+        row["test loss" if name == "loss" else score_of(name).label] = text
+    found = compare(*in_common(one, first)) if one is not first else {}
+    judged = [(name, found[name]) for name in ("loss", *of_the_user, "exact_match") if name in found]
+    words = [f"{score_of(name).label} {score['verdict']} ({show_interval(name, score)})" for name, score in judged]
     row |= {f"against {first['name']}": "; ".join(words), **last}
     return row | {"not comparable": ", ".join(f"other {part} rows" for part in one["other"])}
 

@@ -5,8 +5,13 @@
     python recipes/evaluate_adapter.py runs/mistral-lora --model runs/mistral-lora/merged
     python recipes/evaluate_adapter.py runs/mistral-lora --forgetting general.jsonl
     python recipes/evaluate_adapter.py runs/mistral-lora --scales 0,0.5,0.75,1,1.25 --forgetting general.jsonl
+    python recipes/evaluate_adapter.py runs/mistral-lora --shots 4 --system "Answer in one word."
+    python recipes/evaluate_adapter.py runs/mistral-lora --gate "exact_match >= base + 0.05"
+    python recipes/evaluate_adapter.py runs/mistral-lora --metric my_metrics.py:f1
 
 Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key `tag` are summed up by tag as well.
+--shots and --system score the base as a good prompt has it, with examples from the train rows; the adapter is then held
+against the best. A gate is decided by the 95 % interval: exit status 0 all pass, 4 one fails, 5 too few rows to say.
 --scales turns the adapter down or up without training again (a LoRA is linear in its scale), and writes scales.json;
 merge_adapter.py --scale merges it at the one you choose.
 """
@@ -14,7 +19,18 @@ merge_adapter.py --scale merges it at the one you choose.
 import sys
 from pathlib import Path
 
-from recipes.utils.console import ArgumentParser, CommandLine, UserError, first_look, recipe_parser, run_main, say
+from recipes.utils.console import (
+    GATE_FAILED,
+    OK,
+    TOO_FEW_ROWS,
+    ArgumentParser,
+    CommandLine,
+    UserError,
+    first_look,
+    recipe_parser,
+    run_main,
+    say,
+)
 
 
 def command_line() -> ArgumentParser:
@@ -27,6 +43,12 @@ def command_line() -> ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; 16 tokens more than the longest expected")
     parser.add_argument("--scales", metavar="0.5,1,...", type=_scales, help="score the adapter at each of these scales")
     parser.add_argument("--forgetting", metavar="FILE", help="rows of another kind, that the base must not unlearn")
+    parser.add_argument("--shots", type=int, default=0, metavar="K", help="score the base with K examples before, too")
+    parser.add_argument("--system", metavar="TEXT_OR_FILE", help="score the base with this system message, too")
+    asked = "SCORE >= REFERENCE + MARGIN; a reference is base, best, shots, system, system_shots, a run or a number"
+    parser.add_argument("--gate", action="append", metavar="GATE", help=asked)
+    own = "a score of your own: function(expected, answer) -> float, more is better"
+    parser.add_argument("--metric", action="append", metavar="FILE:FUNCTION", help=own)
     return parser
 
 
@@ -45,27 +67,43 @@ from recipes.utils.monitoring import refresh_report
 
 
 def evaluate_adapter(
-    run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None
-) -> dict:
+    run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None, shots=0,
+    system=None, gate=None, metric=None,
+) -> dict:  # fmt: skip
     """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
     Returns what `write_evaluation` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
     "tags": {...}}, and under "forgetting" the same for the rows of that JSONL file, which are of another kind and which
-    the base is good at. With `scales` {"0.5": {...}, ...}: figures at each, and `forgetting_loss` (nats a token)."""
-    # 1. The run, and the rows to score.
+    the base is good at. With `scales` {"0.5": {...}, ...}: figures at each, and `forgetting_loss` (nats a token).
+    `shots` examples and the message `system` (text, or a file) make further baselines; each `gate` is decided, under
+    "gates"; each `metric` ("my_file.py:function") is a further score."""
+    # 1. The run, the rows to score, and what they are held against; a slip is found before anything is loaded.
     run_folder = Path(run_folder or scoring.newest_run())
     record = scoring.read_run(run_folder)
     if max_rows < 1:
         raise UserError("--max-rows: at least one answer must be generated")
-    if scales and model:
-        raise UserError("--scales scores the adapter, so not with --model")
+    if shots < 0:
+        raise UserError("--shots: a number of examples, such as 4")
+    others = {"--model": model, "--shots": shots, "--system": system, "--gate": gate, "--metric": metric}
+    for flag, value in others.items():
+        if scales and value:
+            raise UserError(f"--scales scores the adapter, so not with {flag}")
     if model and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: is no model folder (it has no config.json)")
+    metrics_of_user, system = scoring.read_metrics(metric or []), scoring.read_system(system)
     chats, settings = scoring.rows_to_score(record, data), (max_rows, max_new_tokens)
     parts = {"predictions": chats} | ({"forgetting": read_chats(forgetting)} if forgetting else {})
     encoder = Encoder(AutoTokenizer.from_pretrained(run_folder, local_files_only=True), escape=True)
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
     for scale in scales or ():
         scoring.check_linear(run_folder, scale)
+    wanted = {"base": True, "system": system, "shots": shots, "system_shots": shots and system}
+    baselines = [name for name, value in wanted.items() if value]
+    fields = [name for chat in chats[:max_rows] for name in scoring.field_names(chat.messages[-1]["content"])]
+    known = [*baselines, "best"], [*metrics_of_user], [*dict.fromkeys(fields)], bool(forgetting)
+    gates = [scoring.read_gate(text, *known) for text in gate or []]
+    digests = {part: scoring.rows_digest(rows) for part, rows in parts.items()}
+    of_runs = scoring.rows_of_runs(gates, digests, lambda part: sum(row.trained for row in encoder.encode(parts[part])))
+    prompts, prompted = scoring.prompts_of(record, encoder, chats, shots, system, max_new_tokens)
 
     # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn, or scaled.
     live = scoring.load_adapter(run_folder, record)
@@ -78,6 +116,8 @@ def evaluate_adapter(
     for name, rows in parts.items():
         with live.disable_adapter():
             scored[name] = {"base": scoring.evaluate(live, encoder, rows, *settings)}
+            for baseline, asked in prompts.items() if name == "predictions" else ():
+                scored[name][baseline] = scoring.evaluate(live, encoder, asked, *settings)
         scored[name]["adapter"] = scoring.evaluate(live, encoder, rows, *settings)
     del live
     if model:
@@ -85,19 +125,29 @@ def evaluate_adapter(
         plain = AutoModelForCausalLM.from_pretrained(model, **how)
         for name, rows in parts.items():
             scored[name]["merged"] = scoring.evaluate(plain, encoder, rows, *settings)
+    for answered in scored["predictions"].values():
+        scoring.add_metrics(answered, metrics_of_user, [chat.where for chat in chats])
 
     # 3. The figures, for people and for machines.
-    metrics = scoring.write_evaluation(run_folder, parts, scored, forgetting)
+    best_of = {part: scoring.best_baselines(models) for part, models in scored.items()}
+    decided = [scoring.decide(one, scored[one.part], best_of[one.part], of_runs.get(one)) for one in gates]
+    more = {name: value for name, value in {"baselines": prompted, "gates": decided}.items() if value}
+    metrics = scoring.write_evaluation(run_folder, parts, scored, forgetting, **more)
     scoring.print_evaluation(metrics, scored["predictions"], chats)
     refresh_report(run_folder)
     say(f"\nwritten: {run_folder / 'evaluation'}\nreport:  {run_folder / 'report.html'}")
     if not model:
         say(f"next:    python recipes/merge_adapter.py {run_folder}")
+    say(f"\nverdict: {metrics['verdict']}")
+    for one in decided:
+        say(f"gate:    {one['verdict'].upper()}: {one['text']}")
     return metrics
 
 
-def main(given: CommandLine) -> None:
-    evaluate_adapter(**{name: value for name, value in given.options.items() if name != "traceback"})
+def main(given: CommandLine) -> int:
+    metrics = evaluate_adapter(**{name: value for name, value in given.options.items() if name != "traceback"})
+    verdicts = [gate["verdict"] for gate in (metrics or {}).get("gates", ())]
+    return GATE_FAILED if "fail" in verdicts else TOO_FEW_ROWS if scoring.FEW in verdicts else OK
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
     python recipes/plan_run.py                                              what this machine can run
     python recipes/plan_run.py configs/mistral.yaml                         what fits this machine's GPU
     python recipes/plan_run.py configs/qwen2.yaml --qlora --gpu "RTX 4090"  what fits another
+    python recipes/plan_run.py configs/mistral.yaml --gpu H100 --price 2.5  hours and cost, at 2.50 an hour
 
 The memory is worked out from the model's own config and the run's settings; any key can be given as a flag, as to the
-recipes. Speed is told where it was measured, on the GPU that is named.
+recipes. Speed is told where it was measured, on the GPU that is named; elsewhere give --tokens-per-second.
 """
 
 import os
 import sys
 from argparse import ArgumentParser
 
-from recipes.utils.console import CommandLine, first_look, out, print_table, recipe_parser, run_main, say
+from recipes.utils.console import CommandLine, UserError, first_look, out, print_table, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -20,6 +21,9 @@ def command_line() -> ArgumentParser:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/mistral.yaml")
     parser.add_argument("--gpu", metavar="GPU", help="the GPU to plan for: 24GB, or a name; this machine's without it")
     parser.add_argument("--qlora", action="store_true", help="plan for sft_qlora.py: its flags and its speed")
+    parser.add_argument("--price", type=float, metavar="N", help="of the GPU, an hour: what the training costs")
+    speed = "train tokens a second, where the GPU's speed was not measured; a run prints it"
+    parser.add_argument("--tokens-per-second", type=float, metavar="N", help=speed)
     return parser
 
 
@@ -33,8 +37,12 @@ from recipes.utils.config import Config, read_config
 from recipes.utils.model import find_base, model_config
 
 
-def plan_run(config: Config, gpu: str | None = None) -> None:
-    """Print memory by part, what fits `gpu` (a name, or a size such as 24GB), the flags to paste and the speed."""
+def plan_run(config: Config, gpu=None, price: float | None = None, tokens_per_second: float | None = None) -> None:
+    """Print memory by part, what fits `gpu` (a name, or a size such as 24GB), the flags to paste and the speed; with
+    `price` an hour, or with the user's own `tokens_per_second`, also hours and cost of the run, a curve and a sweep."""
+    for flag, value in {"--price": price, "--tokens-per-second": tokens_per_second}.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{flag}: a number above 0")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         say("memory: not predicted under FSDP")
         return
@@ -69,17 +77,22 @@ def plan_run(config: Config, gpu: str | None = None) -> None:
             batch = f"per_device_train_batch_size {rows} --training.gradient_accumulation_steps {a_step // rows}"
             recompute = f"gradient_checkpointing {str(checkpointing).lower()}"
             plan["flags"] = f"--training.{batch} --training.{recompute}{dtype_flag}"
-            plan["speed"] = planning.measured_speed(config, shape, method, name, checkpointing)
+            plan["speed"], measured = planning.measured_speed(config, shape, method, name, checkpointing)
         print_table(f"\n{config.name} · {method}", plan)
+        if fit and (price or tokens_per_second):
+            why = str(plan["speed"]).partition(";")[0]
+            tokens = planning.trained_tokens(config, args)
+            print_table("\non one GPU", planning.price_table(tokens, tokens_per_second or measured, price, why))
         if fit:
             break
 
 
 def main(given: CommandLine) -> None:
-    gpu, qlora = given.options["gpu"], given.options["qlora"]
+    gpu, qlora, money = (given.options[name] for name in ("gpu", "qlora", "price"))
+    speed = given.options["tokens_per_second"]
     if given.options["config"]:
-        plan_run(read_config(given, "qlora" if qlora else "lora"), gpu)
-    elif given.flags or gpu or qlora:
+        plan_run(read_config(given, "qlora" if qlora else "lora"), gpu, money, speed)
+    elif given.flags or gpu or qlora or money or speed:
         command_line().error("name a CONFIG")
     else:
         for state, what, text in planning.check_machine():

@@ -14,7 +14,7 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.sft_lora import train_lora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
-from recipes.utils.evaluation import figures, own_interval, read_rows
+from recipes.utils.evaluation import compare, figures, own_interval, read_rows, show_interval
 
 FIRST_BUILD = DATA / "first_build_run"
 
@@ -113,15 +113,50 @@ def test_a_validation_share_of_other_rows_is_not_comparable(twin):
     assert other[1]["not comparable"] == "other validation rows"
 
 
+def change_predictions(folder: Path, change) -> None:
+    """Rewrite the run's predictions by `change` of their list, and let its metrics be of other rows."""
+    lines = change(read_jsonl(folder / "evaluation" / "predictions.jsonl"))
+    write_jsonl(folder / "evaluation" / "predictions.jsonl", lines)
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    metrics["of"]["rows_sha256"] = "0" * 64
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+
+
 def test_scores_on_other_test_rows_are_marked_and_not_compared(runs, twin):
     other = twin(lambda record: None)
-    metrics = json.loads((other / "evaluation" / "metrics.json").read_text())
-    metrics["of"]["rows_sha256"] = "0" * 64
-    (other / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    change_predictions(other, lambda lines: [{**line, "prompt": [{"role": "user", "content": "?"}]} for line in lines])
     _, row = compare_runs([runs[0], other])
     assert row["not comparable"] == "other test rows"
     assert row["test loss"].endswith("†")
     assert "against alpha-8" not in row
+
+
+def test_runs_scored_on_other_numbers_of_rows_are_held_against_each_other_on_those_in_common(runs, twin, capsys):
+    """The rows of the second are 25 of the first one's 30, in another order, and five new ones."""
+    other = twin(lambda record: None)
+    new = [{"role": "user", "content": "?"}]
+    change_predictions(other, lambda lines: [{**line, "prompt": new} for line in lines[:5]] + lines[:4:-1])
+    _, row = compare_runs([runs[1], other])
+    assert row["test loss"].endswith("†")
+    assert "it is held against that on the 25 rows in common" in capsys.readouterr().out
+    first, second = (read_jsonl(run / "evaluation" / "predictions.jsonl") for run in (runs[1], other))
+    pairs = list(zip(second[:4:-1], first[5:], strict=True))
+    rows = ([{**pair[place]["adapter"], "tokens": pair[place]["tokens"]} for pair in pairs] for place in (0, 1))
+    found = compare(*rows)["loss"]
+    assert row["against alpha-32"].startswith(f"loss {found['verdict']} ({show_interval('loss', found)})")
+
+
+def test_runs_with_other_numbers_of_answers_are_compared_on_those_in_common(runs, tmp_path, capsys):
+    other = tmp_path / "more"
+    shutil.copytree(runs[1], other)
+    evaluate_adapter(other, max_rows=24, max_new_tokens=4)
+    capsys.readouterr()
+    _, row = compare_runs([runs[0], other])
+    assert (
+        "more: answers to 24 rows, alpha-8 to 2; held against each other on those in common" in capsys.readouterr().out
+    )
+    assert "exact match too few rows to say" in row["against alpha-8"]
+    assert "not comparable" not in row
 
 
 def test_a_run_that_goes_on_and_was_not_scored_is_in_the_table(runs, twin):

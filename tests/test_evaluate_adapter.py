@@ -1,10 +1,14 @@
 """evaluate_adapter.py: base, adapter and merged model side by side, for people and for machines."""
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
-from conftest import TINY, chat, copy_run, read_jsonl, run_recipe, run_script, small_config, write_jsonl
+import yaml
+from conftest import ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, run_script, small_config, write_jsonl
+from forks import command_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import evaluate_adapter as recipe
@@ -12,7 +16,7 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.console import UserError
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import SCORES, evaluate, score_answers
+from recipes.utils.evaluation import SCORES, evaluate, read_gate, score_answers
 
 SHORT = {"max_steps": 8, "learning_rate": 5e-3, "eval_steps": 8, "save_steps": 8}
 
@@ -35,7 +39,7 @@ def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_pa
     found = evaluate_adapter(folder, max_rows=4, forgetting=str(other))
     written = json.loads((folder / "evaluation" / "metrics.json").read_text())
     assert written == found
-    assert set(written) == {"base", "adapter", "differences", "tags", "forgetting", "of", "report"}
+    assert set(written) == {"base", "adapter", "differences", "tags", "forgetting", "of", "report", "verdict"}
     assert written["base"]["rows"] == 30
     assert written["base"]["generated_rows"] == 4
     assert set(written["base"]) >= {*SCORES, "rows"}
@@ -62,7 +66,8 @@ def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_pa
     assert len(read_jsonl(folder / "evaluation" / "forgetting.jsonl")) == 2
     shown = capsys.readouterr().out
     for words in ("exact match", rows[0]["messages"][-1]["content"], "The adapter is better than the base in loss",
-                  "too few rows to say", "tag even, 14 rows", "lost: nothing that these rows can show"):  # fmt: skip
+                  "too few rows to say", "by tag (3 tags", "lost: nothing that these rows can show",
+                  "by field of the JSON answers (4 fields", "verdict: BETTER than the base in loss"):  # fmt: skip
         assert words in shown
 
 
@@ -79,7 +84,10 @@ def test_what_the_base_knew_and_the_adapter_lost_is_named(trained, tmp_path, cap
     loss = found["forgetting"]["differences"]["adapter against base"]["loss"]
     assert loss["verdict"] == "worse"
     assert loss["low"] > 0
-    assert "lost: loss (+" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "lost: loss (+" in shown
+    assert f"; but on {tmp_path / 'known.jsonl'} it lost loss (+" in found["verdict"]
+    assert found["verdict"] in shown
 
 
 def test_the_base_of_an_evaluation_is_the_base_itself(trained, tmp_path):
@@ -181,6 +189,12 @@ def test_what_cannot_be_scored_is_a_user_error(trained, tmp_path):
         ({"model": str(tmp_path)}, r"is no model folder \(it has no config.json\)"),
         ({"data": str(tmp_path / "none.jsonl")}, "no such data file"),
         ({"forgetting": str(tmp_path / "none.jsonl")}, "no such data file"),
+        ({"scales": [0.5], "shots": 4}, "--scales scores the adapter, so not with --shots"),
+        ({"shots": -1}, "--shots: a number of examples"),
+        ({"gate": ["exact_match > base"]}, "write >= or <="),
+        ({"gate": ["field.nmae >= base"]}, "did you mean 'field.name'"),
+        ({"metric": ["gone.py:f1"]}, "there is no file gone.py"),
+        ({"system": "gone.txt"}, "there is no such file"),
     ]
     for options, message in cases:
         with pytest.raises(UserError, match=message):
@@ -192,12 +206,88 @@ def test_what_cannot_be_scored_is_a_user_error(trained, tmp_path):
         evaluate_adapter(tmp_path)
 
 
+def test_the_adapter_is_held_against_the_best_of_the_base_as_it_is_and_as_it_was_prompted(trained, tmp_path, capsys):
+    folder = copy_run(trained, tmp_path)
+    own = tmp_path / "own.py"
+    own.write_text("def letters(expected, answer):\n    return len(set(expected) & set(answer)) / 30\n")
+    gates = ["loss <= base - 0.5", "exact_match >= best + 0.9", "loss <= shots - 100"]
+    asked = {"shots": 2, "system": "Answer in JSON.", "metric": [f"{own}:letters"], "gate": gates}
+    old = write_jsonl(tmp_path / "old.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])
+    found = evaluate_adapter(folder, max_rows=24, forgetting=str(old), **asked)
+    assert json.loads((folder / "evaluation" / "metrics.json").read_text()) == found
+    names = ["base", "system", "shots", "system_shots", "adapter"]
+    assert [name for name in found if name in names] == names
+    assert len(found["baselines"]["examples"]) == 2
+    assert all("train.jsonl:" in where for where in found["baselines"]["examples"])
+    best = found["differences"]["adapter against best"]
+    assert next(iter(found["differences"])) == "adapter against best"
+    for name, one in best.items():
+        against = found["differences"][f"adapter against {one['against']}"][name]
+        assert one == {**against, "against": one["against"]}
+    losses = {name: found[name]["loss"] for name in names[:4]}
+    assert best["loss"]["against"] == min(losses, key=losses.get)
+    assert losses["shots"] < losses["base"], "two examples show the form of an answer"
+    rows = read_jsonl(folder / "evaluation" / "predictions.jsonl")
+    assert "metric.letters" in rows[0]["adapter"]
+    assert "metric.letters" not in rows[-1]["adapter"], "which has no answer"
+    assert "metric.letters" in found["adapter"]
+    assert [gate["verdict"] for gate in found["gates"]][::2] == ["pass", "fail"]
+    shown = capsys.readouterr().out
+    expected = ["+ examples", "+ both", "adapter − best *", "examples: ", "letters", "the best baseline", "\nverdict: "]
+    for words in (*expected, "gate:    PASS: loss <= base - 0.5", "gate:    FAIL: loss <= shots - 100"):
+        assert words in shown
+    assert shown.index("The adapter is ") < shown.index("by tag") < shown.index("\nverdict: "), "the summary first"
+    page = (folder / "report.html").read_text()
+    assert "Gate, fail: loss" in page
+
+
+def test_the_exit_status_is_that_of_the_gates(monkeypatch):
+    for verdicts, status in {("pass", "pass"): 0, ("pass", "fail", "too few rows to say"): 4,
+                             ("pass", "too few rows to say"): 5, (): 0}.items():  # fmt: skip
+        gates = {"gates": [{"verdict": verdict} for verdict in verdicts]}
+        monkeypatch.setattr(recipe, "evaluate_adapter", lambda gates=gates, **options: gates)
+        assert run_recipe("evaluate_adapter", "runs/x", "--gate", "a", "--gate", "b") == status
+
+
+def test_the_jobs_and_commands_of_the_docs_hold_gates_that_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shipped", "last"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    page = (ROOT / "docs" / "decide.md").read_text()
+    job = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, flags=re.S | re.M)[1])["jobs"]["gate"]
+    lines = [step["run"] for step in job["steps"] if "run" in step]
+    lines += re.findall(r"^python recipes/ev.*$", page, flags=re.M)
+    read = 0
+    for line in lines:
+        for command in line.replace("\\\n", " ").splitlines():
+            words = shlex.split(command)
+            if "recipes/evaluate_adapter.py" in words:
+                given = command_line(recipe, words[2:]).options
+                for gate in given["gate"] or ():
+                    assert read_gate(gate, ["base", "shots", "best"], [], [], bool(given["forgetting"]))
+                    read += 1
+    assert read == 6
+
+
+def test_a_gate_against_a_run_that_was_scored_on_the_same_rows(trained, tmp_path):
+    folder = copy_run(trained, tmp_path)
+    evaluate_adapter(folder, max_rows=25, max_new_tokens=8)
+    gate = f"loss <= {folder} + 0.001"
+    found = evaluate_adapter(folder, max_rows=25, max_new_tokens=8, gate=[gate])
+    assert found["gates"][0]["verdict"] == "pass"
+    assert found["gates"][0]["difference"] == 0
+    with pytest.raises(UserError, match="was scored on other rows"):
+        evaluate_adapter(folder, data=str(TINY / "validation.jsonl"), gate=[gate])
+
+
 def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
     seen = {}
     monkeypatch.setattr(recipe, "evaluate_adapter", lambda **options: seen.update(options))
     assert run_recipe("evaluate_adapter", "runs/x", "--scales", "0,0.5,1.25", "--max-rows", "7") == 0
     assert seen == {"run_folder": "runs/x", "model": None, "data": None, "max_rows": 7, "max_new_tokens": None,
-                    "scales": [0, 0.5, 1.25], "forgetting": None}  # fmt: skip
+                    "scales": [0, 0.5, 1.25], "forgetting": None, "shots": 0, "system": None, "gate": None,
+                    "metric": None}  # fmt: skip
 
 
 def test_the_script_runs_and_imports_no_trainer(trained, tmp_path):

@@ -1,11 +1,13 @@
 """The plan before a run: what fits which GPU, flags that can be pasted, speed that was measured or none."""
 
 import json
+import re
 import shlex
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_recipe, run_script
+from conftest import ROOT, TINY, run_recipe, run_script
 from published_models import PUBLISHED
 
 from recipes.utils.config import load_config
@@ -169,3 +171,42 @@ def test_flags_without_a_config_are_a_slip():
         with pytest.raises(SystemExit) as ended:
             run_recipe("plan_run", *words)
         assert ended.value.code == 2
+
+
+def test_hours_and_cost_of_a_run_a_curve_and_a_sweep_where_the_speed_is_known(mistral, capsys, measured, tmp_path):
+    """The tokens are those that the run would train on; the speed is measured, or the user's own."""
+    measured({})
+    _tokenizer_of_the_tiny_base(tmp_path)
+    data = ["--data.train", str(TINY / "train.jsonl"), "--data.validation", "0.1"]
+    text = shown(capsys, *mistral, *data, "--gpu", "H200", "--price", "2.5")
+    tokens = int(re.search(r"\(([\d,]+) tokens at 1,000 a second", text)[1].replace(",", ""))
+    hours = tokens / 1000 / 3600
+    assert f"this run {hours:.2f} h, {hours * 2.5:.2f}" in text
+    assert f"learning curve {1.875 * hours:.2f} h, {1.875 * hours * 2.5:.2f} (shares 1/8, 1/4, 1/2, 1)" in text
+    assert f"sweep {20 * hours:.2f} h, {20 * hours * 2.5:.2f} at most" in text
+    assert tokens % 3 == 0, "three epochs"
+    text = shown(capsys, *mistral, *data, "--gpu", "24GB", "--qlora", "--tokens-per-second", "500")
+    assert f"this run {2 * hours:.2f} h ({tokens:,} tokens at 500 a second" in text
+
+
+def test_where_the_speed_is_not_known_the_formula_is_given(mistral, capsys, measured, tmp_path):
+    measured({})
+    _tokenizer_of_the_tiny_base(tmp_path)
+    data = ["--data.train", str(TINY / "train.jsonl"), "--data.validation", "0.1"]
+    text = shown(capsys, *mistral, *data, "--gpu", "H100", "--price", "2.5")
+    assert "hours not measured on this GPU (H100): give yours, which a run prints: --tokens-per-second 3000" in text
+    assert "hours = train tokens × epochs / (tokens a second × 3,600), cost = hours × 2.5; tokens × epochs are " in text
+    text = shown(capsys, *mistral, "--data.train", "gone.jsonl", "--gpu", "H200", "--price", "2.5")
+    assert "tokens: not counted: " in text
+    assert "formula hours = train tokens" in text
+    assert "this run" not in text
+
+
+def test_a_price_that_is_none_is_refused(mistral, capsys):
+    assert run_recipe("plan_run", *mistral, "--gpu", "24GB", "--price", "0") == 2
+    assert "--price: a number above 0" in capsys.readouterr().err
+
+
+def _tokenizer_of_the_tiny_base(tmp_path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / "base" / name, tmp_path / "model")

@@ -133,8 +133,12 @@ def test_what_the_report_shows_stands_ready_in_metrics_json(base, tmp_path):
     assert read_rows(tmp_path / "evaluation" / "predictions.jsonl") == scored
     assert read_rows(tmp_path / "evaluation" / "forgetting.jsonl") == less
     report = metrics["report"]
-    assert [text[:42] for text in report["verdicts"]] == ["The adapter is the same as the base in los"]
-    whole, tag, forgetting = report["tables"]
+    assert [text[:42] for text in report["verdicts"]] == [
+        "TOO FEW ROWS TO SAY whether it is better o",
+        "The adapter against the base: too few rows",
+    ]
+    whole, tag, forgetting, fields = report["tables"]
+    assert [label for label, _, _ in fields["rows"]] == ["name", "count", "city", "day"]
     assert (whole["title"], tag["title"]) == ("", "tag short")
     assert forgetting["title"] == "forgetting, on general.jsonl"
     assert (whole["models"], whole["pairs"]) == (["base", "adapter"], ["adapter against base"])
@@ -144,7 +148,7 @@ def test_what_the_report_shows_stands_ready_in_metrics_json(base, tmp_path):
     assert labels[-1].startswith("answer tokens (expected ")
     for _, own_figures, cells in whole["rows"]:
         assert len(own_figures) == 2
-        assert [verdict for _, verdict in cells] == ["the same"]
+        assert [verdict for _, verdict, _ in cells] == ["too few rows to say"], "of four rows"
     assert sum_up(scored, own)["of"] == metrics["of"]
 
 

@@ -1,23 +1,24 @@
-"""Scores agree with their libraries' own examples, intervals with scipy and with coin tosses that one can count."""
+"""Scores agree with their libraries' own examples, intervals with scipy; verdicts say what the intervals allow."""
 
 import math
 
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import binom, bootstrap
+from scipy.stats import binomtest, bootstrap
 
 from recipes.utils.evaluation import (
     column,
     compare,
     figure,
     figures,
-    interval,
     own_interval,
     score_text,
     sentence,
     show_difference,
 )
+from recipes.utils.evaluation.statistics import mark_luck
+from recipes.utils.evaluation.verdicts import in_short, unseen
 
 
 def rows_of(**columns) -> list[dict]:
@@ -107,32 +108,27 @@ def test_loss_and_accuracy_are_weighted_by_tokens_and_the_perplexity_is_of_the_m
 
 
 def test_the_interval_of_a_difference_is_scipys():
+    """Of 300 rows, where nothing is smoothed; Student's t asks for percentiles a little further out."""
     rng = np.random.default_rng(1)
-    ours, theirs, tokens = rng.normal(1.0, 0.3, 60), rng.normal(1.1, 0.3, 60), rng.integers(5, 80, 60)
+    ours, theirs, tokens = rng.normal(1.0, 0.3, 300), rng.normal(1.1, 0.3, 300), rng.integers(5, 80, 300)
     found = compare(rows_of(loss=ours, tokens=tokens), rows_of(loss=theirs, tokens=tokens))["loss"]
 
     def by_hand(index, axis):  # rows drawn by index; scipy's own default of 9999 draws
         drawn = (ours - theirs)[index] * tokens[index]
         return drawn.sum(axis) / tokens[index].sum(axis)
 
-    expected = bootstrap((np.arange(60),), by_hand, method="percentile", rng=0, vectorized=True).confidence_interval
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.005)
+    expected = bootstrap((np.arange(300),), by_hand, method="percentile", rng=0, vectorized=True).confidence_interval
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.003)
     assert found["difference"] == pytest.approx(np.average(ours - theirs, weights=tokens))
 
 
-def test_the_interval_of_a_share_is_that_of_the_binomial():
+def test_the_interval_of_a_share_is_wilsons():
     rows = rows_of(exact_match=[True] * 60 + [False] * 40)
-    low, high = own_interval(rows, "exact_match")
-    assert (low, high) == pytest.approx(tuple(binom.ppf([0.025, 0.975], 100, 0.6) / 100), abs=0.011)
-
-
-def test_the_interval_holds_the_truth_about_as_often_as_it_says():
-    """Of 200 samples of 40 rows drawn around a true difference of 0.2."""
-    rng, held = np.random.default_rng(2), 0
-    for _ in range(200):
-        low, high = interval(lambda x, axis=-1: x.mean(axis), rng.normal(0.2, 1.0, 40))
-        held += low < 0.2 < high
-    assert 0.90 <= held / 200 <= 0.99
+    expected = binomtest(60, 100).proportion_ci(method="wilson")
+    assert own_interval(rows, "exact_match") == pytest.approx((expected.low, expected.high))
+    low, high = own_interval(rows_of(exact_match=[False] * 20), "exact_match")
+    assert low == 0
+    assert high > 0.1, "20 rows do not show that it never happens"
 
 
 def test_pairing_finds_what_two_separate_intervals_would_hide():
@@ -150,7 +146,12 @@ def test_pairing_finds_what_two_separate_intervals_would_hide():
         ([0] * 30, [1] * 30, "worse"),
         ([1] * 30, [1] * 30, "the same"),
         ([1] * 19, [0] * 19, "too few rows to say"),
-        ([1] * 5 + [0] * 95, [0] * 100, "too few rows to say"),  # the bootstrap alone would call it
+        ([1] * 3 + [0] * 97, [0] * 100, "too few rows to say"),
+        ([1] * 5 + [0] * 95, [0] * 100, "better"),
+        ([0] * 30, [0] * 30, "0 % for both"),
+        ([0] * 3, [0] * 3, "too few rows to say"),
+        ([1], [1], "too few rows to say"),
+        ([0.5] * 5 + [0.4] * 95, [0.4] * 100, "too few rows to say"),  # not even a sign test would call it
         ([1 + 1e-7] * 30, [1] * 30, "the same"),  # in the figures that are shown
         ([1, 0] * 50, [0, 1] * 50, "too few rows to say"),
         ([1], [0], "too few rows to say"),
@@ -175,7 +176,7 @@ def test_a_lower_loss_is_better_and_a_longer_answer_is_neither():
     }  # fmt: skip
     assert sentence("adapter against base", found) == (
         "The adapter is better than the base in loss (−0.5000, 95 % interval −0.5000 to −0.5000); "
-        "gives longer answers; too few rows to say: stopped."
+        "gives longer answers; too few rows to say: stopped (with 30 rows, under 13 points cannot be seen)."
     )
     assert show_difference("exact_match", 0.985) == "+98.5"
 
@@ -184,3 +185,75 @@ def test_a_figure_is_along_the_axis_of_the_draws():
     values, weights = column(rows_of(loss=[1.0, 2.0, 4.0], tokens=[1, 1, 2]), "loss")
     draws = np.stack([values, values[::-1]]), np.stack([weights, weights])
     assert figure(*draws, "loss", axis=-1) == pytest.approx([2.75, (4 + 2 + 2) / 4])
+
+
+def test_what_is_0_in_both_is_no_sameness():
+    found = compare(
+        rows_of(stopped=[False] * 30, exact_match=[True] * 30), rows_of(stopped=[False] * 30, exact_match=[True] * 30)
+    )
+    assert sentence("adapter against base", found) == (
+        "The adapter is the same as the base in exact match; has, like the base, 0 % in stopped."
+    )
+
+
+def test_scores_that_only_some_rows_have_are_compared_where_both_have_them():
+    ours = [{"loss": 1.0, "tokens": 2}] * 40
+    ours = [{**row, "exact_match": True} if number < 30 else row for number, row in enumerate(ours)]
+    theirs = [{"loss": 2.0, "tokens": 2, "exact_match": False} for _ in range(40)]
+    found = compare(ours, theirs)
+    assert (found["loss"]["rows"], found["exact_match"]["rows"]) == (40, 30)
+
+
+def test_the_smallest_difference_that_can_be_seen_is_told():
+    """With 50 rows of which 16 differ, 8 each way: the interval reaches 16 points to either side."""
+    ours, theirs = [1] * 8 + [0] * 8 + [1] * 34, [0] * 8 + [1] * 8 + [1] * 34
+    found = compare(rows_of(exact_match=ours), rows_of(exact_match=theirs))["exact_match"]
+    assert found["verdict"] == "too few rows to say"
+    assert found["unseen"] == pytest.approx((found["high"] - found["low"]) / 2)
+    assert unseen("exact_match", found) == "under 16 points"
+    loss = compare(rows_of(loss=[1.0, 1.2] * 15, tokens=[1] * 30), rows_of(loss=[1.1, 1.0] * 15, tokens=[1] * 30))[
+        "loss"
+    ]
+    assert unseen("loss", loss).startswith("under 0.05")
+
+
+def rows_that_differ(better: int, worse: int, rows: int) -> tuple[list, list]:
+    ours = [1] * better + [0] * worse + [1] * (rows - better - worse)
+    theirs = [0] * better + [1] * worse + [1] * (rows - better - worse)
+    return rows_of(exact_match=ours), rows_of(exact_match=theirs)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "rows", "text"),
+    [
+        (30, 2, 50, "BETTER than the best baseline in exact match (+56.0, 95 % interval +37.9 to +69.9), "
+                    "worse in nothing"),
+        (2, 30, 50, "WORSE than the best baseline in exact match (−56.0, 95 % interval −69.9 to −37.9), "
+                    "better in nothing"),
+        (5, 3, 50, "TOO FEW ROWS TO SAY whether it is better or worse than the best baseline: with 50 rows, under 12 "
+                   "points of exact match cannot be seen; score more of them"),
+        (0, 0, 50, "THE SAME as the best baseline on these rows"),
+    ],
+)  # fmt: skip
+def test_the_verdict_in_a_line(better, worse, rows, text):
+    assert in_short("adapter against best", compare(*rows_that_differ(better, worse, rows))) == text
+
+
+def test_better_in_one_and_worse_in_another_is_mixed():
+    ours, theirs = rows_that_differ(30, 2, 50)
+    ours, theirs = ([{**row, "loss": loss, "tokens": 1} for row in rows] for rows, loss in ((ours, 2.0), (theirs, 1.0)))
+    text = in_short("adapter against base", compare(ours, theirs))
+    assert text.startswith("MIXED: better than the base in exact match (")
+    assert text.endswith("worse in loss (+1.0000, 95 % interval +1.0000 to +1.0000)")
+
+
+def test_of_many_tags_those_that_may_be_luck_are_told_as_such():
+    """Twenty tags of which one is truly better, and one looks so at p = 0.03."""
+    tags = [compare(*rows_that_differ(better, worse, 40)) for better, worse in [(20, 0), (6, 0), *[(3, 3)] * 18]]
+    assert [one["exact_match"]["verdict"] for one in tags[:3]] == ["better", "better", "too few rows to say"]
+    tags[1]["exact_match"]["p"] = 0.03
+    mark_luck(tags)
+    assert [one["exact_match"]["verdict"] for one in tags[:3]] == ["better", "may be luck", "too few rows to say"]
+    alone = [compare(*rows_that_differ(6, 0, 40))]
+    mark_luck(alone)
+    assert alone[0]["exact_match"]["verdict"] == "better"

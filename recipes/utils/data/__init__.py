@@ -2,7 +2,8 @@
 
 from recipes.utils.data.chats import Chat, DataOptions, Reading, held_out, read_chats, stream_chats
 from recipes.utils.data.encode import Encoded, Encoder
-from recipes.utils.data.prepare import Counts, Finding, Prepared, document_hash, locate, prepare, report_findings
+from recipes.utils.data.prepare import Counts, Finding, Prepared, document_hash, fingerprint, locate, prepare
+from recipes.utils.data.prepare import report_findings
 from recipes.utils.data.shapes import BadRow
 from recipes.utils.data.show import print_data, token_pieces
 from recipes.utils.data.template import load_tokenizer, prepends_blanks, read_tokenizer

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipes.utils.console import UserError, out, say
 from recipes.utils.data import Chat, DataOptions, Encoded, Encoder, Reading, held_out, stream_chats
+from recipes.utils.evaluation.baseline import BASELINES
 from recipes.utils.evaluation.runs import set_scale
-from recipes.utils.evaluation.statistics import SCORES, compare, figures, score_text, sentence, show, show_interval
+from recipes.utils.evaluation.scores import FIELD, METRIC, SCORES, score_names, score_of, score_text
+from recipes.utils.evaluation.statistics import compare, compare_score, figures, mark_luck
+from recipes.utils.evaluation.verdicts import BEST, in_short, note_of, sentence, show, show_interval
 from recipes.utils.files import read_jsonl, write_json, write_jsonl
 from recipes.utils.model import generate_answers, in_batches
 
-MODELS = ("base", "adapter", "merged")
+MODELS = (*BASELINES, "adapter", "merged")
 SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered
+SHOWN_PAIRS = (f"adapter against {BEST}", "adapter against base", "merged against base", "merged against adapter")
+WORST_FIELDS, MOST_TAGS_SHOWN = 8, 20  # on the terminal
+FIELDS, MOST_FIELDS = "fields of the JSON answers", 100  # in the report
 TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
 
 
@@ -119,11 +126,11 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
     return by_scale
 
 
-def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict[str, dict], forgetting="") -> dict:
+def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict, forgetting="", **more) -> dict:
     """Write RUN/evaluation/: PART.jsonl for each of `parts` (the `predictions`, and the rows `forgetting` of the file
     of that name), an object a row with where, tag, prompt, expected, and each model's answer and scores; then
     metrics.json. `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json holds: `sum_up` of the
-    predictions, under "forgetting" the same of those, and under "report" what report.html shows."""
+    predictions, under "forgetting" the same of those, `more` as it is, and under "report" what report.html shows."""
     folder = Path(run_folder) / "evaluation"
     folder.mkdir(exist_ok=True)
     for part, chats in parts.items():
@@ -135,14 +142,23 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
                 line[name] = {key: value for key, value in row.items() if key not in SHARED}
             lines.append(line)
         write_jsonl(folder / f"{part}.jsonl", lines)
-    metrics = sum_up(scored["predictions"], parts["predictions"])
+    metrics = sum_up(scored["predictions"], parts["predictions"]) | more
     titled = {"": metrics} | {f"tag {tag}": part for tag, part in metrics.get("tags", {}).items()}
     if "forgetting" in parts:
         lost = sum_up(scored["forgetting"], parts["forgetting"]) | {"data": str(forgetting)}
         metrics["forgetting"] = titled[f"forgetting, on {forgetting}"] = lost
     models = scored["predictions"]
-    tables = [_table(title, {name: own[name] for name in models}, own["differences"]) for title, own in titled.items()]
-    metrics["report"] = {"verdicts": [sentence(*pair) for pair in metrics["differences"].items()], "tables": tables}
+    tables = []
+    for title, own in titled.items():  # of the rows of another kind, the base is scored as it is alone
+        tables.append(_table(title, {name: own[name] for name in models if name in own}, own["differences"]))
+    if fields := _fields_table(metrics, list(models)):
+        tables.append(fields)
+    metrics["verdict"] = in_short(*next(iter(metrics["differences"].items())))
+    if "forgetting" in metrics and (in_what := _lost(metrics)):
+        metrics["verdict"] += f"; but on {forgetting} it lost {in_what}"
+    said = [metrics["verdict"], *(f"Gate, {gate['verdict']}: {gate['text']}" for gate in more.get("gates", ()))]
+    said += [sentence(*pair) for pair in metrics["differences"].items()]
+    metrics["report"] = {"verdicts": said, "tables": tables}
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -156,18 +172,46 @@ def read_rows(path: Path) -> dict[str, list[dict]]:
 
 def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
     """{"base": figures, "adapter": figures, ..., "differences": {"adapter against base": `compare`, ...}, "tags": {tag:
-    the same for the rows with that `tag`}, "of": which rows they are} of what `evaluate` gave for each of `MODELS`."""
+    the same for the rows with that `tag`}, "of": which rows they are} of what `evaluate` gave for each of `MODELS`. Of
+    several baselines, "adapter against best" comes first: score by score, against the one that does best."""
     found, tags = _figures_and_differences(scored), [_tag(chat) for chat in chats]
     for tag in sorted({tag for tag in tags if tag}):
         rows = {name: [row for row, own in zip(rows, tags, strict=True) if own == tag] for name, rows in scored.items()}
         found.setdefault("tags", {})[tag] = _figures_and_differences(rows)
+    for pair, comparison in found["differences"].items():
+        mark_luck([part["differences"][pair] for part in found.get("tags", {}).values() if pair in part["differences"]])
+        mark_luck([{"field": one} for name, one in comparison.items() if name.startswith(FIELD)])
+    return found | {"of": {"rows_sha256": rows_digest(chats)}}
+
+
+def rows_digest(chats: list[Chat]) -> str:
+    """SHA-256 of what is asked and expected, by which evaluations of the same rows are known."""
     text = json.dumps([[chat.messages, chat.tools] for chat in chats], ensure_ascii=False)
-    return found | {"of": {"rows_sha256": hashlib.sha256(text.encode()).hexdigest()}}
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def best_baselines(scored: dict[str, list[dict]]) -> dict[str, str]:
+    """By score, which baseline does best; the base as it is, where they are alike."""
+    found, by_name = {}, {name: figures(rows) for name, rows in scored.items() if name in BASELINES}
+    for name in score_names(scored["base"]):
+        better = score_of(name).better
+        # one that is no number is below any other
+        rank = {model: better * own.get(name, math.nan) for model, own in by_name.items()}
+        found[name] = max(rank, key=lambda model: -math.inf if math.isnan(rank[model]) else rank[model])
+    return found
 
 
 def _figures_and_differences(scored: dict) -> dict:
-    pairs = itertools.combinations(scored, 2)
+    pairs = list(itertools.combinations([name for name in ("base", "adapter", "merged") if name in scored], 2))
+    pairs[1:1] = [(name, "adapter") for name in BASELINES if name in scored and name != "base" and "adapter" in scored]
     differences = {f"{ours} against {theirs}": compare(scored[ours], scored[theirs]) for theirs, ours in pairs}
+    if "adapter" in scored and len([name for name in scored if name in BASELINES]) > 1:
+        best = {
+            name: found | {"against": other}
+            for name, other in best_baselines(scored).items()
+            if (found := compare_score(scored["adapter"], scored[other], name))
+        }
+        differences = {f"adapter against {BEST}": best} | differences
     return {name: figures(rows) for name, rows in scored.items()} | {"differences": differences}
 
 
@@ -177,40 +221,110 @@ def _tag(chat: Chat) -> str:
 
 
 def _table(title: str, by_name: dict[str, dict], differences: dict[str, dict]) -> dict:
-    """Figures by model or scale as text; a row is [label, [figure], [[difference and interval, verdict]]]."""
+    """Figures by model or scale as text; a row is [label, [figure], [[difference and interval, verdict, note]]]."""
     rows, first = [], next(iter(by_name.values()))
-    for name in [name for name in SCORES if name in first]:
-        label = SCORES[name].label + (f" (expected {first['expected_tokens']:.1f})" if name == "answer_tokens" else "")
-        cells = [[show_interval(name, found[name]), found[name]["verdict"]] for found in differences.values()]
-        rows.append([label, [show(name, own[name]) for own in by_name.values()], cells])
+    pairs = [pair for pair in differences if pair in SHOWN_PAIRS]
+    for name in [name for name in first if name in SCORES or name.startswith(METRIC)]:
+        label = score_of(name).label + (f" (expected {first['expected_tokens']:.1f})" * (name == "answer_tokens"))
+        found = [differences[pair].get(name) for pair in pairs]
+        cells = [[show_interval(name, one), one["verdict"], note_of(name, one)] if one else [""] * 3 for one in found]
+        best = found[0].get("against") if found and found[0] else None
+        having = {model: show(name, own[name]) if name in own else "" for model, own in by_name.items()}
+        shown = [text + " *" * (model == best) for model, text in having.items()]
+        rows.append([label, shown, cells])
     if "forgetting_loss" in first:
         rows.append(["forgetting loss", [f"{own['forgetting_loss']:.4f}" for own in by_name.values()], []])
     counts = f"{first['rows']:,} rows, answers to {first['generated_rows']:,}"
-    return {"title": title, "models": list(by_name), "pairs": list(differences), "rows": rows, "counts": counts}
+    models = [BASELINES.get(name, name) for name in by_name]
+    return {"title": title, "models": models, "pairs": pairs, "rows": rows, "counts": counts}
+
+
+def _worst_fields(metrics: dict) -> list[str]:
+    """The fields of JSON answers, those first that the adapter gets wrong most often."""
+    fields = [name for name in metrics["adapter"] if name.startswith(FIELD)]
+    return sorted(fields, key=lambda name: metrics["adapter"][name])
+
+
+def _fields_table(metrics: dict, models: list[str]) -> dict | None:
+    """In the form of `_table`, a row a field of the JSON answers."""
+    pair, fields = next(iter(metrics["differences"])), _worst_fields(metrics)[:MOST_FIELDS]
+    rows = []
+    for name in fields:
+        found = metrics["differences"][pair][name]
+        shown = [show(name, metrics[model][name]) for model in models]
+        cell = [show_interval(name, found), found["verdict"], note_of(name, found)]
+        rows.append([score_of(name).label, shown, [cell]])
+    heads, counts = [BASELINES.get(name, name) for name in models], f"the {len(fields)} that are wrong most often first"
+    return {"title": FIELDS, "models": heads, "pairs": [pair], "rows": rows, "counts": counts} if rows else None
 
 
 def _print(table: dict) -> None:
-    """Of the differences, those of the adapter from the base."""
+    """Of the differences, those of the adapter from the base, or from the best baseline."""
     say(f"\n{table['title']}, {table['counts']}" if table["title"] else "")
-    titles = ["adapter − base, 95 % interval", ""] if table["pairs"] else []
+    best = f"adapter against {BEST}" in table["pairs"]
+    titles = [f"adapter − {'best *' if best else 'base'}, 95 % interval", ""] if table["pairs"] else []
     shown = Table("", *table["models"], *titles, box=None, padding=(0, 2), header_style="bold")
     for label, own, cells in table["rows"]:
-        shown.add_row(label, *own, *itertools.chain(*cells[:1]))
+        shown.add_row(label, *own, *itertools.chain(*([text, _judged(*rest)] for text, *rest in cells[:1])))
     out.print(shown)
 
 
+def _judged(verdict: str, note: str) -> str:
+    return f"{verdict} ({note})" if note else verdict
+
+
+def _print_slices(metrics: dict) -> None:
+    """A line a tag, and a line for each of the fields of JSON answers that the adapter gets wrong most often."""
+    pair, models = next(iter(metrics["differences"])), ("base", "adapter")
+    lines: dict[str, list] = {"tag": [], "field of the JSON answers": []}
+    tags = sorted(metrics.get("tags", {}).items(), key=lambda item: -item[1]["base"]["rows"])
+    for tag, part in tags[:MOST_TAGS_SHOWN]:
+        found = part["differences"].get(pair, {})
+        names = [name for name in found if name.startswith(METRIC) or name in ("exact_match", "loss")][-2:]
+        lines["tag"] += [(tag, name, part, found[name]) for name in names]
+    fields = _worst_fields(metrics)
+    for name in fields[:WORST_FIELDS]:
+        lines["field of the JSON answers"].append(
+            (score_of(name).label, name, metrics, metrics["differences"][pair][name])
+        )
+    for title, found in lines.items():
+        if not found:
+            continue
+        every, shown = {"tag": len(tags)}.get(title, len(fields)), len({line[0] for line in found})
+        of = f"{every:,} {'tags' if title == 'tag' else 'fields'}"
+        of += f", the {shown} {'largest' if title == 'tag' else 'that are wrong most often'}" * (shown < every)
+        say(f"\nby {title} ({of}; so many looks make some luck: Benjamini-Hochberg):")
+        heads = "", "rows", "", *models, "difference, 95 % interval", ""
+        table = Table(*heads, box=None, padding=(0, 2), header_style="bold")
+        for label, name, own, one in found:
+            score = "" if name.startswith(FIELD) else score_of(name).label
+            figures_of = [show(name, own[model][name]) for model in models]
+            judged = _judged(one["verdict"], note_of(name, one))
+            table.add_row(label, f"{one['rows']:,}", score, *figures_of, show_interval(name, one), judged)
+        out.print(table, markup=False)
+
+
+def _lost(metrics: dict) -> str:
+    """In what the adapter is worse than the base on the rows of another kind."""
+    found = metrics["forgetting"]["differences"]["adapter against base"]
+    worse = [(name, one) for name, one in found.items() if one["verdict"] == "worse" and not name.startswith(FIELD)]
+    return ", ".join(f"{score_of(name).label} ({show_interval(name, one)})" for name, one in worse)
+
+
 def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
-    """Print what `write_evaluation` returned, and a few answers: `scored` are the rows by model, of the `chats`."""
-    for table in metrics["report"]["tables"]:
+    """Print what `write_evaluation` returned, the summary first, and a few answers: `scored` are the rows by model, of
+    the `chats`."""
+    tables = [one for one in metrics["report"]["tables"] if not one["title"].startswith(("tag ", FIELDS))]
+    _print(tables[0])
+    for pair, comparison in metrics["differences"].items():
+        if pair in SHOWN_PAIRS:
+            say("\n" + sentence(pair, comparison))
+    for table in tables[1:]:
         _print(table)
     if "forgetting" in metrics:
-        found = metrics["forgetting"]["differences"]["adapter against base"]
-        worse = [(name, one) for name, one in found.items() if one["verdict"] == "worse"]
-        lost = ", ".join(f"{SCORES[name].label} ({show_interval(name, one)})" for name, one in worse)
-        say(f"\nlost: {lost or 'nothing that these rows can show'}")
-    for text in metrics["report"]["verdicts"]:
-        say("\n" + text)
+        say(f"\nlost: {_lost(metrics) or 'nothing that these rows can show'}")
+    _print_slices(metrics)
     for index in range(min(3, metrics["base"]["generated_rows"])):
         say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
         for name, rows in scored.items():
-            say(f"{name:<9} {rows[index]['answer']}")
+            say(f"{BASELINES.get(name, name):<9} {rows[index]['answer']}")

@@ -126,13 +126,16 @@ def is_gpu(device: str, gpu: str) -> bool:
     return all(re.search(rf"\b{re.escape(part)}(GB)?\b", device) for part in gpu.split("-"))
 
 
-def measured_speed(config: Config, model_config, method: str, gpu: str, checkpointing: bool) -> str:
-    """The best rate measured on `gpu` for this shape and its settings, with hours; or the nearest; or that none is."""
+def measured_speed(
+    config: Config, model_config, method: str, gpu: str, checkpointing: bool
+) -> tuple[str, float | None]:
+    """(the best rate measured on `gpu` for this shape and its settings, with hours; or the nearest; or that none is;
+    the rate itself in tokens a second, None where it was not measured with these settings)."""
     shape = [model_config.model_type, model_config.hidden_size, model_config.num_hidden_layers]
     runs = read_json(MEASURED)["runs"] if MEASURED.is_file() else []
     runs = [run for run in runs if run["ours"] and run["shape"] == shape and is_gpu(run["gpu"], gpu)]
     if not runs:
-        return f"not measured on this GPU ({gpu})"
+        return f"not measured on this GPU ({gpu})", None
     args = SFTConfig(**config.training)
     model = on_meta(model_config, lora_of(config), config.model.dtype, layers=2)
     targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -150,7 +153,7 @@ def measured_speed(config: Config, model_config, method: str, gpu: str, checkpoi
     best = min(runs, key=lambda run: ("method" in others(run), len(others(run)), -run["useful_tokens_per_second"]))
     rate = f"{best['useful_tokens_per_second']:,.0f} tokens/s ({best['variant']}, {best['gpu']}, {best['date']})"
     if other := others(best):
-        return f"not measured with this run's {', '.join(other)}; nearest: {rate}"
+        return f"not measured with this run's {', '.join(other)}; nearest: {rate}", None
     hours = 10e6 * args.num_train_epochs / best["useful_tokens_per_second"] / 3600
     long = f"10 million tokens × {args.num_train_epochs:g} epochs take {hours:.1f} h"
-    return f"{rate}: {long}; the recipe's --dry-run counts yours"
+    return f"{rate}: {long}; the recipe's --dry-run counts yours", best["useful_tokens_per_second"]
