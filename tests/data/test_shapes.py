@@ -102,6 +102,8 @@ HONOURED = {
     "OpenOrca": ({"id": "1", "system_prompt": "Be brief.", "question": "2+2?", "response": "4"}, [SYSTEM, Q, A]),
     "OpenOrca without a system prompt": ({"system_prompt": "", "question": "2+2?", "response": "4"}, [Q, A]),
     "MetaMathQA": ({"query": "2+2?", "response": "4", "type": "x", "original_question": "?"}, [Q, A]),
+    "a table that joins Alpaca's rows and Dolly's": (
+        {"instruction": "2+2?", "input": None, "output": None, "context": None, "response": "4"}, [Q, A]),
     "FLAN": ({"inputs": "2+2?", "targets": "4"}, [Q, A]),
     "no_robots": ({"prompt": "2+2?", "prompt_id": "1", "messages": [Q, A], "category": "x"}, [Q, A]),
     "UltraFeedback's messages": (
@@ -217,15 +219,19 @@ def test_a_schema_loses_the_nulls_of_an_export_and_keeps_its_own(tmp_path):
 
 def test_fields_that_change_nothing_are_listed_once(tmp_path):
     rows = [
-        {"messages": [{**Q, "id": 3}, {**A, "finish_reason": "stop"}], "source": "x", "parallel_tool_calls": False},
+        {
+            "messages": [{**Q, "id": 3, "rating": 5}, {**A, "finish_reason": "stop"}],
+            "source": "x",
+            "parallel_tool_calls": False,
+        },
         {"messages": [Q, A], "chat_template_kwargs": {"enable_thinking": False, "custom_instructions": ""}},
-        {"prompt": "2+2?", "completion": "4", "label": True, "weight": 1, "split": "train"},
+        {"prompt": "2+2?", "completion": "4", "label": True, "weight": 1, "parallel_tool_calls": False},
     ]
     reading = Reading()
     assert len(list(stream_chats(str(write_jsonl(tmp_path / "a.jsonl", rows)), reading))) == 3
     assert reading.ignored_keys == [
-        "chat_template_kwargs", "label", "messages.finish_reason", "messages.id", "parallel_tool_calls", "source",
-        "split", "weight",
+        "chat_template_kwargs", "label", "messages.finish_reason", "messages.id", "messages.rating",
+        "parallel_tool_calls", "source", "split", "weight",
     ]  # fmt: skip
     assert reading.bad == []
 

@@ -36,7 +36,8 @@ SPEAKERS = {role: role for role in ROLES} | {
     "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 LOSS = ("weight", "loss", "train", "training", "trainable", "masked")  # of a turn: whether it is learnt
-READ = ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *THOUGHT, *LOSS)
+KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "weight", "reasoning_content")  # may be misspelt
+READ = {*KEYS, "from", "value", "function_call", *THOUGHT, *LOSS}
 CHANGES = re.compile(  # how a field begins that nothing here reads and that could change what is learnt
     "reason|think|thought|(.*_)?cot$|rationale|loss|train|mask|weight|image|video|audio|kto_|chat_template_kw|tools",
     re.IGNORECASE,
@@ -89,7 +90,8 @@ def _shape(row: dict) -> tuple[str, tuple]:
             if row.get("rejected") is None or (isinstance(last, dict) and last.get("role") == "assistant"):
                 return "sharegpt" if isinstance(first, dict) and "from" in first else "messages", (name,)
     for keys, what in FOREIGN.items():
-        if all(key in row for key in keys) and (row.get("rejected") is not None or not _in_columns(row)):
+        here = all(key in row for key in keys) and not isinstance(row.get("chat"), list)
+        if here and (row.get("rejected") is not None or not _in_columns(row)):
             raise BadRow("other format", f"these rows are {what}")
     if found := _in_columns(row):
         return found, COLUMNS[found]
@@ -105,8 +107,8 @@ def _shape(row: dict) -> tuple[str, tuple]:
 
 
 def _in_columns(row: dict) -> str | None:
-    full = (name for name, (asked, _, said) in COLUMNS.items() if row.get(asked) is not None and said in row)
-    return next(full, None)
+    given = {name for name, value in row.items() if value is not None}
+    return next((shape for shape, (asked, _, said) in COLUMNS.items() if {asked, said} <= given), None)
 
 
 def _turns(row: dict, shape: str) -> list:
@@ -212,10 +214,10 @@ def _message(turn, place: str, tools) -> tuple[list[dict], set[str]]:
         raise BadRow("wrong type", f"{place}: tool_calls: expected a list, in an assistant turn; move it there")
     if thought and (role != "assistant" or not isinstance(thought, str)):
         raise BadRow("wrong type", f"{place}: a thought is a string, in an assistant turn; move it there")
-    for key in given.keys() - set(READ):
-        if close := difflib.get_close_matches(key, READ, n=1, cutoff=0.8):
+    for key in given.keys() - READ:
+        if close := difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8):
             raise BadRow("misspelt key", f"{place}: unknown key `{key}`; did you mean `{close[0]}`?")
-    unread = _unread(given, set(READ), f"{place}: ") if given.keys() - set(READ) else set()
+    unread = _unread(given, READ, f"{place}: ")
     if role == "tool" and "\\u" in content:  # a template may decode such text, and show what it hides
         with contextlib.suppress(BadRow):
             content = json.dumps(_json(content, "content"), ensure_ascii=False)
