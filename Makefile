@@ -1,10 +1,10 @@
-# demo · test · slow · lint · bench · clean: each makes its own .venv when there is none.
+# demo · test · slow · faults · lint · bench · clean: each makes its own .venv when there is none.
 PYTHON ?= python3
 VENV := .venv/bin
 # One thread: several times faster for models this small, and no slower where the cores are shared.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow faults lint bench clean
 
 demo: .venv/installed
 	$(VENV)/python recipes/sft_lora.py configs/tiny.yaml --training.output_dir runs/tiny-lora
@@ -17,6 +17,14 @@ test: .venv/installed-dev
 
 slow: .venv/installed-dev
 	$(VENV)/python -m pytest -m slow
+
+# Hours: each kind of fault at STATES file operations, MIXES random ones from SEED on, each fuzzer for five minutes.
+SEED ?= 0
+STATES ?= 20000
+MIXES ?= 200
+faults: .venv/installed-dev
+	$(VENV)/python tests/faults/injector.py --states $(STATES) --seed $(SEED) --mixes $(MIXES)
+	PYTHONPATH=. $(VENV)/python tests/faults/fuzz.py --minutes 5 --seed $(SEED)
 
 lint: .venv/installed-dev
 	$(VENV)/python -m ruff check .

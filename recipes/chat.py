@@ -12,7 +12,16 @@ import math
 import sys
 from pathlib import Path
 
-from recipes.utils.console import ArgumentParser, CommandLine, UserError, first_look, recipe_parser, run_main, say
+from recipes.utils.console import (
+    ArgumentParser,
+    CommandLine,
+    UserError,
+    first_look,
+    recipe_parser,
+    run_main,
+    say,
+    visible,
+)
 
 
 def command_line() -> ArgumentParser:
@@ -33,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from recipes.utils.data import Encoder
 from recipes.utils.evaluation import load_adapter, load_adapter_tokenizer, newest_run, read_adapter
+from recipes.utils.model import loading
 
 
 def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None) -> list[dict]:
@@ -61,7 +71,7 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
         except TemplateError as error:
             raise UserError(f"the chat template cannot carry this conversation: {error.message}") from error
         ids = torch.tensor([prompt], device=model.device)
-        streamer = TextStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Shown(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
         answer = [token for token in output[0, len(prompt) :].tolist() if token not in stops]
         text = encoder.tokenizer.decode(answer, skip_special_tokens=True)
@@ -72,6 +82,13 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
     return messages
 
 
+class Shown(TextStreamer):
+    """Prints an answer as it comes, its control characters written out: a terminal would act upon them."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(visible(text), stream_end)
+
+
 def _load(folder: Path) -> tuple:
     """(model, `Encoder`, the ids that end an answer) of an adapter folder or of a whole model's."""
     if (folder / "adapter_config.json").is_file():
@@ -80,11 +97,13 @@ def _load(folder: Path) -> tuple:
         return load_adapter(folder, record).eval(), encoder, encoder.stop_ids
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no adapter (adapter_config.json) and no model (config.json)")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with loading(str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: has no chat template, so it is no model to talk to")
     how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    with loading(str(folder)):
+        model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     return model, Encoder(tokenizer), ends if isinstance(ends, list) else [ends]

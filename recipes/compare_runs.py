@@ -32,8 +32,18 @@ if __name__ == "__main__":
 import pandas
 from rich.table import Table
 
-from recipes.utils.evaluation import SCORES, compare, figures, own_interval, read_rows, score_of, show, show_interval
-from recipes.utils.files import read_json, read_jsonl
+from recipes.utils.evaluation import (
+    SCORES,
+    compare,
+    figures,
+    own_interval,
+    read_record,
+    read_rows,
+    score_of,
+    show,
+    show_interval,
+)
+from recipes.utils.files import evaluation_of, read_json, read_jsonl
 from recipes.utils.page import write_page
 
 IGNORED = ("output_dir", "bf16", "fp16", "use_cpu", "report_to")  # follow from others or the machine, or name the run
@@ -59,7 +69,7 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
     for path in (html, csv):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: there is no such folder")
-    found, names = [read(folder) for folder in folders], [folder.resolve().name for folder in folders]
+    found, names = [read_whole(folder) for folder in folders], [folder.resolve().name for folder in folders]
     for one, name in zip(found, names, strict=True):
         one["name"] = name if names.count(name) == 1 else one["run"]
         one["other"] = [part for part, own in one["data"].items() if found[0]["data"].get(part, own) != own]
@@ -77,7 +87,8 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
     if csv:
         lines = pandas.DataFrame([one["numbers"] | {"not_comparable": " ".join(one["other"])} for one in found])
         lines = pandas.concat([pandas.DataFrame(found)[["run", "status"]], settings[keys], lines], axis=1)
-        lines.rename(columns={"eval_loss": "best_validation_loss"}).to_csv(csv, index=False)
+        lines = lines.rename(columns={"eval_loss": "best_validation_loss"}).map(as_text)
+        lines.to_csv(csv, index=False)
         say(f"written: {csv}")
     if html:
         write_page(Path(html), "compare_runs.html", table=rows, columns=list(table), notes=notes)
@@ -85,12 +96,25 @@ def compare_runs(runs=None, html=None, csv=None) -> list[dict[str, str]]:
     return rows
 
 
+def as_text(value):
+    """A cell that a spreadsheet shows and does not compute: texts that begin with =, +, -, @ come behind a quote."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
+def read_whole(folder: Path) -> dict:
+    """What `read` finds. Raises `UserError` where something in the files is not what a run writes there."""
+    try:
+        return read(folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder}: its run.json, metrics or evaluation are not a run's: {error!r}") from error
+
+
 def read(folder: Path) -> dict:
     """Of a run: `settings`, `numbers` (losses in nats, tokens a second, GB, seconds; scores with 95 % intervals), its
     `rows` as they were scored, and by what its `data` is known: file hashes, counts of rows and of trained tokens."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
-    record, scored = read_json(folder / "run.json"), folder / "evaluation" / "predictions.jsonl"
+    record, scored = read_record(folder / "run.json"), evaluation_of(folder)
     counts, options, files = record["rows"], record["data"], record["data_sha256"]
     settings = {key: record[key] for key in ("method", "seed", "device")}
     for section in ("model", "data", "lora", "quantization", "training"):
@@ -107,12 +131,12 @@ def read(folder: Path) -> dict:
         names = [str(Path(path)) for path in ([paths] if isinstance(paths, str) else paths or ())]
         hashes = {str(files.get(path)) for name in names for path in matching(files, name) or [name]}
         data[part] = [*sorted(hashes), *share, counts[part]["rows"], counts[part]["trained_tokens"]]
-    if scored.is_file() and (rows := read_rows(scored).get("adapter", [])):
-        keys = row_keys(read_jsonl(scored))
+    if scored and (rows := read_rows(scored / "predictions.jsonl").get("adapter", [])):
+        keys = row_keys(read_jsonl(scored / "predictions.jsonl"))
         for name, value in [(name, value) for name, value in figures(rows).items() if shown(name)]:
             low, high = own_interval(rows, name) or (None, None)
             numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        digest = read_json(scored.with_name("metrics.json"))["of"]["rows_sha256"]
+        digest = read_json(scored / "metrics.json")["of"]["rows_sha256"]
         data["test"] = [digest, sum(row["tokens"] for row in rows), len(rows)]
     start = {"run": str(folder), "status": record["status"], "settings": settings}
     return start | {"numbers": numbers, "rows": rows, "keys": keys, "data": data}

@@ -26,6 +26,7 @@ from recipes.utils.console import (
     ArgumentParser,
     CommandLine,
     UserError,
+    command,
     first_look,
     recipe_parser,
     run_main,
@@ -59,10 +60,11 @@ def _scales(text: str) -> list[float]:
 if __name__ == "__main__":
     given = first_look(command_line())  # --help and slips are answered before the imports below, which take seconds
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import recipes.utils.evaluation as scoring
 from recipes.utils.data import Encoder, read_chats
+from recipes.utils.model import loading
 from recipes.utils.monitoring import refresh_report
 
 
@@ -92,7 +94,7 @@ def evaluate_adapter(
     metrics_of_user, system = scoring.read_metrics(metric or []), scoring.read_system(system)
     chats, settings = scoring.rows_to_score(record, data), (max_rows, max_new_tokens)
     parts = {"predictions": chats} | ({"forgetting": read_chats(forgetting)} if forgetting else {})
-    encoder = Encoder(AutoTokenizer.from_pretrained(run_folder, local_files_only=True), escape=True)
+    encoder = Encoder(scoring.load_adapter_tokenizer(run_folder, record), escape=True)
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
     for scale in scales or ():
         scoring.check_linear(run_folder, scale)
@@ -110,7 +112,7 @@ def evaluate_adapter(
     if scales:
         figures = scoring.score_scales(run_folder, live, encoder, chats, scales, parts.get("forgetting", []), *settings)
         best = min(figures, key=lambda scale: figures[scale]["loss"])
-        say(f"\nlowest loss at scale {best}; next: python recipes/merge_adapter.py {run_folder} --scale {best}")
+        say(f"\nlowest loss at scale {best}; next: {command('merge_adapter', run_folder, '--scale', best)}")
         return figures
     scored: dict[str, dict[str, list[dict]]] = {}
     for name, rows in parts.items():
@@ -122,7 +124,8 @@ def evaluate_adapter(
     del live
     if model:
         how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
-        plain = AutoModelForCausalLM.from_pretrained(model, **how)
+        with loading(str(model)):
+            plain = AutoModelForCausalLM.from_pretrained(model, **how)
         for name, rows in parts.items():
             scored[name]["merged"] = scoring.evaluate(plain, encoder, rows, *settings)
     for answered in scored["predictions"].values():
@@ -137,7 +140,7 @@ def evaluate_adapter(
     refresh_report(run_folder)
     say(f"\nwritten: {run_folder / 'evaluation'}\nreport:  {run_folder / 'report.html'}")
     if not model:
-        say(f"next:    python recipes/merge_adapter.py {run_folder}")
+        say(f"next:    {command('merge_adapter', run_folder)}")
     say(f"\nverdict: {metrics['verdict']}")
     for one in decided:
         say(f"gate:    {one['verdict'].upper()}: {one['text']}")

@@ -14,7 +14,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from recipes.utils.console import CommandLine, UserError, first_look, recipe_parser, run_main, say
+from recipes.utils.console import CommandLine, UserError, command, first_look, recipe_parser, run_main, say
 
 
 def command_line() -> ArgumentParser:
@@ -80,8 +80,8 @@ def merge_adapter(
 
     say(f"merged: {output}" + ("" if verify else " (not compared with the adapter)"))
     if (adapter / "run.json").is_file():
-        say(f"next:   python recipes/evaluate_adapter.py {adapter} --model {output}")
-    say(f"        python recipes/chat.py {output}")
+        say(f"next:   {command('evaluate_adapter', adapter, '--model', output)}")
+    say(f"        {command('chat', output)}")
     return output
 
 

@@ -11,7 +11,7 @@ Made to be copied: `cp recipes/sft_lora.py my_run.py`, then change what you need
 import sys
 from pathlib import Path
 
-from recipes.utils.console import CommandLine, first_look, run_main, say, training_parser
+from recipes.utils.console import CommandLine, command, first_look, run_main, say, training_parser
 
 if __name__ == "__main__":
     given = first_look(training_parser(__doc__))  # --help and slips are answered before the imports, which take seconds
@@ -82,7 +82,7 @@ def train_lora(config: Config) -> Path:
             # 7. Save the best adapter by validation loss, with the tokenizer and the chat template of its training.
             save_adapter(trainer, run.folder)
     say(f"\nadapter: {run.folder}\nreport:  {report.path}")
-    say(f"next:    python recipes/evaluate_adapter.py {run.folder}")
+    say(f"next:    {command('evaluate_adapter', run.folder)}")
     return run.folder
 
 

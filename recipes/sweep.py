@@ -79,7 +79,9 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(locked(folder))
-        afterwards.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        for sent in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(sent) != signal.SIG_IGN:  # as nohup has it
+                afterwards.callback(signal.signal, sent, signal.signal(sent, signal.default_int_handler))
         afterwards.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if pruning else optuna.pruners.NopPruner()
@@ -103,7 +105,7 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
     best, name = study.best_trial, study.best_trial.user_attrs["folder"]
     command = shlex.join([*script, *words(fixed | best.params)])
     say(f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {command}")
-    say(f"next:  python recipes/evaluate_adapter.py {name}")
+    say(f"next:  python recipes/evaluate_adapter.py {shlex.quote(name)}")
     return {"trial": name, "params": best.params, "validation_loss": best.value, "command": command}
 
 

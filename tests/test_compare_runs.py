@@ -9,7 +9,7 @@ import pytest
 from conftest import DATA, TINY, read_jsonl, write_jsonl
 from pages import HOSTILE, Outline
 
-from recipes.compare_runs import compare_runs
+from recipes.compare_runs import as_text, compare_runs
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.sft_lora import train_lora
 from recipes.utils.config import load_config
@@ -227,3 +227,7 @@ def test_no_run_is_a_user_error(tmp_path, monkeypatch):
         compare_runs()
     with pytest.raises(UserError, match="is no run folder"):
         compare_runs([tmp_path])
+
+
+def test_a_cell_that_a_spreadsheet_would_compute_comes_behind_a_quote():
+    assert [as_text(value) for value in ("=1+1", "@a", "plain", -1.5)] == ["'=1+1", "'@a", "plain", -1.5]

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +16,8 @@ from recipes.utils.console import (
     CommandLine,
     RunEnded,
     UserError,
+    command,
+    disk_error,
     is_main_process,
     near,
     out,
@@ -24,6 +28,7 @@ from recipes.utils.console import (
     recipe_parser,
     run_main,
     say,
+    time_limit,
     training_parser,
 )  # fmt: skip
 
@@ -267,3 +272,121 @@ def test_each_value_of_a_file_comes_with_its_line(tmp_path):
     (tmp_path / "a.yaml").write_text("data:\n  train: [a, b]\n\n  share: 1_000\nmodel: {dtype: float32}\nlora:\n")
     found = list(read_yaml(tmp_path / "a.yaml"))
     assert found == [("data.train", ["a", "b"], 2), ("data.share", 1000, 4), ("model.dtype", "float32", 5)]
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("lora:\n  r: 0x_\n", 2, "`lora.r`: not a value that YAML has"),
+        ("lora:\n  r: !!int a\n", 2, "`lora.r`: not a value that YAML has"),
+        ("lora:\n  r: !!timestamp soon\n", 2, "`lora.r`: not a value that YAML has"),
+        ("lora:\n  r: !!python/name:os.system\n", 2, "`lora.r`: not a value that YAML has"),
+        ("lora:\n  ? [r]\n  : 1\n", 2, "a key must be a word"),
+        ("? {a: b}\n: {c: d}\n", 1, "a key must be a word"),
+        ("data:\n  train: " + "[" * 5000 + "]" * 5000, 2, "nested too deeply"),
+        ("data:\n  train: &x [*x]\n", 2, "an alias stands within what it names"),
+        (BOMB, 5, "over 10,000 values, aliases written out"),
+        (BOMB.replace("[", "{<<: [").replace("]\n", "]}\n"), 5, "over 10,000 values"),
+        ('model:\n  name_or_path: "a\\0b"\n', 2, "a NUL, or half a character"),
+        ('model:\n  name_or_path: "\\ud800"\n', 2, "a NUL, or half a character"),
+        ("model:\n  name_or_path: \x07\n", 2, "special characters are not allowed"),
+        (b"model:\n  name_or_path: \xff\n", 2, "is not UTF-8"),
+    ],
+)
+def test_yaml_that_holds_no_config_is_an_error_of_the_file_and_its_line(text, line, message, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with time_limit(5, AssertionError("it takes too long")), pytest.raises(UserError) as error:
+        list(read_yaml(path))
+    assert str(error.value).startswith(f"{path}:{line}: ")
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_too_large_for_a_config_is_not_read_as_one(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"a: b\n" * 300_000)
+    with pytest.raises(UserError, match=r"a\.yaml: has 1,500,000 bytes, which no config has"):
+        list(read_yaml(tmp_path / "a.yaml"))
+
+
+def test_a_day_is_a_word_as_people_mean_it(tmp_path):
+    (tmp_path / "a.yaml").write_text("training:\n  run_name: 2024-01-31\n  project: 2024-13-45\n")
+    assert [value for _, value, _ in read_yaml(tmp_path / "a.yaml")] == ["2024-01-31", "2024-13-45"]
+
+
+@pytest.mark.parametrize("value", ["0x_", "!!int a", "[" * 5000 + "]" * 5000])
+def test_a_flag_without_a_value_that_yaml_has_is_a_user_error(value):
+    with pytest.raises(UserError, match=r"^--lora\.r: (not a value that YAML has|nested too deeply)"):
+        read_flags(["--lora.r", value])
+
+
+ESCAPES = "\x1b]52;c;ZWNobyBoaQ==\x07 \x9b2J \u202eback\x7f"
+
+
+def test_what_a_terminal_would_act_upon_is_shown_and_never_sent(capsys):
+    say(f"answer {ESCAPES}\n\tkept")
+    print_table(f"title {ESCAPES}", {f"name {ESCAPES}": f"value {ESCAPES}"})
+    assert run_main(raises(UserError(f"row {ESCAPES}")), words()) == 2
+    shown = "".join(capsys.readouterr())
+    assert not set("\x1b\x07\x9b\u202e\x7f") & set(shown)
+    assert shown.count(r"\x1b]52;c;ZWNobyBoaQ==\x07") == 5
+    assert "\n\tkept" in shown.replace("        kept", "\tkept")
+
+
+def test_a_command_to_paste_is_quoted():
+    assert command("chat", "my run; rm -rf x") == "python recipes/chat.py 'my run; rm -rf x'"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device"),
+        (Exception("No space left on device (os error 28)"), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "failed writing file"),
+        (ValueError("something else"), None),
+        (BrokenPipeError(32, "Broken pipe"), None),
+    ],
+)
+def test_a_disk_that_fails_is_one_line_whichever_library_met_it(error, said, capsys):
+    if said is None:
+        assert disk_error(error) is None
+        return
+    assert said in disk_error(error)
+    assert run_main(raises(error), words()) == 1
+    assert capsys.readouterr().err.startswith("failed: ")
+
+
+def test_what_takes_too_long_ends_and_outer_limits_stay():
+    with time_limit(60, AssertionError()):
+        with pytest.raises(ValueError, match="too long"), time_limit(0.05, ValueError("too long")):
+            re.match("(a+)+$", "a" * 40 + "b")
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+TALKS = """
+import sys, time
+from recipes.utils.console import CommandLine, run_main, say
+def main(given):
+    for number in range(2000):
+        say(f"line {number}")
+    open("done", "w").close()
+sys.exit(run_main(main, CommandLine({"traceback": False}, {}, {})))
+"""
+
+
+@pytest.mark.parametrize("sink", ["| head -1", "> /dev/full", "2>&1 | head -1", ">&-", ">&- 2>&-"])
+def test_outputs_that_go_away_end_no_work(sink, tmp_path):
+    (tmp_path / "talks.py").write_text(TALKS)
+    command = f"{sys.executable} talks.py {sink}; echo ${{PIPESTATUS[0]}} > status"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (tmp_path / "done").exists(), result.stderr
+    assert (tmp_path / "status").read_text() == "0\n"
+    full = "warning: not all that was printed could be written: No space left on device\n"
+    assert result.stderr == (full if "full" in sink else "")

@@ -3,20 +3,24 @@
 import json
 import re
 import shlex
+import sys
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, run_script, small_config, write_jsonl
 from forks import command_line
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import evaluate_adapter as recipe
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.console import UserError
-from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import SCORES, evaluate, read_gate, score_answers
+from recipes.utils.data import Chat, Encoder, read_chats
+from recipes.utils.evaluation import SCORES, evaluate, read_gate, score_answers, sum_up
+from recipes.utils.files import evaluation_of, file_hash
+from recipes.utils.merge.export import _scores
 
 SHORT = {"max_steps": 8, "learning_rate": 5e-3, "eval_steps": 8, "save_steps": 8}
 
@@ -130,11 +134,39 @@ def test_scales_are_scored_without_training_again(trained, tmp_path, capsys):
     old = write_jsonl(tmp_path / "old.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])
     found = evaluate_adapter(folder, max_rows=1, max_new_tokens=4, scales=[0.0, 0.5, 1.0], forgetting=str(old))
     assert list(found) == ["0", "0.5", "1"]
-    assert json.loads((folder / "evaluation" / "scales.json").read_text()) == found
+    written = json.loads((folder / "evaluation" / "scales.json").read_text())
+    assert written.pop("of") == {"adapter_sha256": file_hash(folder / "adapter_model.safetensors")}
+    assert written == found
     assert not (folder / "evaluation" / "metrics.json").exists()
     shown = capsys.readouterr().out
     assert "forgetting loss" in shown
     assert "lowest loss at scale 1; next: python recipes/merge_adapter.py" in shown
+
+
+def test_an_evaluation_is_one_set_and_of_one_adapter(trained, tmp_path, monkeypatch, capsys):
+    """A kill between its files leaves the set before; figures of another adapter are shown nowhere."""
+    folder = copy_run(trained, tmp_path)
+    evaluate_adapter(folder, max_rows=1, max_new_tokens=4)
+    before = {path.name: path.read_bytes() for path in (folder / "evaluation").iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["recipes.utils.evaluation.evaluate"], "write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate_adapter(folder, max_rows=2, max_new_tokens=4)
+    assert {path.name: path.read_bytes() for path in (folder / "evaluation").iterdir()} == before
+    assert evaluation_of(folder) == folder / "evaluation"
+    adapter = load_file(folder / "adapter_model.safetensors")
+    save_file({name: weight * 2 for name, weight in adapter.items()}, folder / "adapter_model.safetensors")
+    capsys.readouterr()
+    assert evaluation_of(folder) is None
+    assert "is of another adapter" in capsys.readouterr().out
+    assert _scores(folder, 1.0) == {}
+
+
+def test_tags_beyond_what_anybody_reads_are_left_out(capsys):
+    rows = [{"loss": 1.0, "token_accuracy": 1.0, "tokens": 1}] * 400
+    chats = [Chat([{"role": "user", "content": str(n)}], "", None, json.dumps({"tag": n % 200})) for n in range(400)]
+    assert len(sum_up({"adapter": rows}, chats)["tags"]) == 100
+    assert "tags: 200 of them; the 100 with the most rows" in capsys.readouterr().out
 
 
 def test_a_q_lora_run_is_scored_on_its_4_bit_base(qlora_run, tmp_path):

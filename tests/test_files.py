@@ -18,10 +18,12 @@ from recipes.utils.files import (
     locked,
     read_json,
     read_jsonl,
+    replace_folder,
     whole_file,
     write_json,
     write_jsonl,
 )  # fmt: skip
+from recipes.utils.merge.export import own_file
 
 ROWS = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2, "text": "ü 🙂"}, {"step": 3, "text": ""}]
 
@@ -46,13 +48,76 @@ def _umask() -> int:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is no JSON"), (b"[1]", "holds no JSON object"), (b"\xff{}", "is no JSON"), (None, "cannot be read")],
+    [
+        (b"{", "is no JSON"),
+        (b"[1]", "holds no JSON object"),
+        (b"\xff{}", "is no JSON"),
+        (None, "cannot be read"),
+        (b'{"a": ' + b"[" * 100_000, "is no JSON"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "is no JSON"),
+    ],
 )
 def test_json_that_is_none_is_a_user_error(tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"a.json: {message}"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [(1, True), (None, True), (True, False), ("1", False), ([1], False), ({}, False), (1.0, False)],
+)
+def test_a_value_of_another_type_is_an_error_of_the_file(tmp_path, value, fits):
+    write_json(tmp_path / "a.json", {"part": {"number": value}})
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"a\.json: `part\.number` is .*, not int")
+    ):
+        assert read_json(tmp_path / "a.json", {"part.number": int | None}) == {"part": {"number": value}}
+
+
+def test_what_is_copied_is_no_link_out_of_its_folder(tmp_path):
+    hub = tmp_path / "models--a--b"
+    snapshot, own, other = hub / "snapshots" / "0", hub / "blobs" / "1", tmp_path / "models--c--d" / "blobs" / "2"
+    for folder in (snapshot, own.parent, other.parent):
+        folder.mkdir(parents=True)
+    for path in (own, other, tmp_path / "private", snapshot / "plain"):
+        path.write_text("text")
+    for name, target in (
+        ("own", "../../blobs/1"),
+        ("beside", "plain"),
+        ("other", other),
+        ("out", tmp_path / "private"),
+    ):
+        (snapshot / name).symlink_to(target)
+    for name in ("plain", "beside", "own"):
+        assert own_file(snapshot / name).read_text() == "text"
+    for name in ("other", "out"):
+        with pytest.raises(UserError, match=f"{name}: is a link out of its folder"):
+            own_file(snapshot / name)
+
+
+def test_a_folder_takes_the_place_of_another_or_all_stays_as_it_was(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_text(name)
+    (tmp_path / ".old-final").mkdir()  # left by a kill
+    (tmp_path / "old").rename(tmp_path / "final")
+    rename = type(tmp_path).rename
+
+    def refuse(self, target):
+        if self.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "rename", refuse)
+        with pytest.raises(OSError, match="Input/output"):
+            replace_folder(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final" / "text").read_text() == "old"
+    replace_folder(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final" / "text").read_text() == "new"
+    assert os.listdir(tmp_path) == ["final"]
 
 
 def test_after_an_error_a_file_is_as_it_was_and_nothing_lies_beside_it(tmp_path):
@@ -84,10 +149,12 @@ def test_a_resume_keeps_the_steps_that_are_not_done_again(tmp_path):
     keep_steps(path, 0)
     assert path.read_text() == ""
     write_jsonl(path, ROWS)
-    with open(path, "a") as file:
-        file.write('{"step": 2, "te')
+    with open(path, "ab") as file:
+        file.write(b'null\n{"step": null}\n3\n{"step": 2, "te' + "ü".encode()[:1])
     keep_steps(path, 2)
     assert read_jsonl(path) == ROWS[:2]
+    keep_steps(path, 2, lambda line: line["step"] == 2)
+    assert read_jsonl(path) == ROWS[:1]
 
 
 HOLD = """

@@ -9,7 +9,10 @@ import glob
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -19,6 +22,7 @@ from typing import NamedTuple
 
 import yaml
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 
 OK, FAILED, USER_ERROR, DIVERGED, GATE_FAILED, TOO_FEW_ROWS, STOPPED = 0, 1, 2, 3, 4, 5, 75
@@ -26,8 +30,25 @@ ENDS = {"failed": FAILED, "diverged": DIVERGED, "stopped": STOPPED}  # the word 
 NUMBER = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
 SECTION_NAMES = ("model", "data", "lora", "training", "quantization")
 
+MOST_NODES, MOST_YAML = 10_000, 1 << 20  # values of a config, its aliases written out; bytes of its file
+# What a terminal acts upon, but for tabs and line ends: OSC 52 writes the clipboard, others hide or turn text around.
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+DISK_WORDS = re.compile(  # of libraries that raise no OSError: torch, numpy, sqlite
+    r"PytorchStreamWriter|inline_container|requested and \d+ written|"
+    r"disk is full|disk I/O error|readonly database|unable to open database"
+)
+
+
+class _Console(Console):
+    """Shows what text would have the terminal do; what rich itself sends (styles, bars) is apart from the text."""
+
+    def render(self, *args, **how):
+        for text, style, control in super().render(*args, **how):
+            yield Segment(text if control else visible(text), style, control)
+
+
 # It asks for sys.stdout at each print. A log file or a pipe has no width of its own.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+out = _Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 120)
 
 
 class UserError(Exception):
@@ -58,17 +79,85 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """Print a line for the person at the terminal, once however many processes there are."""
     if is_main_process():
-        out.print(message, markup=False, soft_wrap=True)
+        out.print(visible(message), markup=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """`text` with each control character written out."""
+    return ACTS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def command(recipe: str, *words: object) -> str:
+    """A command line to paste, for a script in recipes/."""
+    return shlex.join(["python", f"recipes/{recipe}.py", *map(str, words)])
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What went wrong on the disk, whichever library met it; None for an error of another kind."""
+    if isinstance(error, UserError | RunEnded | ConnectionError):
+        return None
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust has it: safetensors, tokenizers
+        return os.strerror(int(found[1]))
+    return str(error).splitlines()[0] if DISK_WORDS.search(str(error)) else None
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, error: Exception) -> Iterator[None]:
+    """Raise `error` in a body that takes longer: what a file brings (a template, a regular expression) may never end.
+    A signal ends it, which reaches the main thread alone; in another one there is no limit."""
+
+    def end(*_):
+        raise error
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, end)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *others)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+class _Lasting:
+    """A standard stream whose reader may go away (`| head`, a closed terminal) or whose disk may be full: what cannot
+    be written is dropped from there on, and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream, self.lost = stream or open(os.devnull, "w"), None  # noqa: SIM115
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, act, *words):
+        try:
+            act(*words)
+        except OSError as error:
+            self.lost = error
+            with contextlib.suppress(OSError, ValueError):  # what it has kept back goes there, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def print_table(title: str, rows: dict[str, object]) -> None:
     """A two-column table of `rows`; entries that are None are left out."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    look: dict = {"title_justify": "left", "title_style": "bold", "show_header": False, "box": None, "padding": (0, 2)}
+    table = Table(title=visible(title), **look)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(visible(name), visible(str(value)))
     if is_main_process():
         out.print(table, markup=False)
 
@@ -80,13 +169,28 @@ def near(name: object, names: Iterable[str]) -> str | None:
 
 def run_main(main: Callable[[CommandLine], int | None], given: CommandLine) -> int:
     """Call `main(given)` and return the exit status: what it returns, 0 for None; where it raises, 2 for a `UserError`,
-    3 diverged, 75 stopped after a checkpoint, 1 failed (launchers make 1 of all of them: see run.json). Any other
-    exception is a defect of ours, and goes on. With --traceback, the first two show where they arose."""
+    3 diverged, 75 stopped after a checkpoint, 1 failed, by a disk too (launchers make 1 of all of them: see run.json).
+    Any other exception is a defect of ours, and goes on. With --traceback, those named show where they arose. An
+    output that cannot be written to ends nothing; where its disk is at fault, the last line says so."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = lasting = [_Lasting(stream) for stream in streams]
     try:
         with quiet():
-            return main(given) or OK
+            status = main(given) or OK
+        sys.stdout.flush()
+        return FAILED if lasting[0].lost and given.options.get("as_json") else status
     except (UserError, RunEnded, KeyboardInterrupt) as error:
         return _report(error, given.options["traceback"])
+    except Exception as error:
+        if (why := disk_error(error)) is None:
+            raise
+        return _report(RunEnded("failed", f"{why}; what is whole stays whole"), given.options["traceback"])
+    finally:
+        for stream in lasting:
+            stream.flush()
+        if (lost := lasting[0].lost) and not isinstance(lost, BrokenPipeError):
+            print(f"warning: not all that was printed could be written: {lost.strerror}", file=sys.stderr, flush=True)
+        sys.stdout, sys.stderr = streams
 
 
 def _report(error: BaseException, show_traceback: bool) -> int:
@@ -99,7 +203,7 @@ def _report(error: BaseException, show_traceback: bool) -> int:
     word = error.word if isinstance(error, RunEnded) else "error"
     process = "" if is_main_process() else f"[process {os.environ['RANK']}] "
     if not process or word != "stopped":  # to stop, all processes agreed; of a fault, one alone may know
-        print(process + (str(error) if word == "stopped" else f"{word}: {error}"), file=sys.stderr)
+        print(visible(process + (str(error) if word == "stopped" else f"{word}: {error}")), file=sys.stderr)
     return ENDS.get(word, USER_ERROR)
 
 
@@ -119,9 +223,13 @@ def quiet() -> Iterator[None]:
             if bars.is_progress_bar_enabled():
                 afterwards.callback(bars.enable_progress_bar)
             bars.disable_progress_bar()
-        if (datasets := sys.modules.get("datasets")) and not datasets.are_progress_bars_disabled():
+        datasets = sys.modules.get("datasets")
+        if datasets and not datasets.are_progress_bars_disabled():
             afterwards.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
+        if datasets and datasets.is_caching_enabled():  # what it keeps (packed rows) it never checks again
+            afterwards.callback(datasets.enable_caching)
+            datasets.disable_caching()
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         # PEFT asks the hub at each save whether the vocabulary was changed; no recipe changes it
@@ -233,13 +341,14 @@ def find_data_files(paths: str | list[str]) -> list[Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` is a word (1.1 reads false)."""
+    """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` and 2024-01-31 are words (1.1 reads false
+    and a date)."""
 
 
 # Added last, it is asked last: whole numbers match it too, and stay whole.
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    first: [(tag, form) for tag, form in pairs if tag[18:] != "timestamp" and (tag[18:] != "bool" or first in "tTfF")]
     for first, pairs in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -247,37 +356,76 @@ _Loader.yaml_implicit_resolvers = {
 def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
     """Yield (section.key, value, line number) of a config file; `UserError` on a syntax error or a key given twice."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MOST_YAML:
+        raise UserError(f"{path}: has {len(content):,} bytes, which no config has; is it a data file?")
+    try:
+        loader = _Loader(content.decode())
+        _count_nodes(root := loader.get_single_node(), {})
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    except yaml.reader.ReaderError as error:
+        line = content.decode().count("\n", 0, error.position) + 1
+        raise UserError(f"{path}:{line}: not YAML: {error.reason}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{loader.line + 1}: not YAML that can be read: nested too deeply") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
-    pairs: list[tuple[str, yaml.Node, yaml.Node | None]] = []
+    pairs: list[tuple[yaml.Node, yaml.Node | None, str]] = []
     for section, body in root.value:
         keys = body.value if isinstance(body, yaml.MappingNode) else []
-        pairs.append((section.value, section, body if body.value and not keys else None))
-        pairs += [(f"{section.value}.{key.value}", key, value) for key, value in keys]
+        pairs.append((section, body if body.value and not keys else None, ""))
+        pairs += [(key, value, f"{section.value}.") for key, value in keys if isinstance(section, yaml.ScalarNode)]
     seen: dict[str, int] = {}
-    for name, key, value in pairs:
+    for key, value, section_name in pairs:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{path}:{line}: a key must be a word")
+        name = section_name + key.value
         if name in seen:
             raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
         seen[name] = line
-        try:
-            if value is not None:
-                yield name, loader.construct_object(value, deep=True), line
-        except yaml.MarkedYAMLError as error:
-            raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error.problem}") from error
+        if value is not None:
+            try:
+                found = _construct(loader, value)
+            except ValueError as error:
+                raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error}") from error
+            yield name, found, line
+
+
+def _count_nodes(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """The values within `node`, each as often as aliases repeat it: a few lines can stand for billions. Raises
+    `yaml.MarkedYAMLError` for too many, one that is within itself, and text that no file name or tokenizer takes."""
+    if node is None or (id(node) in known and known[id(node)]):
+        return known[id(node)] if node else 0
+    mark = getattr(node, "start_mark", None)
+    if id(node) in known:
+        raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=mark)
+    known[id(node)] = 0  # until it is counted
+    parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+    parts = [each for pair in parts for each in pair] if isinstance(node, yaml.MappingNode) else parts
+    if not parts and re.search("[\0\ud800-\udfff]", str(node.value)):
+        raise yaml.MarkedYAMLError(problem="a NUL, or half a character", problem_mark=mark)
+    known[id(node)] = count = 1 + sum(_count_nodes(part, known) for part in parts)
+    if count > MOST_NODES:
+        raise yaml.MarkedYAMLError(problem=f"over {MOST_NODES:,} values, aliases written out", problem_mark=mark)
+    return count
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> object:
+    """The value of `node`. Raises ValueError where it has none, as `!!int a` and `0x_`."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except Exception as error:  # YAML's constructors fail in any way that Python's types do
+        raise ValueError(getattr(error, "problem", None) or str(error).splitlines()[0]) from error
 
 
 def read_flags(words: list[str]) -> dict[str, object]:
@@ -292,7 +440,8 @@ def read_flags(words: list[str]) -> dict[str, object]:
 
 def _take_flags(words: list[str]) -> tuple[list[str], dict[str, object]]:
     """(the other words, the flags that are keys): argparse would take the value of such a flag for its own argument."""
-    others, flags, left = [], {}, iter(words)
+    others, left = [], iter(words)
+    flags: dict[str, object] = {}
     for word in left:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in name:
@@ -303,7 +452,14 @@ def _take_flags(words: list[str]) -> tuple[list[str], dict[str, object]]:
         if name in flags:
             raise UserError(f"--{name} is given twice")
         try:
-            flags[name] = yaml.load(value, _Loader)
+            _count_nodes(node := (loader := _Loader(value)).get_single_node(), {})
         except yaml.YAMLError:  # a glob such as *.jsonl, which a shell has left as it is
             flags[name] = value
+            continue
+        except RecursionError:
+            raise UserError(f"--{name}: nested too deeply") from None
+        try:
+            flags[name] = None if node is None else _construct(loader, node)
+        except ValueError as error:
+            raise UserError(f"--{name}: not a value that YAML has: {error}") from error
     return others, flags

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from types import MappingProxyType
+from typing import IO, Any
 
 from recipes.utils.console import UserError, say
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # EBADF: a folder, over NFS
 LOCKS = Path("/proc/locks")  # where Linux tells which process holds which
 
@@ -27,17 +28,30 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises `UserError` if it cannot be read, is damaged or holds no object."""
+def read_json(path: Path, kinds: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """The object in a JSON file, whose values are of the `kinds` that its reader needs: {"model.revision": str | None}.
+    Raises `UserError` if it cannot be read, is damaged or holds anything else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
+    for key, kind in kinds.items():
+        value: Any = content
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if type(value) not in getattr(kind, "__args__", (kind,)):  # exactly: a bool is no int here
+            found = "missing" if value is None else f"{json.dumps(value)[:40]}"
+            raise UserError(f"{path}: `{key}` is {found}, not {getattr(kind, '__name__', kind)}")
     return content
+
+
+def is_within(name: object) -> bool:
+    """True for a file's path that leads nowhere out of its folder, the only kind that an index or a manifest gives."""
+    return isinstance(name, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 @contextlib.contextmanager
@@ -73,19 +87,57 @@ def append_jsonl(path: Path, objects: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a run's JSONL file, [] where there is none; a line that a kill has cut off is left out. Lines end
-    at a line feed alone: answers may hold other separators, such as U+2028."""
+    """The objects of a run's JSONL file, [] where there is none; a line that a kill has torn is left out. Lines end at
+    a line feed alone: answers may hold other separators, such as U+2028."""
     found = []
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
-    return found
+    return [item for item in found if isinstance(item, dict)]
 
 
-def keep_steps(path: Path, last: int) -> None:
-    """Begin a run's JSONL file, or after a resume keep its lines up to the step `last`: later steps are done again."""
-    write_jsonl(path, [line for line in read_jsonl(path) if line["step"] <= last])
+def keep_steps(path: Path, last: int, again: Callable[[dict], bool] = lambda line: False) -> None:
+    """Begin a run's JSONL file, or after a resume keep its lines up to the step `last`, but for those that are written
+    `again`: what comes later is done again."""
+    steps = ((line, line.get("step")) for line in read_jsonl(path))
+    write_jsonl(path, (line for line, step in steps if isinstance(step, int) and step <= last and not again(line)))
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give the folder `new` the name `folder` once it is on the disk; what bears the name goes after."""
+    sync(new)
+    old = folder.with_name(f".old-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            old.rename(folder)
+        raise
+    sync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def adapter_sha256(folder: Path) -> str | None:
+    """The SHA-256 of the adapter's weights in `folder`, None where there are none."""
+    path = Path(folder) / "adapter_model.safetensors"
+    return file_hash(path) if path.is_file() else None
+
+
+def evaluation_of(run_folder: Path) -> Path | None:
+    """RUN/evaluation, if it is there and of the adapter that RUN holds now: a run that is taken up again gives
+    another one. A line says where it is of another."""
+    folder = Path(run_folder) / "evaluation"
+    if not (folder / "metrics.json").is_file():
+        return None
+    of = read_json(folder / "metrics.json", {"of": dict, "report": dict})["of"]
+    if of.get("adapter_sha256") in (None, adapter_sha256(run_folder)):  # None: written by an older version
+        return folder
+    say(f"{folder}: is of another adapter than the one in {run_folder}, so it is not shown; evaluate again")
+    return None
 
 
 def sync(folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pytest
 from conftest import DATA, chat, write_jsonl
 
 from recipes.utils.console import UserError
-from recipes.utils.data import Chat, Reading, held_out, read_chats, stream_chats
+from recipes.utils.data import Chat, Reading, chats, held_out, read_chats, stream_chats
 
 QUESTION = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -298,3 +299,28 @@ def test_globs_reach_into_folders_and_names_with_brackets_are_names(tmp_path):
         write_jsonl(tmp_path / name, [chat("a", "b")])
     assert len(read_chats(str(tmp_path / "**" / "*.jsonl"))) == 4
     assert len(read_chats(str(tmp_path / "f[1].jsonl"))) == 1
+
+
+def test_a_line_beyond_the_limit_is_one_bad_row_that_says_the_limit_and_the_next_ones_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(chats, "LONGEST_LINE", 1 << 20)
+    row = json.dumps(chat("question", "answer")).encode()
+    content = row + b"\n" + b"x" * (3 << 20) + b"\n" + row + b"\n" + b'{"messages": "' + b"y" * (1 << 20)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    reading = Reading()
+    assert [one.where[-2:] for one in stream_chats(str(tmp_path / "a.jsonl.gz"), reading)] == [":1", ":3"]
+    told = [(bad["where"][-2:], bad["error"]) for bad in reading.bad]
+    limit = "the line is longer than 1 MB; put one row on each line"
+    assert told == [(":2", limit), (":4", limit)]
+
+
+def test_bad_lines_are_counted_all_and_kept_as_far_as_they_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(chats, "MOST_KEPT", 100)
+    (tmp_path / "a.jsonl").write_text(("x" * 5000 + "\n") * 300)
+    reading = Reading()
+    tracemalloc.start()
+    assert list(stream_chats(str(tmp_path / "a.jsonl"), reading)) == []
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert (len(reading.bad), dict(reading.bad_kinds)) == (100, {"not JSON": 300})
+    with pytest.raises(UserError, match="280 more; 300 bad rows in all: 300 not JSON"):
+        reading.raise_if_bad()

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import recipes.utils.data
+import recipes.utils.data.prepare as recipes_prepare
 from recipes.utils.console import UserError
 from recipes.utils.data import Chat, DataOptions, Encoder, Prepared, document_hash, locate, prepare
 from recipes.utils.data.prepare import fingerprint
@@ -230,7 +231,7 @@ def test_a_cut_row_without_any_answer_left_is_dropped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("validation", [None, 0.2, "other file"])
-def test_a_file_is_read_for_its_hash_and_then_once(tmp_path, monkeypatch, validation):
+def test_a_file_is_read_once_between_two_looks_at_its_hash(tmp_path, monkeypatch, validation):
     """Prompts and near copies are looked at on rows that are in hand; an unchanged file is read for its hash alone."""
     rows = [chat(f"question {number}", "answer") for number in range(300)]
     path, other = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:9])
@@ -242,7 +243,7 @@ def test_a_file_is_read_for_its_hash_and_then_once(tmp_path, monkeypatch, valida
         return real_open(name, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", counted)
-    for times in (2, 3):
+    for times in (3, 4):
         both_parts(path, FAMILIES["qwen2"][0](), validation=validation)
         assert opened.count(str(path)) == times
         assert opened.count(str(other)) == (times if validation == str(other) else 0)
@@ -375,7 +376,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @pytest.mark.parametrize("name", ["train.arrow", "train.npy", "validation.npy", "counts.json"])
-@pytest.mark.parametrize("damage", ["cut", "removed"])
+@pytest.mark.parametrize("damage", ["cut", "removed", "flipped", "zeroed"])
 def test_a_damaged_cache_entry_is_made_anew_and_said(tmp_path, monkeypatch, capsys, name, damage):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {number}", "b") for number in range(20)])
@@ -384,8 +385,13 @@ def test_a_damaged_cache_entry_is_made_anew_and_said(tmp_path, monkeypatch, caps
     [entry] = (tmp_path / "cache" / "lora-recipes").iterdir()
     if damage == "cut":
         os.truncate(entry / name, (entry / name).stat().st_size // 2)
-    else:
+    elif damage == "removed":
         (entry / name).unlink()
+    else:  # what a power loss or a disk does to rows, which train another adapter
+        content = bytearray((entry / name).read_bytes())
+        middle = slice(len(content) // 2, len(content) // 2 + 1 + 200 * (damage == "zeroed"))
+        content[middle] = bytes(byte ^ 4 if damage == "flipped" else 0 for byte in content[middle])
+        (entry / name).write_bytes(content)
     assert [part.rows.to_dict() for part in both_parts(path, tokenizer, validation=0.5)] == whole
     assert "are damaged" in capsys.readouterr().out
     both_parts(path, tokenizer, validation=0.5)
@@ -403,3 +409,18 @@ def test_entries_that_nobody_used_for_a_month_go_when_another_is_made(tmp_path, 
     prepared(paths[0], tokenizer)  # used again
     prepared(paths[2], tokenizer)
     assert len(list(entries.iterdir())) == 2
+
+
+def test_a_file_that_is_changed_while_it_is_read_is_not_kept_under_its_old_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {number}", "b") for number in range(20)])
+    read = recipes_prepare.stream_chats
+
+    def edited(*args):
+        path.write_text(path.read_text().replace("question 19", "question 91"))
+        yield from read(*args)
+
+    monkeypatch.setattr(recipes_prepare, "stream_chats", edited)
+    with pytest.raises(UserError, match=r"rows\.jsonl: was changed while it was read"):
+        prepared(path, qwen2_5())
+    assert list((tmp_path / "cache" / "lora-recipes").iterdir()) == []

@@ -1,6 +1,7 @@
 """Which template is chosen and why; exactly the answers and their end-of-turn tokens carry loss."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -8,11 +9,13 @@ import pytest
 import trl.chat_template_utils as trl_templates
 from conftest import DATA, chat
 from families import FAMILIES, PUBLISHED_QWEN2, qwen_tokenizer, trained_texts, with_template
+from jinja2 import TemplateError
 from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer
 
+import recipes.utils.data.template as template_module
 from recipes.utils.console import UserError
 from recipes.utils.data import Chat, Encoder, load_tokenizer, read_chats
-from recipes.utils.data.template import TEMPLATES, choose_chat_template, marks_answers
+from recipes.utils.data.template import TEMPLATES, choose_chat_template, marks_answers, render
 
 # What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends
 # the conversation, and loses it from a finished one; v0.1 refuses it.
@@ -238,3 +241,22 @@ def test_real_answers_are_what_is_trained(family):
         assert [text.removeprefix(" ") for text in trained_texts(tokenizer, encoded)] == [
             expected.removeprefix(" ") + end
         ]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ messages[9]['role'] + 'a' }}", "undefined"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
+        ("{{ 'a' * 10 ** 18 }}", "MemoryError|OverflowError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
+)
+def test_whatever_a_template_raises_is_an_error_of_the_template_in_bounded_time(template, said, monkeypatch):
+    monkeypatch.setattr(template_module, "SECONDS", 0.3)
+    with pytest.raises(TemplateError) as error:
+        render(qwen_tokenizer(), [{"role": "user", "content": "a"}], template=template)
+    assert re.search(said, str(error.value))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, write_jsonl
 from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer
 from peft import PeftModel
@@ -404,3 +405,48 @@ def test_a_run_folder_of_the_first_build_is_merged(run, merged, tmp_path):
     (old / "run.json").write_text(json.dumps({**record, "revision_asked": None}))
     again = merge_adapter(old, rows=2)
     assert (again / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "config.json", "generation_config.json"])
+def test_a_link_in_the_base_to_a_private_file_is_not_followed_into_what_is_given_away(run, tmp_path, name):
+    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    private = tmp_path / "private"
+    private.write_text((base / name).read_text() if (base / name).is_file() else SECRET)
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(private)
+    folder = copy_run(run, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["model"]["name_or_path"] = str(base)
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"{name}: is a link out of its folder"):
+        merge_adapter(folder, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_in_a_card_begin_no_cell_line_tag_or_key_of_their_own(run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    record["name"] = "a | b\n# c <script>"
+    record["model"]["name_or_path"] = 'someone/x"\nlicense: mit'
+    record["data_sha256"] = {"a|b\n|c.jsonl": "1" * 64}
+    how = {"base": "original", "scale": 1.0, "dtype": "bfloat16"}
+    write_card(tmp_path, record, TINY / "base", run, how, None)
+    _, head, body = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == 'someone/x"\nlicense: mit'
+    assert "license" not in yaml.safe_load(head)
+    assert "# a \\| b # c \\<script>\n" in body
+    assert "| sha256 of a\\|b \\|c.jsonl | 111" in body
+
+
+def test_a_base_that_was_changed_anywhere_is_neither_merged_nor_scored(run, tmp_path):
+    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    folder = copy_run(run, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["model"]["name_or_path"] = str(base)
+    (folder / "run.json").write_text(json.dumps(record))
+    merge_adapter(folder, tmp_path / "fine", verify=False)
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    for work in (lambda: merge_adapter(folder, tmp_path / "out"), lambda: evaluate_adapter(folder)):
+        with pytest.raises(UserError, match=r"model\.safetensors is another file than the adapter was trained on"):
+            work()

@@ -540,7 +540,7 @@ def test_a_disk_that_is_full_in_the_middle_ends_with_a_line_and_leaves_nothing(r
         raise OSError(errno.ENOSPC, "No space left on device")
 
     disk = small_disk("size=100m,nr_inodes=4", lambda: monkeypatch.setattr(export.shutil, "copyfile", full))
-    with pytest.raises(UserError, match="merged: the disk is full; nothing is left there"):
+    with pytest.raises(UserError, match="No space left on device; nothing is left there"):
         merge_adapter(ready, disk / "merged", verify=False)
     assert list(disk.iterdir()) == []
 
@@ -549,8 +549,79 @@ def test_a_quota_reached_inside_the_weights_ends_with_a_line_and_leaves_nothing(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="the disk is full; nothing is left there"):
+        with pytest.raises(UserError, match="File too large; nothing is left there"):
             merge_adapter(ready, tmp_path / "quota" / "merged", verify=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "quota").iterdir()) == []
+
+
+def test_a_base_that_shrinks_while_it_is_read_ends_the_merge(ready, monkeypatch):
+    base, adapter = ready.parent / "base", ready
+    plan = plan_merge(base, adapter)
+    for path in base.glob("*.safetensors"):
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+    (base / "out").mkdir()
+    with pytest.raises(UserError, match="became shorter while it was read"):
+        write_merge(plan, base / "out")
+
+
+def header(**entries) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | entries}).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]", b"7", b"{}", b'{"a": 3}', b"[" * 100_000, b'{"a":' * 100_000, b'{"a": ' + b"9" * 9999 + b"}",
+        header(data_offsets=[-8, 8]), header(data_offsets=[16, 0]), header(data_offsets=[0, 2**64]),
+        header(data_offsets=[0.5, 16.5]), header(data_offsets="ab"), header(data_offsets=[0, 16, 32]),
+        header(shape=[4, 4]), header(shape=[-2, -2]), header(shape=[2**40, 2**40]), header(shape="ab"),
+        header(shape=None), header(dtype="F33"), header(dtype=None), header(dtype=["F32"]),
+    ],
+    ids=range(21),
+)  # fmt: skip
+@pytest.mark.parametrize("length", [None, 2**64 - 1, 2**40, 0], ids=["", "endless", "long", "none"])
+def test_a_header_of_any_form_is_an_error_of_the_file(tmp_path, text, length):
+    length = len(text) if length is None else length
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + text + b"\0" * 16)
+    with pytest.raises(UserError, match=r"a\.safetensors: (is no safetensors file|its last .* bytes are missing)"):
+        read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r and rank_pattern are whole numbers above 0"),
+        ({"r": -1}, "whole numbers above 0"),
+        ({"r": True}, "`r` is true, not int"),
+        ({"r": "8"}, '`r` is "8", not int'),
+        ({"rank_pattern": {"q_proj": 0}}, "whole numbers above 0"),
+        ({"rank_pattern": [1]}, "`rank_pattern` is"),
+        ({"lora_alpha": "16"}, "`lora_alpha` is"),
+        ({"lora_alpha": float("nan")}, "lora_alpha and alpha_pattern are numbers"),
+        ({"alpha_pattern": {"q_proj": None, "v_proj": []}}, "are numbers"),
+        ({"alpha_pattern": {"(": 8}}, "is no regular expression"),
+        ({"target_modules": "(((("}, "is no regular expression"),
+        ({"peft_type": None}, "`peft_type` is missing"),
+        ({"peft_type": 3}, "`peft_type` is 3"),
+    ],
+)
+def test_an_adapter_config_of_which_no_adapter_can_be_made_is_an_error_of_the_file(ready, settings, message):
+    base, adapter = ready.parent / "base", ready
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(UserError, match=r"adapter_config\.json: ") as error:
+        plan_merge(base, adapter)
+    assert message in str(error.value)
+
+
+def test_a_pattern_that_never_ends_ends_the_merge(ready, monkeypatch):
+    base, adapter = ready.parent / "base", ready
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"alpha_pattern": {r"([a-z_.0-9]+)+!": 3}}
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr(stream, "SECONDS", 0.2)
+    with pytest.raises(UserError, match="a regular expression of its patterns does not end"):
+        plan_merge(base, adapter)

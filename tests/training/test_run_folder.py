@@ -14,6 +14,7 @@ from recipes.utils.console import UserError
 from recipes.utils.data import Prepared, prepare
 from recipes.utils.training import begin
 from recipes.utils.training.checkpoint import MANIFEST, _digest, publish
+from recipes.utils.training.run import FORMAT
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def config(tmp_path, monkeypatch):
 
 def a_run_in(folder, step=None):
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "run.json").write_text(json.dumps({"format": 2, "status": "running", "started": "then"}))
+    Path(folder, "run.json").write_text(json.dumps({"format": FORMAT, "status": "running", "started": "then"}))
     if step:
         Path(folder, f"checkpoint-{step}").mkdir()
 

@@ -46,7 +46,7 @@ def other_weights(folder):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] += 0.01
+    weights["model.embed_tokens.weight"][-1, -1] += 0.01  # one number, the last of many
     (folder / "model.safetensors").unlink()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
@@ -78,7 +78,7 @@ CHANGES = {
     "data.train_on": lambda tmp: {"data.train_on": "last"},
     "chat template": lambda tmp: {"model.chat_template": other_template(tmp)},
     "tokenizer": lambda tmp: {"model.name_or_path": other_base(tmp, other_tokenizer)},
-    "base weights": lambda tmp: {"model.name_or_path": other_base(tmp, other_weights)},
+    "base": lambda tmp: {"model.name_or_path": other_base(tmp, other_weights)},
     "model.dtype": lambda tmp: {"model.dtype": "bfloat16"},
     "attention": lambda tmp: {"model.attn_implementation": "eager"},
     "lora.lora_alpha": lambda tmp: {"lora.lora_alpha": 16},
@@ -165,7 +165,7 @@ def test_another_quantisation_is_refused_by_its_name(tmp_path):
     train(path, method="qlora")
     with pytest.raises(UserError, match=r"quantization\.bnb_4bit_use_double_quant: true in the checkpoint, false now"):
         train(path, {"quantization.bnb_4bit_use_double_quant": False}, method="qlora", resume="latest")
-    with pytest.raises(UserError, match=r"\n  base weights"):
+    with pytest.raises(UserError, match=r"\n  base: "):
         train(path, {"model.name_or_path": other_base(tmp_path, other_projection)}, method="qlora", resume="latest")
 
 

@@ -16,6 +16,7 @@ from recipes.utils.config import load_config
 from recipes.utils.console import RunEnded
 from recipes.utils.training import Deadline
 from recipes.utils.training.checkpoint import fault
+from recipes.utils.training.trainer import signals_to
 
 LONG = {"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000}
 
@@ -102,6 +103,7 @@ def test_a_second_ctrl_c_ends_at_once(config_file, tmp_path, monkeypatch, capsys
         (signal.SIGTERM, "on_step_begin", 2, 3),
         (signal.SIGINT, "on_step_begin", 2, 3),
         (signal.SIGUSR1, "on_step_begin", 2, 3),
+        (signal.SIGHUP, "on_step_begin", 2, 3),
         (signal.SIGTERM, "on_prediction_step", 4, 4),
         (signal.SIGTERM, "on_save", 4, 4),
         (signal.SIGTERM, "on_step_end", 8, 8),
@@ -154,3 +156,44 @@ def test_a_deadline_leaves_time_for_a_step_and_two_saves(step, save, stops):
     deadline = Deadline(1)
     deadline.end, deadline.longest_step, deadline.longest_save = time.time() + 100, step, save
     assert deadline.is_near() is stops
+
+
+def test_a_stop_signal_in_the_last_save_waits_for_it_and_the_run_is_finished(config_file, tmp_path, monkeypatch, capfd):
+    """A run that was stopped there would have lost nothing but its adapter."""
+    save = sft_lora.save_adapter
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        save(*args)
+
+    monkeypatch.setattr(sft_lora, "save_adapter", interrupted)
+    assert run_recipe("sft_lora", config_file(training={"max_steps": 2})) == 0
+    assert "ending when the adapter is saved" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert (tmp_path / "run" / "adapter_config.json").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_in_the_last_save_ends_at_once_and_the_record_says_failed(config_file, tmp_path, monkeypatch):
+    def interrupted(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(sft_lora, "save_adapter", interrupted)
+    assert run_recipe("sft_lora", config_file(training={"max_steps": 2})) == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_under_nohup_the_end_of_a_session_is_not_heard():
+    heard = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_to(lambda number, frame: heard.append(number)):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -50,15 +50,17 @@ PUBLIC = {
 COMPARED = """
     accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon assistant_only_loss
     auto_find_batch_size average_tokens_across_devices bf16 chat_template_path completion_only_loss data_seed
-    dataloader_drop_last dataloader_in_order dataset_kwargs dataset_text_field ddp_backend ddp_broadcast_buffers
-    ddp_static_graph deepspeed enable_jit_checkpoint eos_token fp16 fsdp fsdp_config full_determinism
-    gradient_checkpointing_kwargs greater_is_better ignore_data_skip label_smoothing_factor learning_rate
-    liger_kernel_config loss_type lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps
-    metric_for_best_model model_init_kwargs neftune_noise_alpha num_train_epochs optim optim_args
-    optim_target_modules packing packing_strategy pad_to_multiple_of pad_token padding_free parallelism_config
-    restore_callback_states_from_checkpoint router_aux_loss_coef seed shuffle_dataset tf32 torch_compile
-    torch_compile_backend torch_compile_mode train_sampling_strategy truncation_mode trust_remote_code use_cpu
-    use_liger_kernel warmup_steps weight_decay
+    dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_prefetch_factor dataset_kwargs dataset_num_proc dataset_text_field
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph debug deepspeed enable_jit_checkpoint
+    eos_token fp16 fsdp fsdp_config full_determinism gradient_checkpointing_kwargs greater_is_better
+    ignore_data_skip label_names label_smoothing_factor learning_rate length_column_name liger_kernel_config
+    loss_type lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps metric_for_best_model
+    model_init_kwargs neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules packing
+    packing_strategy pad_to_multiple_of pad_token padding_free parallelism_config remove_unused_columns
+    restore_callback_states_from_checkpoint router_aux_loss_coef seed shuffle_dataset skip_memory_metrics tf32
+    torch_compile torch_compile_backend torch_compile_mode train_sampling_strategy truncation_mode trust_remote_code
+    use_cpu use_liger_kernel warmup_steps weight_decay
 """
 
 

@@ -164,6 +164,9 @@ def _check_together(data: DataOptions, training: dict, quantization: dict, path:
         raise UserError(f"{path}: quantization: Q-LoRA trains on a base in 4 bit; without one, run recipes/sft_lora.py")
     if training.get("packing_strategy") == "wrapped":
         raise UserError(f"{path}: training.packing_strategy: 'wrapped' lets chats see each other; use bfd")
+    if training.get("train_sampling_strategy") == "group_by_length":
+        why = "group_by_length draws another order at a resume: rows would be trained on twice, or never"
+        raise UserError(f"{path}: training.train_sampling_strategy: {why}; use training.packing")
     if training.get("max_length", 1024) is None:
         raise UserError(f"{path}: training.max_length: a length in tokens is needed, such as 2048")
     for key in ("eval_strategy", "load_best_model_at_end") if data.validation is None else ():

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 from recipes.utils.console import UserError, find_data_files
 from recipes.utils.data.shapes import BadRow, check_characters, conversation, system_merged
 
+MOST_KEPT, LONGEST_KEPT = 10_000, 500  # bad rows that are listed in bad_rows.jsonl, and characters of each
+LONGEST_LINE, LONGEST_ARRAY = 16 << 20, 256 << 20  # bytes; a .gz of a few megabytes may hold gigabytes
 MOST_ERRORS = 20  # kinds of bad rows that are told one by one
 MOST_PLACES = 3  # of one of them
 NO_TEXT = {  # how files begin that are something else
@@ -65,10 +67,14 @@ class Reading:
     trimmed: int = 0
     blank: int = 0
     thoughts: int = 0  # rows with an answer that has one
-    bad: list[dict] = field(default_factory=list)  # {"where", "kind", "error", "line"}
+    bad: list[dict] = field(default_factory=list)  # the first: {"where", "kind", "error", "line"}, cut where long
+    bad_kinds: Counter = field(default_factory=Counter)  # of all of them
 
     def add_bad(self, where: str, error: BadRow, line: str = "") -> None:
-        self.bad.append({"where": where, "kind": error.kind, "error": str(error), "line": line})
+        self.bad_kinds[error.kind] += 1
+        if len(self.bad) < MOST_KEPT:
+            told = {"error": str(error)[: 4 * LONGEST_KEPT], "line": line[:LONGEST_KEPT]}
+            self.bad.append({"where": where, "kind": error.kind, **told})
 
     def raise_if_bad(self) -> None:
         """Raise a `UserError` with the bad rows, those with the same fault told once, and a count by kind, if any."""
@@ -80,10 +86,10 @@ class Reading:
             others = [place.rpartition(":")[2] for place in places[1 : MOST_PLACES + 1]]
             more = f" and {len(places) - 1 - MOST_PLACES:,} more" if len(places) - 1 > MOST_PLACES else ""
             lines.append(f"{places[0]}: {error}" + (f" (also {', '.join(others)}{more})" if others else ""))
-        if len(self.bad) > 1:
-            kinds = Counter(row["kind"] for row in self.bad).most_common()
+        if (total := self.bad_kinds.total()) > 1:
+            kinds = self.bad_kinds.most_common()
             more = f"{len(faults) - MOST_ERRORS:,} more; " if len(faults) > MOST_ERRORS else ""
-            counted = f"{len(self.bad):,} bad rows in all: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+            counted = f"{total:,} bad rows in all: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
             skip = "To train without them: --data.on_bad_row skip" if self.shapes else "No row can be used as it is"
             if not self.shapes and len(kinds) == 1 and kinds[0][0] == "not JSON":
                 skip += ": one JSON object a line is expected; CSV is known by its suffix, .csv or .tsv"
@@ -105,6 +111,14 @@ def stream_chats(paths: str | list[str], reading: Reading, merge_system: bool = 
             raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
         if number == reading.blank - blank:
             raise UserError(f"{path}: has no rows; one JSON object a line is expected")
+
+
+def _lines(file) -> Iterator[bytes]:
+    """The lines of a file; of one beyond LONGEST_LINE its beginning, one byte too long, the rest passed over."""
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE + 1)
 
 
 def read_chats(paths: str | list[str], merge_system: bool = False) -> list[Chat]:
@@ -142,10 +156,12 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes | dict]]:
             for row in table:  # not by pandas, to which the answers "NA" and "1.0" are something else
                 yield line, row
                 line = table.line_num + 1
-        elif re.match(rb"\s*(\[|\{\s*[\r\n])", file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")):
-            yield from enumerate(_objects(file.read().decode("utf-8-sig")), start=1)
+        elif re.match(rb"\s*(\[|\{\s*[\r\n]\s*[\"}])", file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")):
+            if len(content := file.read(LONGEST_ARRAY + 1)) > LONGEST_ARRAY:
+                raise UserError(f"{path}: is an array of over {LONGEST_ARRAY >> 20} MB; write one object a line")
+            yield from enumerate(_objects(content.decode("utf-8-sig")), start=1)
         else:
-            yield from enumerate(file, start=1)  # `str.splitlines` would tear text at U+2028
+            yield from enumerate(_lines(file), start=1)  # `str.splitlines` would tear text at U+2028
 
 
 def _objects(text: str) -> Iterator[bytes]:
@@ -165,6 +181,8 @@ def _chat(row: bytes | dict, where: str, first: bool, reading: Reading, merge_sy
     text = ""
     try:
         if isinstance(row, bytes):
+            if len(row) > LONGEST_LINE and not row.endswith(b"\n"):
+                raise BadRow("too long", f"the line is longer than {LONGEST_LINE >> 20} MB; put one row on each line")
             text = row.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
             if not text.strip():
                 reading.blank += 1
@@ -181,9 +199,10 @@ def _chat(row: bytes | dict, where: str, first: bool, reading: Reading, merge_sy
         return Chat(messages, where, tools, text)
     except UnicodeDecodeError as error:
         what = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-        reading.add_bad(where, BadRow("not UTF-8", what), repr(row))
+        reading.add_bad(where, BadRow("not UTF-8", what), repr(row[:LONGEST_KEPT]))
     except BadRow as error:
-        reading.add_bad(where, error, text)
+        text = text or row[: 4 * LONGEST_KEPT].decode(errors="replace")  # type: ignore[index]
+        reading.add_bad(where, error, text.rstrip("\r\n"))
     return None
 
 

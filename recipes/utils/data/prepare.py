@@ -26,7 +26,7 @@ from recipes.utils.console import UserError, find_data_files, say
 from recipes.utils.data.chats import Chat, DataOptions, Reading, held_out, stream_chats
 from recipes.utils.data.encode import Document, Encoded, Encoder
 from recipes.utils.data.shapes import BadRow
-from recipes.utils.files import file_hash
+from recipes.utils.files import file_hash, read_json, sync, sync_path, write_json
 
 BATCH = 1000  # rows
 ROWS_COMPARED = 200  # of the user's own, against what inference sends
@@ -34,7 +34,7 @@ ROWS_SIGNED = 20_000  # of either part, to look for near copies; about two secon
 CANDIDATES = 20  # train rows compared with each validation row
 NEAR = 0.8  # share of three-word runs that two chats have in common
 PERMUTATIONS, BAND = 128, 8  # hashes of a signature, and how many must agree for two rows to be compared
-UNUSED = 30 * 24 * 3600  # seconds until an entry of the cache goes
+UNUSED, LEFT = 30 * 24 * 3600, 24 * 3600  # seconds until an entry of the cache goes, and what a kill has left there
 NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
 
@@ -95,7 +95,7 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     for names, paths in sources.items():
         files = {str(path): file_hash(path) for path in find_data_files(paths)}
         key = _key(names, files, options, tokenizer, args)
-        for part, (prepared, signed) in _cached(key, names, paths, options, tokenizer, args).items():
+        for part, (prepared, signed) in _cached(key, files, names, paths, options, tokenizer, args).items():
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
             parts[part], signatures[part] = replace(prepared, files=files, findings=found), signed
     train, validation = parts["train"], parts.get("validation")
@@ -228,7 +228,7 @@ def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, token
         raise UserError(f"{nothing} to use: {over}; 99 % would fit in {counts.length_99}")
     if not counts.rows and counts.bad:
         bad = f"{counts.bad[0]['where']}: {counts.bad[0]['error']}"
-        raise UserError(f"{nothing} to use: all {len(counts.bad)} are bad, such as {bad}")
+        raise UserError(f"{nothing} to use: all {sum(counts.bad_kinds.values()):,} are bad, such as {bad}")
     if not counts.rows:
         share = f"data.validation: with a share of {options.validation} {nothing}; give another share, or a file"
         raise UserError(share if isinstance(options.validation, float) else f"data.{part}: names no rows")
@@ -285,9 +285,10 @@ def _near_copies(train, validation, signatures: dict[str, np.ndarray], copied: n
         yield Finding("warn", f"{flatter}: {shown}")
 
 
-def _cached(key: str, *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
+def _cached(key: str, files: dict[str, str], *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
     """{part: (rows, signatures)} of the cache's entry `key`, found again by content, so that an edit is noticed. Where
-    there is none, or a damaged one, one process of a machine makes it of `sources`, as `_write` takes them."""
+    there is none, or a damaged one, one process of a machine makes it of `sources`, as `_write` takes them. Raises
+    `UserError` where one of `files` has another hash after it was read than before."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora-recipes" / key
@@ -303,12 +304,21 @@ def _cached(key: str, *sources) -> dict[str, tuple[Prepared, np.ndarray]]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{key}.", ignore_cleanup_errors=True) as temporary:
         made = Path(temporary, "rows")  # in it, since what tempfile itself makes is closed to other users of the cache
         made.mkdir()
-        (made / "counts.json").write_text(json.dumps(_write(made, *sources)), encoding="utf-8")
-        with contextlib.suppress(OSError):  # another process was faster; its rows are the same
+        parts = _write(made, *sources)
+        if changed := [name for name, digest in files.items() if file_hash(Path(name)) != digest]:
+            raise UserError(f"{changed[0]}: was changed while it was read; run again when it is written")
+        digests = {path.name: file_hash(path) for path in sorted(made.iterdir())}
+        write_json(made / "counts.json", {"parts": parts, "sha256": digests})
+        sync(made)
+        try:
             made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was faster; its rows are the same
+                raise
+        sync_path(folder.parent)
     for entry in folder.parent.iterdir():  # each edit of a file or a setting leaves one; runs keep what they have open
         with contextlib.suppress(OSError):  # another process removes it, too
-            if time.time() - entry.stat().st_mtime > UNUSED:
+            if time.time() - entry.stat().st_mtime > (UNUSED if "." not in entry.name else LEFT):
                 shutil.rmtree(entry)
     if not (kept := _kept(folder)):
         raise UserError(f"{folder}: these prepared rows are damaged and cannot be replaced; remove the folder")
@@ -319,13 +329,16 @@ def _kept(folder: Path) -> dict | None:
     """The parts of a cache entry; None if there is none, or a damaged one."""
     from datasets import Dataset
 
-    parts = {}
+    parts: dict[str, tuple] = {}
     try:
-        for part, (counts, found) in json.loads((folder / "counts.json").read_text(encoding="utf-8")).items():
+        content = read_json(folder / "counts.json", {"parts": dict, "sha256": dict})
+        if any(file_hash(folder / name) != digest for name, digest in content["sha256"].items()):
+            return None
+        for part, (counts, found) in content["parts"].items():
             rows = Dataset.from_file(str(folder / f"{part}.arrow"))
             prepared = Prepared(rows, Counts(**counts), findings=[Finding(*each) for each in found])
             parts[part] = prepared, np.load(folder / f"{part}.npy")
-    except (OSError, ValueError, EOFError):  # pyarrow's errors are ValueErrors
+    except (OSError, UserError, ValueError, TypeError, EOFError):  # pyarrow's errors are ValueErrors
         return None
     with contextlib.suppress(OSError):  # in a cache that one may only read
         os.utime(folder)  # used today

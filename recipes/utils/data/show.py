@@ -37,7 +37,7 @@ def print_data(name: str, report: dict) -> None:
     """Show what `inspect_data` found for the config `name`; tokens in colours or, in a file, between marks."""
     train, validation, packing = report["train"], report["validation"] or {"rows": 0}, report["packing"]
     trained, most = train["trained_tokens"], max(bar["rows"] for bar in report["histogram"])
-    left_out = f"{len(train['bad']):,} bad, {train['dropped']:,} over max_length or without an answer"
+    left_out = f"{sum(train['bad_kinds'].values()):,} bad, {train['dropped']:,} over max_length or without an answer"
     filled = f"{packing['rows']:,} rows of {report['max_length']}, {packing['fill']:.1%} filled" if packing else "off"
     print_table(f"{name}: what would be trained on", {
         "chat template": report["chat_template"],

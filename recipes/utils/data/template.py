@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from recipes.utils.console import UserError, say
+from recipes.utils.console import UserError, say, time_limit
 from recipes.utils.files import read_json
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "configs" / "chat_templates"
@@ -20,6 +21,7 @@ HOW_TO = (
 )
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+SECONDS = 10  # to render one chat, which takes milliseconds
 
 
 def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False):
@@ -34,8 +36,11 @@ def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
     cannot be loaded or is no fast one, and as `choose_chat_template` does."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # files that are no tokenizer's fail in any way
+        why = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"{base}: its tokenizer cannot be loaded: {why}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{base}: has no fast tokenizer (tokenizer.json)")
     if prepends_blanks(tokenizer):
@@ -89,11 +94,24 @@ def marks_answers(template: str) -> bool:
 def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, template: str | None = None):
     """(text, [(start, end) in it of each span marked as the model's]); a `TemplateError` if it cannot be carried."""
     template = template or tokenizer.chat_template
-    texts, spans = render_jinja_template(
-        conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=marks_answers(template), **tokenizer.special_tokens_map,
-    )  # fmt: skip
+    with bounded():
+        texts, spans = render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=marks_answers(template), **tokenizer.special_tokens_map,
+        )  # fmt: skip
     return texts[0], (spans[0] if spans else [])
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Whatever a template raises, or a rendering without an end, as a `TemplateError`."""
+    try:
+        with time_limit(SECONDS, TemplateError(f"it takes longer than {SECONDS} seconds")):
+            yield
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def _named_template(name: str, tokenizer) -> str:

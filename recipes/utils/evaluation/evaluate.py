@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from recipes.utils.evaluation.runs import set_scale
 from recipes.utils.evaluation.scores import FIELD, METRIC, SCORES, score_names, score_of, score_text
 from recipes.utils.evaluation.statistics import compare, compare_score, figures, mark_luck
 from recipes.utils.evaluation.verdicts import BEST, in_short, note_of, sentence, show, show_interval
-from recipes.utils.files import read_jsonl, write_json, write_jsonl
+from recipes.utils.files import adapter_sha256, read_jsonl, replace_folder, write_json, write_jsonl
 from recipes.utils.model import generate_answers, in_batches
 
 MODELS = (*BASELINES, "adapter", "merged")
@@ -26,6 +28,7 @@ SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever mode
 SHOWN_PAIRS = (f"adapter against {BEST}", "adapter against base", "merged against base", "merged against adapter")
 WORST_FIELDS, MOST_TAGS_SHOWN = 8, 20  # on the terminal
 FIELDS, MOST_FIELDS = "fields of the JSON answers", 100  # in the report
+MOST_TAGS = 100
 TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
 
 
@@ -121,18 +124,21 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
         by_scale[f"{scale:g}"] = figures(evaluate(live, encoder, chats, *settings)) | lost
     set_scale(live, 1.0)
     (Path(run_folder) / "evaluation").mkdir(exist_ok=True)
-    write_json(Path(run_folder) / "evaluation" / "scales.json", by_scale)
+    of = {"of": {"adapter_sha256": adapter_sha256(run_folder)}}
+    write_json(Path(run_folder) / "evaluation" / "scales.json", by_scale | of)
     _print(_table("", by_scale, {}))
     return by_scale
 
 
 def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict, forgetting="", **more) -> dict:
-    """Write RUN/evaluation/: PART.jsonl for each of `parts` (the `predictions`, and the rows `forgetting` of the file
-    of that name), an object a row with where, tag, prompt, expected, and each model's answer and scores; then
-    metrics.json. `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json holds: `sum_up` of the
-    predictions, under "forgetting" the same of those, `more` as it is, and under "report" what report.html shows."""
-    folder = Path(run_folder) / "evaluation"
-    folder.mkdir(exist_ok=True)
+    """Write RUN/evaluation/, whole or not at all: PART.jsonl for each of `parts` (the `predictions`, and the rows
+    `forgetting` of the file of that name), an object a row with where, tag, prompt, expected, and each model's answer
+    and scores; then metrics.json. `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json
+    holds: `sum_up` of the predictions, under "forgetting" the same of those, `more` as it is, under "report" what
+    report.html shows, and under "of" which adapter it is."""
+    final, folder = Path(run_folder) / "evaluation", Path(run_folder) / ".evaluation"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     for part, chats in parts.items():
         lines = []
         for chat, *rows in zip(chats, *scored[part].values(), strict=True):
@@ -159,7 +165,12 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
     said = [metrics["verdict"], *(f"Gate, {gate['verdict']}: {gate['text']}" for gate in more.get("gates", ()))]
     said += [sentence(*pair) for pair in metrics["differences"].items()]
     metrics["report"] = {"verdicts": said, "tables": tables}
+    metrics["of"]["adapter_sha256"] = adapter_sha256(run_folder)
     write_json(folder / "metrics.json", metrics)
+    for name in ("scales.json", "curve.json"):  # which name what they are of themselves
+        if (final / name).is_file():
+            shutil.copyfile(final / name, folder / name)
+    replace_folder(folder, final)
     return metrics
 
 
@@ -175,7 +186,10 @@ def sum_up(scored: dict[str, list[dict]], chats: list[Chat]) -> dict:
     the same for the rows with that `tag`}, "of": which rows they are} of what `evaluate` gave for each of `MODELS`. Of
     several baselines, "adapter against best" comes first: score by score, against the one that does best."""
     found, tags = _figures_and_differences(scored), [_tag(chat) for chat in chats]
-    for tag in sorted({tag for tag in tags if tag}):
+    common = Counter(tag for tag in tags if tag).most_common()
+    if len(common) > MOST_TAGS:
+        say(f"tags: {len(common):,} of them; the {MOST_TAGS} with the most rows are summed up")
+    for tag in sorted(tag for tag, _ in common[:MOST_TAGS]):
         rows = {name: [row for row, own in zip(rows, tags, strict=True) if own == tag] for name, rows in scored.items()}
         found.setdefault("tags", {})[tag] = _figures_and_differences(rows)
     for pair, comparison in found["differences"].items():
@@ -225,7 +239,8 @@ def _table(title: str, by_name: dict[str, dict], differences: dict[str, dict]) -
     rows, first = [], next(iter(by_name.values()))
     pairs = [pair for pair in differences if pair in SHOWN_PAIRS]
     for name in [name for name in first if name in SCORES or name.startswith(METRIC)]:
-        label = score_of(name).label + (f" (expected {first['expected_tokens']:.1f})" * (name == "answer_tokens"))
+        label = score_of(name).label
+        label += f" (expected {first['expected_tokens']:.1f})" if name == "answer_tokens" else ""
         found = [differences[pair].get(name) for pair in pairs]
         cells = [[show_interval(name, one), one["verdict"], note_of(name, one)] if one else [""] * 3 for one in found]
         best = found[0].get("against") if found and found[0] else None

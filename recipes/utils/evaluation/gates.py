@@ -10,7 +10,7 @@ from recipes.utils.console import UserError, near
 from recipes.utils.evaluation.scores import BY_TOKEN, METRIC, SCORES, score_of
 from recipes.utils.evaluation.statistics import FEWEST_ROWS, column, compare_score, figure, own_interval
 from recipes.utils.evaluation.verdicts import BEST, FEW, show_interval, unseen
-from recipes.utils.files import read_json, read_jsonl
+from recipes.utils.files import evaluation_of, read_json, read_jsonl
 
 PASS, FAIL = "pass", "fail"
 FORM = "SCORE >= REFERENCE + MARGIN, such as 'exact_match >= base + 0.05' or 'loss <= runs/last + 0.01'"
@@ -96,10 +96,12 @@ def rows_of_runs(gates: list[Gate], digests: dict[str, str], tokens: Callable[[s
         folder, what = Path(gate.reference) / "evaluation", f"--gate {gate.text!r}: {gate.reference}"
         if gate.reference and (Path(gate.reference) / "run.json").is_file():
             path = folder / f"{gate.part}.jsonl"
-            if not path.is_file() or not (folder / "metrics.json").is_file():
+            if evaluation_of(Path(gate.reference)) is None or not path.is_file():
                 again = "--forgetting FILE " * (gate.part == "forgetting")
                 mend = f"python recipes/evaluate_adapter.py {gate.reference} {again}".strip()
-                raise UserError(f"--gate {gate.text!r}: {path} is not there; score that run first: {mend}")
+                raise UserError(
+                    f"--gate {gate.text!r}: {path} is not there, or of another adapter; score that run first: {mend}"
+                )
             metrics = read_json(folder / "metrics.json")
             of = (metrics if gate.part == "predictions" else metrics["forgetting"])["of"]["rows_sha256"]
             if of != digests[gate.part]:

@@ -7,10 +7,42 @@ import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from recipes.utils.console import UserError, say
-from recipes.utils.data import read_tokenizer
+from recipes.utils.console import UserError, say, time_limit
+from recipes.utils.data import DataOptions, read_tokenizer
 from recipes.utils.files import read_json
-from recipes.utils.model import CHANGE_THE_BASE, ModelOptions, attention_and_reason, commit_of, find_base, load_base
+from recipes.utils.model import (
+    CHANGE_THE_BASE,
+    ModelOptions,
+    attention_and_reason,
+    base_hashes,
+    commit_of,
+    find_base,
+    load_base,
+    loading,
+    read_adapter_config,
+)
+
+SECONDS = 60  # to find an adapter's layers by a regular expression, which may never end
+RECORD = {  # what a run.json has to hold, and of which types
+    "name": str, "method": str, "status": str, "finished": str | None, "commit": str | None, "model": dict,
+    **{f"model.{key}": str for key in ("name_or_path", "dtype", "chat_template", "attn_implementation")},
+    "model.revision": str | None, "model.trust_remote_code": bool, "data": dict, "lora": dict | None,
+    "training": dict | None, "quantization": dict | None, "rows": dict | None, "data_sha256": dict | None,
+    "base_sha256": dict | None, "seed": int | None, "train": dict | None,
+}  # fmt: skip
+
+
+def read_record(path: Path) -> dict:
+    """A run.json, of the types that it was written with. Raises `UserError` where it is not."""
+    record = read_json(path, RECORD)
+    try:
+        ModelOptions(**record["model"])
+        DataOptions(**record["data"])
+    except TypeError as error:
+        raise UserError(f"{path}: is of another version of these recipes, or was edited: {error}") from error
+    if record["method"] not in ("lora", "qlora") or (record["method"] == "qlora") != bool(record.get("quantization")):
+        raise UserError(f"{path}: `method` and `quantization` do not fit each other")
+    return record
 
 
 def read_run(folder: Path) -> dict:
@@ -22,8 +54,8 @@ def read_run(folder: Path) -> dict:
 
 def newest_run(root: Path | str = "runs") -> Path:
     """The run below `root` that finished last. Raises `UserError` where none has."""
-    records = ((read_json(path), path.parent) for path in Path(root).glob("*/run.json"))
-    finished = [(record["finished"], path) for record, path in records if record["status"] == "finished"]
+    records = ((read_record(path), path.parent) for path in Path(root).glob("*/run.json"))
+    finished = [(record.get("finished") or "", path) for record, path in records if record["status"] == "finished"]
     if not finished:
         raise UserError(f"no finished run under {root}/; name the run's folder")
     return max(finished)[1]
@@ -34,20 +66,23 @@ def read_adapter(folder: Path) -> dict:
     adapter_config.json says in the same form, without `data`. Raises `UserError` if there is none, or a broken one."""
     folder, config = Path(folder), Path(folder) / "adapter_config.json"
     of_a_run = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
-    record = next((read_json(place / "run.json") for place in of_a_run if (place / "run.json").is_file()), None)
-    if not config.is_file() and record:
-        mend = "go on with --resume, or name one of its checkpoints"
-        raise UserError(f"{folder}: holds no adapter yet (its run is {record['status']}, not finished); {mend}")
+    path = next((place / "run.json" for place in of_a_run if (place / "run.json").is_file()), None)
+    if not config.is_file() and path:
+        status, mend = read_json(path, {"status": str})["status"], "go on with --resume, or name one of its checkpoints"
+        raise UserError(f"{folder}: holds no adapter yet (its run is {status}, not finished); {mend}")
     if not config.is_file():
         raise UserError(f"{folder}: is no run folder and no adapter (it has no adapter_config.json)")
     if not (folder / "adapter_model.safetensors").is_file():
         why = "; pickled ones are not loaded, since they can run code" * (folder / "adapter_model.bin").is_file()
         raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
-    if record:
+    if path:
+        record = read_record(path)
         if record["status"] != "finished" and (folder / "run.json").is_file():
             say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
         return record
-    adapter = read_json(config)
+    adapter = read_adapter_config(folder)
+    if not adapter.get("base_model_name_or_path"):
+        raise UserError(f"{config}: names no base (base_model_name_or_path); write there which one it was trained on")
     model = dataclasses.asdict(ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision")))
     base = base_of({"model": model})
     shape = read_json(base / "config.json")
@@ -56,16 +91,28 @@ def read_adapter(folder: Path) -> dict:
 
 
 def base_of(record: dict) -> Path:
-    """The folder of the base that the adapter of `record` was trained on; from the cache, where it is there whole."""
+    """The folder of the base that the adapter of `record` was trained on; from the cache, where it is there whole.
+    Raises `UserError` for another one in its place."""
     options = ModelOptions(**record["model"])
     try:
         # Where no commit is known (another tool's adapter), any that the cache has of the main branch.
-        return find_base(options, record.get("commit") or options.revision or "main")
+        base = find_base(options, record.get("commit") or options.revision or "main")
+        check_same_base(base, record)
+        return base
     except UserError as error:
         if not isinstance(error.__cause__, (LocalEntryNotFoundError, HFValidationError)):
             raise
         mend = "the folder of the adapter's base is not there; a relative path is one from where the command runs"
         raise UserError(f"{options.name_or_path}: {mend}") from error
+
+
+def check_same_base(base: Path, record: dict) -> None:
+    """Raise `UserError` if a file of `base` is another one than the run of `record` was trained on."""
+    before = record.get("base_sha256") or {}
+    now = base_hashes(base) if before else {}
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        why = f"{', '.join(changed)} is another file than the adapter was trained on"
+        raise UserError(f"{base}: {why}; put the base of its training there")
 
 
 def load_adapter(folder: Path, record: dict):
@@ -75,19 +122,24 @@ def load_adapter(folder: Path, record: dict):
     options = ModelOptions(**record["model"])
     quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
     attention, _ = attention_and_reason(options, not torch.cuda.is_available())
-    return PeftModel.from_pretrained(load_base(base_of(record), options, attention, quantization), folder)
+    read_adapter_config(Path(folder))
+    base = load_base(base_of(record), options, attention, quantization)
+    late = UserError(f"{folder}: a regular expression of its adapter_config.json does not end")
+    with loading(str(folder)), time_limit(SECONDS, late):
+        return PeftModel.from_pretrained(base, folder)
 
 
 def load_adapter_tokenizer(folder: Path, record: dict):
     """The tokenizer and template that the adapter was trained with; for another tool's adapter, its base's."""
     if "data" in record:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with loading(f"{folder}: its tokenizer"):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return read_tokenizer(base_of(record), record["model"]["chat_template"])[0]
 
 
 def check_linear(adapter: Path, scale: float) -> None:
     """Raise `UserError` if `scale` is not 1 and the adapter in the folder `adapter` is not linear in it."""
-    config = read_json(Path(adapter) / "adapter_config.json")
+    config = read_adapter_config(Path(adapter))
     wrong = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
     wrong += ["peft_type"] * (config["peft_type"] != "LORA") + ["bias"] * (config.get("bias", "none") != "none")
     wrong += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE)

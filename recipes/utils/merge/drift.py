@@ -26,7 +26,7 @@ def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
         raise UserError("no run.json names this adapter's rows: --data FILE compares on yours, --no-verify not")
     options = record["data"]
     try:
-        paths = None if options["validation"] else options["test"] or options["train"]
+        paths = None if options.get("validation") else options.get("test") or options["train"]
         return rows_to_score({**record, "data": {**options, "test": None}}, paths)
     except UserError as error:
         say(f"comparing on one short chat, since the run's rows cannot be read (--data FILE names others): {error}")

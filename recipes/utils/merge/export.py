@@ -4,7 +4,7 @@ Nothing here tells a local path or a secret. config.json comes last: what a kill
 """
 
 import contextlib
-import os
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,9 +13,10 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from recipes.utils.console import UserError, say
-from recipes.utils.files import DISK_FULL, read_json, sync, sync_path, write_json
-from recipes.utils.model import commit_of
+from recipes.utils.console import UserError, disk_error, say, visible
+from recipes.utils.data import bounded
+from recipes.utils.files import adapter_sha256, evaluation_of, locked, read_json, sync, sync_path, write_json
+from recipes.utils.model import commit_of, read_adapter_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"  # <name>.modelfile, chat_templates/<name>.jinja
 TOKENIZER_FILES = (
@@ -38,28 +39,41 @@ DIALOGUES = ([ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED, {"role": "assistant", "co
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """Yield a new folder beside `output`, renamed to `output` when all that was written there is on the disk; an error
-    leaves nothing. Raises `UserError` if `output` holds something or cannot be made, or the disk is full."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; name another folder with --output")
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        for left in output.parent.glob(f".{output.name}.partial-*"):
-            say(f"{left}: was left by another merge; if that one is not running, delete it")
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}); name another folder with --output") from error
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(output)
-        sync_path(output.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(f"{output}: the disk is full; nothing is left there. Name another with --output") from error
-        raise
+    leaves nothing. It is locked: what a killed merge has left there goes, while of two at once the second one ends.
+    Raises `UserError` if `output` holds something or cannot be made, another process is at it, or a disk fails."""
+    partial = output.parent / f".{output.name}.partial"
+    with contextlib.ExitStack() as held:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(partial))
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                partial.rmdir()
+                raise UserError(f"{output}: is there already; name another folder with --output")
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        except OSError as error:
+            raise UserError(f"{output}: cannot be made ({error.strerror}); name another with --output") from error
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(output)
+            sync_path(output.parent)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if why := disk_error(error):
+                mend = "name another folder with --output"
+                raise UserError(f"{output}: {why}; nothing is left there. Mend that, or {mend}") from error
+            raise
+
+
+def own_file(path: Path) -> Path:
+    """`path`, to be copied into what is given away. Raises `UserError` for a link out of its folder, to whatever its
+    maker wished; a snapshot of the hub's cache links to its own blobs."""
+    real, folder = path.resolve(), path.parent.resolve()
+    own_blob = real.parent.name == "blobs" and real.parents[1:2] == folder.parents[1:2]
+    if real.parent != folder and not own_blob:
+        raise UserError(f"{path}: is a link out of its folder, so it is not copied; put the file itself there")
+    return path
 
 
 def check_space(folder: Path, size: int, what: str = "the merged model") -> None:
@@ -72,7 +86,7 @@ def check_space(folder: Path, size: int, what: str = "the merged model") -> None
 
 def write_config(base: Path, output: Path, dtype: str, untied: bool) -> None:
     """The base's config.json with the weights' dtype, without the path that it was once saved from."""
-    config = read_json(base / "config.json")
+    config = read_json(own_file(base / "config.json"), {"rope_parameters": dict | None})
     config.pop("_name_or_path", None)
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the key of transformers 5, and the one that others know
     if untied:
@@ -85,7 +99,7 @@ def write_config(base: Path, output: Path, dtype: str, untied: bool) -> None:
 def write_generation_config(base: Path, output: Path, stop_ids: list[int]) -> None:
     """The base's generation settings with every id that ends an answer; without what no reader would accept."""
     path = base / "generation_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json(own_file(path)) if path.is_file() else {}
     known = settings.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]
     settings["eos_token_id"] = list(dict.fromkeys([*stop_ids, *known]))
@@ -99,7 +113,7 @@ def write_tokenizer(base: Path, output: Path, tokenizer) -> None:
     they do not give the ids that were trained on (a legacy form was mended), the trained tokenizer's."""
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
-            shutil.copyfile(base / name, output / name)
+            shutil.copyfile(own_file(base / name), output / name)
     template = plain_template(tokenizer.chat_template)
     _write_tokenizer_config(output, template)
     probe = f"a  b\n{tokenizer.eos_token}c é {tokenizer.decode([100, 200])} [INST] d[/INST] <|im_start|>e"
@@ -144,7 +158,7 @@ def _prompts(tokenizer, template: str) -> dict[int, str]:
     """What `template` asks of the model in a few dialogues, without those that it cannot carry."""
     prompts, how = {}, {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
     for number, messages in enumerate(DIALOGUES):
-        with contextlib.suppress(TemplateError):
+        with contextlib.suppress(TemplateError), bounded():
             prompts[number] = tokenizer.apply_chat_template(messages, **how)
     return prompts
 
@@ -157,13 +171,14 @@ def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict,
     revision = commit_of(base) or record["model"]["revision"]
     merged = {"adapter": record["name"], **how, "base_model": name, "revision": revision}
     write_json(output / "merge.json", {**merged, **(drift or {})})
-    lines = ["---", *([f"base_model: {name}"] if on_hub else []), "library_name: transformers"]
-    lines += ["pipeline_tag: text-generation", "tags: [lora, trl]", "---", "", f"# {record['name']}", ""]
+    quoted = name if re.fullmatch(r"[\w./-]+", name) else json.dumps(name)
+    lines = ["---", *([f"base_model: {quoted}"] if on_hub else []), "library_name: transformers"]
+    lines += ["pipeline_tag: text-generation", "tags: [lora, trl]", "---", "", f"# {_plain(record['name'])}", ""]
     kind = {"lora": "a LoRA", "qlora": "a Q-LoRA"}[record["method"]]
     facts = {
         "base": name, "base revision": revision,
         "merged into": f"{how['base']} weights, at scale {how['scale']:g}", "dtype": how["dtype"],
-        **_settings(record.get("lora") or read_json(adapter / "adapter_config.json"), LORA),
+        **_settings(record.get("lora") or read_adapter_config(adapter), LORA),
         **_settings(record.get("training", {}), SETTINGS),
         **_settings(record.get("quantization") or {}, QUANTIZATION),
         "rows trained on": record.get("rows", {}).get("train", {}).get("rows"),
@@ -171,21 +186,34 @@ def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict,
         "distance from the adapter": drift
         and f"KL {drift['mean_kl']:.2e} nats a token, {drift['top1_agreement']:.1%} same",
     }  # fmt: skip
-    lines += [f"{name} with {kind} adapter merged into it.", "", "| | |", "| --- | --- |"]
-    lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
-    lines += [f"| sha256 of {Path(path).name} | {digest} |" for path, digest in record.get("data_sha256", {}).items()]
-    if metrics := _scores(adapter / "evaluation", how["scale"]):
+    lines += [f"{_plain(name)} with {kind} adapter merged into it.", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {_plain(value)} |" for key, value in facts.items() if value is not None]
+    lines += [
+        f"| sha256 of {_plain(Path(path).name)} | {_plain(digest)} |"
+        for path, digest in record.get("data_sha256", {}).items()
+    ]
+    if metrics := _scores(adapter, how["scale"]):
         lines += ["", f"| score | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
         lines += [f"| {key} | {' | '.join(f'{figures[key]:.4g}' for figures in metrics.values())} |" for key in SCORES]
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _scores(folder: Path, scale: float) -> dict[str, dict]:
-    """What evaluate_adapter.py left in `folder` of the base and of the adapter at `scale`, {} without it."""
-    path, names = folder / "metrics.json", {"base": "base", "adapter": "adapter"}
+def _plain(text: object) -> str:
+    """`text` within a line or a cell of Markdown: no new line, cell or tag begins in it."""
+    return re.sub(r"([|<`\[\]\\])", r"\\\1", " ".join(visible(str(text)).split()))
+
+
+def _scores(adapter: Path, scale: float) -> dict[str, dict]:
+    """What evaluate_adapter.py said of the base and of this `adapter` at `scale`, {} if nothing."""
+    folder, names = adapter / "evaluation", {"base": "base", "adapter": "adapter"}
     if scale != 1:
         path, names = folder / "scales.json", {"0": "base", f"{scale:g}": f"adapter at scale {scale:g}"}
-    metrics = read_json(path) if path.is_file() else {}
+        metrics = read_json(path, {"of": dict | None}) if path.is_file() else {}
+        if (metrics.pop("of", None) or {}).get("adapter_sha256") not in (None, adapter_sha256(adapter)):
+            metrics = {}
+    else:
+        found = evaluation_of(adapter)
+        metrics = read_json(found / "metrics.json") if found else {}
     return {names[who]: figures for who, figures in metrics.items() if who in names}
 
 

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import torch
 from rich.progress import track
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from recipes.utils.console import UserError, out, say
+from recipes.utils.console import UserError, out, say, time_limit
 from recipes.utils.files import read_json, sync_path, write_json
 from recipes.utils.merge.export import check_space
-from recipes.utils.model import CHANGE_THE_BASE, ModelOptions, model_config
+from recipes.utils.model import CHANGE_THE_BASE, ModelOptions, model_config, read_adapter_config
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -33,6 +34,8 @@ PIECE = 1 << 18  # numbers at a time: few enough to stay in a core's cache from 
 FEWEST_ROWS = 16  # in a piece: a product of fewer rows than 4 is summed up in another order, to other bits
 MOST_WORKERS = 8  # more would wait for the disk
 QUANTISED_PIECE = 1 << 22  # numbers at a time: quantising takes several float32 copies of what it is given
+SECONDS = 60  # for an adapter's patterns
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 BLOCK = 64  # numbers that share a constant in 4 bit: what bitsandbytes.nn.Linear4bit takes
 # Fields of LoraConfig that are handled here or say nothing about the weights; with any other one set, PEFT merges.
 UNDERSTOOD = {
@@ -91,7 +94,7 @@ def merge_in_memory(record: dict, base: Path, adapter: Path, output: Path) -> tu
     trust = record["model"].get("trust_remote_code", False)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True, trust_remote_code=trust)
     tied, dtype, before = model.config.tie_word_embeddings, model.dtype, sums(model)
-    settings, head = read_json(adapter / "adapter_config.json"), model.get_output_embeddings()
+    settings, head = read_adapter_config(adapter), model.get_output_embeddings()
     if tied and not settings.get("trainable_token_indices") and not settings.get("ensure_weight_tying"):
         model.config.tie_word_embeddings = False  # what the adapter does to the embedding it does not do to the head
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -123,7 +126,7 @@ def stream_merge(record: dict, base: Path, adapter: Path, output: Path, kind: st
 def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
     """What is to be written, from headers alone. Raises `NotStreamable` for what only PEFT can merge, and `UserError`
     for a base whose weights are quantised, an adapter of another base, or a file that is not whole."""
-    base_config, config = read_json(base / "config.json"), read_json(adapter / "adapter_config.json")
+    base_config, config = read_json(base / "config.json"), read_adapter_config(adapter)
     if "quantization_config" in base_config:
         needed = "the model that it was made from is needed as base"
         raise UserError(f"{base}: its weights are quantised, and merging there would round the adapter away; {needed}")
@@ -160,7 +163,8 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
         if "full" in parts and parts["full"].shape != source.shape:
             resized = f"{parts['full'].shape} in the adapter and {source.shape} in the base"
             raise UserError(f"{name}: {resized}; a vocabulary that was resized cannot be merged")
-    scaled = {name: (parts, _scaling(config, name, parts, scale)) for name, parts in changes.items()}
+    with time_limit(SECONDS, UserError(f"{adapter}: a regular expression of its patterns does not end")):
+        scaled = {name: (parts, _scaling(config, name, parts, scale)) for name, parts in changes.items()}
     every = [stored for tensors in files.values() for stored in tensors.values()]
     dtype = max(DTYPES, key=lambda dtype: sum(stored.size for stored in every if stored.dtype == dtype))
     return Plan(files, scaled, index, untied, str(DTYPES[dtype]).removeprefix("torch."), sum(one.size for one in every))
@@ -190,16 +194,19 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         with open(path, "rb") as file:
             size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            header = json.loads(file.read(min(length, size, LONGEST_HEADER)))
         header.pop("__metadata__", None)
         found = []
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             found.append((name, Stored(path, 8 + length + start, end - start, entry["dtype"], entry["shape"])))
         missing = max(stored.start + stored.size for _, stored in found) - size
+        if not 0 < missing < 1 << 60:
+            with safe_open(path, "pt"):  # its own checks: offsets, shapes, types
+                pass
     except FileNotFoundError:
         raise UserError(f"{path}: is not there, though the index of its folder names it; copy it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         raise UserError(f"{path}: is no safetensors file; copy or download it again") from None
     if missing > 0:
         raise UserError(f"{path}: its last {missing:,} bytes are missing; copy or download it again")
@@ -359,7 +366,9 @@ def _load(stored: Stored, rows: slice = slice(None)) -> torch.Tensor:
     with open(stored.file, "rb", buffering=0) as file:
         file.seek(stored.start + first * (stored.size // stored.shape[0]))
         while view:  # one call reads at most 2 GB
-            view = view[file.readinto(view) :]
+            if not (count := file.readinto(view)):
+                raise UserError(f"{stored.file}: became shorter while it was read")
+            view = view[count:]
     return tensor
 
 

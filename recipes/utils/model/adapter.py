@@ -1,5 +1,7 @@
 """A LoRA adapter: where it may begin, what is trained and in which precision, and how it is saved: whole or not."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,11 @@ from safetensors import safe_open
 from torch.autograd.function import once_differentiable
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
-from recipes.utils.files import read_json, sync, write_json
+from recipes.utils.files import read_json, sync, sync_path, write_json
 from recipes.utils.model.base import ModelOptions, commit_of, name_of
 
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin: not linear in their scale
+SETS = ("target_modules", "exclude_modules", "modules_to_save")
 NO_PLAIN_START = (*CHANGE_THE_BASE, "eva")
 
 
@@ -36,7 +39,7 @@ def check_adapter(folder: str | None) -> None:
         raise UserError(f"model.adapter: {folder} is no adapter folder (it has no adapter_config.json)")
     if not config.with_name("adapter_model.safetensors").is_file():
         raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; {why}")
-    start = str(read_json(config).get("init_lora_weights", True))
+    start = str(read_adapter_config(Path(folder)).get("init_lora_weights", True))
     if start.startswith(NO_PLAIN_START):
         mend = "convert it with PEFT's path_initial_model_for_weight_conversion first"
         raise UserError(f"model.adapter: {folder} began with {start} and is no plain LoRA; {mend}")
@@ -126,6 +129,29 @@ class AddsIntoBase(torch.autograd.Function):
         return of_x, inner.t() @ x.reshape(-1, x.shape[-1]), gradient.t() @ narrow, None, None
 
 
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json of the adapter in `folder`. Raises `UserError` for one that no adapter can be made of."""
+    path = Path(folder) / "adapter_config.json"
+    kinds: dict[str, Any] = dict.fromkeys(("base_model_name_or_path", "revision", "bias"), str | None)
+    kinds |= dict.fromkeys(("target_modules", "modules_to_save"), str | list | None)
+    kinds |= dict.fromkeys(("rank_pattern", "alpha_pattern"), dict | None)
+    config = read_json(path, kinds | {"peft_type": str, "r": int | None, "lora_alpha": int | float | None})
+    ranks, alphas = ([config.get(one), *(config.get(many) or {}).values()]
+                     for one, many in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")))  # fmt: skip
+    if any(rank is not None and (type(rank) is not int or rank < 1) for rank in ranks):
+        raise UserError(f"{path}: r and rank_pattern are whole numbers above 0")
+    if any(alpha is not None and (type(alpha) not in (int, float) or not abs(alpha) < 1e9) for alpha in alphas):
+        raise UserError(f"{path}: lora_alpha and alpha_pattern are numbers")
+    targets = config.get("target_modules")
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    for pattern in [*patterns, *([targets] if isinstance(targets, str) else ())]:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"{path}: {pattern[:60]!r} is no regular expression: {error}") from error
+    return config
+
+
 def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> None:
     """Make a model with its adapter ready to train: what is trained in float32, since in 16 bit small steps are rounded
     away, and the levers on speed of `options`, which leave the losses as they are. Call it when the trainer is built,
@@ -187,28 +213,38 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
 def save_adapter(trainer, folder: Path) -> None:
     """Write adapter, tokenizer and template into `folder`, each whole and adapter_config.json last: it stands for all.
     Raises `RunEnded` if tensors of the adapter are missing or flattened, as sharded training can leave them."""
-    staging = Path(folder) / ".adapter"
-    trainer.save_model(str(staging))
-    if not is_main_process():
-        return
-    if stored_shapes(staging) != adapter_shapes(trainer.model):
-        raise RunEnded("failed", f"{staging}: the adapter that was written is not whole; its checkpoints are kept")
-    (staging / "training_args.bin").unlink()  # a pickle, with the paths of this machine
-    publish_base(staging)
-    sync(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-        path.replace(Path(folder) / path.name)
-    staging.rmdir()
+    staging, last = Path(folder) / ".adapter", Path(folder) / "adapter_config.json"
+    try:
+        trainer.save_model(str(staging))
+        if not is_main_process():
+            return
+        if stored_shapes(staging) != adapter_shapes(trainer.model):
+            raise RunEnded("failed", f"{staging}: the adapter that was written is not whole; its checkpoints are kept")
+        (staging / "training_args.bin").unlink()  # a pickle, with the paths of this machine
+        publish_base(staging)
+        sync(staging)
+        last.unlink(missing_ok=True)  # of a run that was taken up again: never beside weights of another time
+        sync_path(Path(folder))
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == last.name):
+            path.replace(Path(folder) / path.name)
+        sync_path(Path(folder))
+    finally:
+        if is_main_process():
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_base(folder: Path) -> None:
-    """Make a saved adapter fit to be given away: safetensors leaves its file to its owner alone, and a base from the
-    hub is named as this machine's cache keeps it; here as the hub does, with its commit."""
+    """Make a saved adapter fit to be given away: safetensors leaves its file to its owner alone, PEFT writes sets in an
+    order of each process's own, and a base from the hub is named as this machine's cache keeps it; here as the hub
+    does, with its commit."""
     path = Path(folder) / "adapter_config.json"
     path.with_name("adapter_model.safetensors").chmod(path.stat().st_mode)
-    config = read_json(path)
+    config: dict[str, Any] = read_json(path)
+    config |= {key: sorted(config[key]) for key in SETS if isinstance(config.get(key), list)}
     base = Path(config["base_model_name_or_path"] or "")
     if commit_of(base):
-        write_json(path, config | {"base_model_name_or_path": name_of(base), "revision": commit_of(base)})
+        config |= {"base_model_name_or_path": name_of(base), "revision": commit_of(base)}
+    write_json(path, config)
+    if commit_of(base):
         card = path.with_name("README.md")
         card.write_text(card.read_text(encoding="utf-8").replace(str(base), name_of(base)), encoding="utf-8")

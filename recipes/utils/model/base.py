@@ -3,19 +3,22 @@
 import contextlib
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from recipes.utils.console import UserError, is_main_process, out, say
 from recipes.utils.data import Finding
-from recipes.utils.files import read_json
+from recipes.utils.files import file_hash, is_within, read_json, write_json
 
 VARLEN = "varlen"  # attention.py; with "flash" in it, transformers would look for that package
 ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -56,7 +59,7 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     if commit is None and options.adapter and options.revision is None:
         adapter = read_json(Path(options.adapter) / "adapter_config.json")
         commit = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
-    with _loading(name):
+    with loading(name):
         # Asked also where the cache has the branch, which may have moved since.
         commit = commit or HfApi().resolve_revision(name, revision=options.revision).resolved
         base = _cached(name, commit, weights) or _download(name, commit, weights)
@@ -89,9 +92,41 @@ def _cached(name: str, commit: str, weights: bool) -> Path | None:
 
 
 def _weights(base: Path) -> list[str]:
-    """The files that the index names: what else lies there (Mistral's consolidated.safetensors) is the same twice."""
+    """The files that the index names: what else lies there (Mistral's consolidated.safetensors) is the same twice.
+    Raises `UserError` for an index that is none, or that names files elsewhere."""
     index = base / "model.safetensors.index.json"
-    return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    if not index.is_file():
+        return ["model.safetensors"]
+    names = read_json(index, {"weight_map": dict})["weight_map"].values()
+    if wrong := [name for name in names if not is_within(name) or not name.endswith(".safetensors")]:
+        raise UserError(f"{index}: names {wrong[0]!r}, which is no safetensors file of its folder")
+    return sorted(set(names))
+
+
+def base_hashes(base: Path) -> dict[str, str]:
+    """{file: SHA-256} of the configuration and the weights in `base`. The cache keeps them by place, size and times,
+    since 15 GB take some ten seconds."""
+    memory = Path(constants.HF_HOME) / "lora-recipes" / "sha256.json"
+    known = {}
+    with contextlib.suppress(UserError):
+        known = read_json(memory)
+
+    def look(path: Path) -> tuple[str, list]:
+        stat = path.stat()
+        now = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        kept = known.get(str(path))
+        return str(path), kept if isinstance(kept, list) and kept[:-1] == now else [*now, file_hash(path)]
+
+    names = [name for name in ("config.json", *_weights(base)) if (base / name).is_file()]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(look, [(base / name).resolve() for name in names]))
+    # what was changed a moment ago may be changed again without another time
+    old = {path: entry for path, entry in found if time.time_ns() - max(entry[2:4]) > 2e9}
+    if any(known.get(path) != entry for path, entry in old.items()):
+        with contextlib.suppress(OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, known | old)
+    return {name: entry[-1] for name, (_, entry) in zip(names, found, strict=True)}
 
 
 def _download(name: str, commit: str, weights: bool) -> Path | None:
@@ -105,13 +140,16 @@ def _download(name: str, commit: str, weights: bool) -> Path | None:
 
 
 @contextlib.contextmanager
-def _loading(name: str):
-    """Turn what loading `name` raises into a line that says what to do. In here the hub's client does not report what
+def loading(name: str):
+    """Turn what loading `name` raises into a line that says what to do: files that were cut in a download, or are no
+    model's, fail in any way that Python and the libraries do. In here the hub's client does not report what
     it is used for: with the first request of a day it would fetch a list of AI agents, to see which one runs."""
     before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
     try:
         yield
-    except (OSError, errors.RevisionResolutionError, errors.HFValidationError) as error:
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
         raise UserError(name + _what_to_do(error, name)) from error
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = before
@@ -132,14 +170,20 @@ def _what_to_do(error: Exception, name: str) -> str:
         if any(isinstance(one, kinds) for one in chain):
             return mend
     text = " ".join(map(str, chain)).lower()
+    if "trust_remote_code" in text:
+        return " comes with code of its own: read it, and where you trust it, --model.trust_remote_code true"
+    if isinstance(error, SafetensorError):
+        return f": its weights are cut or damaged ({error}); copy or download them again"
     if "connect" in text:
         return mends[unreached]
-    return f": {PICKLED}" if "safetensors" in text else f": {str(error).splitlines()[0]}"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    no_weights = "safetensors" in text and isinstance(error, OSError)
+    return f": {PICKLED}" if no_weights else f": cannot be loaded: {first}"
 
 
 def model_config(base: Path, options: ModelOptions):
     """The base's own configuration, without its weights."""
-    with _loading(options.name_or_path):
+    with loading(options.name_or_path):
         return AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code, local_files_only=True)
 
 
@@ -214,11 +258,15 @@ def load_base(base: Path, options: ModelOptions, attention: str, quantization_co
     how = {"dtype": getattr(torch, options.dtype), "attn_implementation": attention, "device_map": {"": device}}
     how |= {"trust_remote_code": options.trust_remote_code, "use_safetensors": True, "local_files_only": True}
     try:
-        with _loading(options.name_or_path):
-            model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization_config, **how)
+        with loading(options.name_or_path):
+            how |= {"quantization_config": quantization_config, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(base, **how)
     except torch.OutOfMemoryError as error:
         mend = "nvidia-smi shows what else runs there, recipes/plan_run.py what would fit"
         raise UserError(f"{options.name_or_path}: its weights do not fit what is free on {device}; {mend}") from error
+    if lacking := sorted(info["missing_keys"]):  # the library would begin them at random
+        some = f"{len(lacking)} weights of the model are not in its files, such as {lacking[0]}"
+        raise UserError(f"{options.name_or_path}: {some}; copy or download it again")
     model.config._name_or_path = options.name_or_path  # what model cards say; PEFT reads the folder's own config.json
     # On CPUs with AVX512-BF16 the first evaluation would repack 4-bit weights for good, which moves the logits and
     # makes a resumed run another run.

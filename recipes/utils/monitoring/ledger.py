@@ -26,15 +26,15 @@ class Ledger(TrainerCallback):
     into), `epoch` (from 1), `where` (file:line; rows[index] without one), `loss` (nats a trained token, mean) and
     `tokens` (trained ones). `rows` is a Dataset with `input_ids`, by which a row is found again once it is packed.
 
-    Every process keeps its own micro-batches; the first one writes them all, before each checkpoint and at the end of
-    an epoch. After a resume the lines of steps past the checkpoint go. A line says what cannot be kept."""
+    Every process keeps its own micro-batches; the first one writes them all after each step, so that they are there
+    before a checkpoint is. After a resume the lines of steps past the checkpoint go. A line says what cannot be kept.
+    """
 
     def __init__(self, folder: Path, rows, on: bool = True):
         known = hasattr(rows, "__len__") and "input_ids" in (getattr(rows, "column_names", None) or ())
         self.path, self.rows, self.on = Path(folder) / LEDGER, rows, on and known
         self.say_once = functools.cache(say)
         self.step: list[dict] = []  # the lines of this step, by the hash of their token ids
-        self.pending: list[dict] = []  # those to be written
         if on and not known:
             say("ledger: none is kept, since its rows are no Dataset of token ids")
 
@@ -57,23 +57,16 @@ class Ledger(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.on and not self.step:
             self.say_once("ledger: the loss goes round TRL's fused LM head, so that of single rows is not known")
-        self.pending += [{"step": state.global_step, "epoch": math.ceil(state.epoch)} | line for line in self.step]
-        self.step.clear()
-        if control.should_save:
-            self.on_save(args, state, control)
-
-    def on_save(self, args, state, control, **kwargs):
-        lines, self.pending = gather_object(self.pending) if self.on else [], []
+        lines, self.step = gather_object(self.step) if self.on else [], []
         if state.is_world_process_zero and lines:
-            known = [line | {"where": self.places[line["where"]]} for line in lines if line["where"] in self.places]
+            when = {"step": state.global_step, "epoch": math.ceil(state.epoch)}
+            known = [{**when, **line, "where": self.places[line["where"]]} for line in lines
+                     if line["where"] in self.places]  # fmt: skip
             append_jsonl(self.path, known)
             if len(known) < len(lines):
                 self.say_once("ledger: rows that were trained on otherwise than given, such as cut ones, are left out")
 
-    on_epoch_end = on_save
-
     def on_train_end(self, args, state, control, **kwargs):
-        self.on_save(args, state, control)
         if self.on:
             self.hook.remove()
 
@@ -97,7 +90,8 @@ def read_ledger(folder: Path) -> list[Row]:
     path, record = Path(folder) / LEDGER, Path(folder) / "run.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no {LEDGER}; a run keeps one unless data.ledger is false")
-    for name, digest in read_json(record).get("data_sha256", {}).items() if record.is_file() else ():
+    files = read_json(record, {"data_sha256": dict | None}).get("data_sha256") if record.is_file() else None
+    for name, digest in (files or {}).items():
         if Path(name).is_file() and file_hash(Path(name)) != digest:
             raise UserError(f"{name}: has changed since the run in {folder}; the lines of its ledger may be others now")
     lines, start = sorted(read_jsonl(path), key=lambda line: line["step"]), 0

@@ -36,7 +36,8 @@ class Progress(TrainerCallback):
         self.started, self.first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero:
             return
-        keep_steps(self.path, state.global_step)
+        step, due = state.global_step, control.should_evaluate  # the evaluation that a stop has put off
+        keep_steps(self.path, step, lambda line: due and line["step"] == step and "eval_loss" in line)
         if sys.stdout.isatty():
             columns = "{task.completed}/{task.total}", rich.progress.BarColumn(bar_width=None), "{task.description}"
             self.bar = rich.progress.Progress(*columns, console=out, expand=True)

@@ -40,7 +40,7 @@ class Samples(TrainerCallback):
             self.prompts = []
             say("samples: none, since a model that is spread over processes cannot answer in one of them")
         elif self.prompts and state.is_world_process_zero:
-            keep_steps(self.path, state.global_step)
+            keep_steps(self.path, state.global_step - control.should_evaluate)  # of an evaluation that comes again
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         if not self.prompts or not state.is_world_process_zero:

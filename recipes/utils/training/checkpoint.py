@@ -9,8 +9,8 @@ import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
-from recipes.utils.console import say
-from recipes.utils.files import file_hash, sync, sync_path, write_json
+from recipes.utils.console import UserError, say
+from recipes.utils.files import file_hash, is_within, read_json, replace_folder, write_json
 
 MANIFEST = "manifest.json"
 NEEDED = {"weights": "*model*.safetensors", "optimizer state": "optimizer*", "scheduler": "scheduler.pt",
@@ -34,21 +34,16 @@ def publish(staged: Path, checkpoint: Path, content: dict) -> None:
     write_json(staged / MANIFEST, manifest | {"sha256": _digest(manifest)})
     for name in files:  # safetensors writes for its own user alone
         (staged / name).chmod((staged / MANIFEST).stat().st_mode)
-    sync(staged)
-    old = checkpoint.with_name(f".old-{checkpoint.name}")
-    if checkpoint.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        checkpoint.rename(old)
-    staged.rename(checkpoint)
-    sync_path(checkpoint.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(staged, checkpoint)
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """What `publish` wrote. Raises FileNotFoundError, or ValueError if it is damaged."""
-    manifest = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-        raise ValueError("its checksum differs")
+    """What `publish` wrote. Raises FileNotFoundError, or `UserError` if it is damaged."""
+    path = Path(checkpoint) / MANIFEST
+    path.stat()
+    manifest = read_json(path, {"files": dict, "processes": int | None, "run": dict | None})
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise UserError(f"{path}: is damaged (its checksum differs)")
     return manifest
 
 
@@ -56,22 +51,27 @@ def fault(checkpoint: Path) -> str | None:
     """Why training cannot go on from `checkpoint`; None if it is complete and every file is as it was written."""
     try:
         files = (manifest := read_manifest(checkpoint))["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items() if is_within(name)}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: its writing was cut off, or these recipes did not write it"
-    except (ValueError, KeyError):
+    except (UserError, KeyError, TypeError):
         return f"its {MANIFEST} is damaged"
     for what, pattern in NEEDED.items():
-        if not any(Path(name).match(pattern) for name in files):
+        if not any(Path(name).match(pattern) for name in expected):
             return f"it holds no {what}"
-    if sum(name.startswith("rng_state") for name in files) < manifest.get("processes", 1):
+    if sum(name.startswith("rng_state") for name in files) < (manifest.get("processes") or 1):
         return "it holds no random state of some processes"
-    sizes = {name: path.stat().st_size if (path := checkpoint / name).is_file() else None for name in files}
-    for name, size in sizes.items():
-        if size != files[name]["bytes"]:
-            return f"{name} is missing" if size is None else f"{name} has {size:,} bytes, not {files[name]['bytes']:,}"
-    for name, entry in files.items():
-        if file_hash(checkpoint / name) != entry["sha256"]:
-            return f"{name} is not what was written (its checksum differs)"
+    for name, (size, _) in expected.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if (found := (checkpoint / name).stat().st_size) != size:
+            return f"{name} has {found:,} bytes, not {size:,}"
+    for name, (_, digest) in expected.items():
+        try:
+            if file_hash(checkpoint / name) != digest:
+                return f"{name} is not what was written (its checksum differs)"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -90,10 +90,13 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def clear(folder: Path, step: int) -> None:
-    """Remove what a killed save has left in `folder`, and set aside the checkpoints beyond `step`, damaged or of a
+    """Remove what a killed process has left in `folder`, and set aside the checkpoints beyond `step`, damaged or of a
     course that was given up: they would pass for the newest ones."""
-    for left in (folder / ".saving", *folder.glob(".old-*")):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in (*folder.glob(".*.tmp"), folder / ".saving", folder / ".adapter", *folder.glob(".old-checkpoint-*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     for later in [path for path in folder.glob("checkpoint-*") if step_of(path) > step]:
         unused = later.with_name(f"unused-{later.name}")
         shutil.rmtree(unused, ignore_errors=True)

@@ -6,7 +6,9 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import platform
+import signal
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
@@ -16,33 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
 from recipes.utils.config import Config, check_machine
-from recipes.utils.console import RunEnded, UserError, is_main_process, say
+from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import Finding, Prepared
-from recipes.utils.files import DISK_FULL, locked, read_json, write_json, write_jsonl
-from recipes.utils.model import adapter_shapes, check_base, commit_of, find_base, has_fast_lora, stored_shapes
+from recipes.utils.files import locked, read_json, write_json, write_jsonl
+from recipes.utils.model import (
+    adapter_shapes,
+    base_hashes,
+    check_base,
+    commit_of,
+    find_base,
+    has_fast_lora,
+    stored_shapes,
+)
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
 from recipes.utils.training.table import device_name
+from recipes.utils.training.trainer import signals_to
 
-FORMAT = 2  # of run folders: what a resume can go on from
+FORMAT = 3  # of run folders: what a resume can go on from
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 # Arguments of the trainer that leave each step's arithmetic as it is; all others are compared at a resume.
 FREE = """
-    activation_checkpointing activation_offloading batch_eval_metrics bf16_full_eval dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataset_num_proc ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout debug disable_tqdm do_eval do_predict
-    do_train eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_packing eval_steps
-    eval_strategy eval_use_gather_object fp16_full_eval gradient_accumulation_steps gradient_checkpointing
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
-    include_num_input_tokens_seen label_names length_column_name load_best_model_at_end local_rank log_level
-    log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps logging_strategy
-    output_dir per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project push_to_hub
-    remove_unused_columns report_to resume_from_checkpoint run_name save_on_each_node save_only_model save_steps
-    save_strategy save_total_limit skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id
-    trackio_static_space_id use_cache""".split()  # noqa: SIM905
+    activation_checkpointing activation_offloading batch_eval_metrics bf16_full_eval dataloader_pin_memory
+    ddp_find_unused_parameters ddp_timeout disable_tqdm do_eval do_predict do_train eval_accumulation_steps eval_delay
+    eval_do_concat_batches eval_on_start eval_packing eval_steps eval_strategy eval_use_gather_object fp16_full_eval
+    gradient_accumulation_steps gradient_checkpointing hub_always_push hub_model_id hub_private_repo hub_revision
+    hub_strategy hub_token include_for_metrics include_num_input_tokens_seen load_best_model_at_end local_rank
+    log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps
+    logging_strategy output_dir per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project
+    push_to_hub report_to resume_from_checkpoint run_name save_on_each_node save_only_model save_steps save_strategy
+    save_total_limit torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache
+""".split()  # noqa: SIM905
 ON_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedulers that step when it evaluates
 NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
 
@@ -54,6 +62,7 @@ class Run:
     folder: Path
     base: Path  # the folder that the base is loaded from
     commit: str | None  # of a base from the hub
+    base_sha256: dict[str, str]  # of its files
     checkpoint: str | None = None  # to go on from
     findings: list[Finding] = dataclasses.field(default_factory=list)
     accepted: list[str] = dataclasses.field(default_factory=list)  # changes that a resume was allowed
@@ -71,12 +80,14 @@ def begin(config: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as held:
         folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
         record, model = folder / "run.json", config.model
-        before = read_json(record) if checkpoint and record.is_file() else {"model": {}}
+        kinds = {"model": dict, "commit": str | None}
+        before = read_json(record, kinds) if checkpoint and record.is_file() else {"model": {}}
         same = all(before["model"].get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
         commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
-        run = Run(folder, find_base(model, commit), commit, checkpoint)
-        _on_first(config, lambda: None)  # until each machine has it
-        check_base(run.base, model, config.use_cpu_asked)
+        base = find_base(model, commit)
+        hashes = _on_first(config, lambda: base_hashes(base))  # until each machine has it
+        check_base(base, model, config.use_cpu_asked)
+        run = Run(folder, base, commit, hashes, checkpoint)
         yield run
 
 
@@ -157,7 +168,7 @@ def _held(folder: Path) -> Iterator[None]:
 def check_same_run(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> None:
     """Describe the run, and at a resume compare that with the checkpoint's description. Raises `UserError` naming each
     setting that differs, unless `--accept-changes` was given, and always for other shapes or numbers of processes."""
-    run.description = _describe(config, trainer, train, validation)
+    run.description = _describe(run, config, trainer, train, validation)
     if run.checkpoint is None:
         return
     before, now = read_manifest(Path(run.checkpoint))["run"], run.description
@@ -170,7 +181,8 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         changed.pop("rows", None)  # that is why
     if len(changed) > 1:
         changed.pop("validation rows", None)
-    if "micro-batch" in changed and not changed.keys() & {"effective batch", "processes"}:
+    drawn = changed.keys() & {"effective batch", "processes"} or now["lora.lora_dropout"]
+    if "micro-batch" in changed and not drawn:  # dropout would draw other masks
         was, is_now = changed.pop("micro-batch")
         order = "at the same effective batch: sums are taken in another order"
         say(f"resume: micro-batches of {is_now} rows, not {was}, {order}")
@@ -198,9 +210,9 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         say(f"resume: accepted: {line}")
 
 
-def _describe(config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
+def _describe(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
     """{setting: value} of all that decides what a step computes, as JSON has it. Data, template, tokenizer and base are
-    digests of their content; the base's is of 256 numbers of each of its weights."""
+    digests of their content; the rows are those that the trainer has made of them, packed or not."""
     args, tokenizer, model = trainer.args, trainer.processing_class, trainer.model
     micro, processes = args.per_device_train_batch_size, args.world_size
     free = FREE if args.lr_scheduler_type not in ON_EVALUATIONS else [key for key in FREE if key[:5] != "eval_"]
@@ -211,7 +223,7 @@ def _describe(config: Config, trainer, train: Prepared, validation: Prepared | N
     description = {
         "data.train": _digest(" ".join(train.files.values())), "data.validation": validated,
         **{f"data.{key}": getattr(config.data, key) for key in ("over_length", "train_on", "system", "control_tokens")},
-        "chat template": _digest(tokenizer.chat_template or ""), "base weights": _base_digest(model),
+        "chat template": _digest(tokenizer.chat_template or ""), "base": _digest(json.dumps(run.base_sha256)),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
         **{f"model.{key}": getattr(config.model, key) for key in ("dtype", "adapter", "compile_layers")},
         "model.fast_lora": has_fast_lora(model),
@@ -220,7 +232,8 @@ def _describe(config: Config, trainer, train: Prepared, validation: Prepared | N
         **{f"training.{key}": value for key, value in args.to_dict().items() if key not in free},
         "effective batch": micro * args.gradient_accumulation_steps * processes, "micro-batch": micro,
         "processes": processes, "sharded": trainer.is_fsdp_enabled, "attention": model.config._attn_implementation,
-        "rows": _rows_digest(train.rows), "validation rows": _rows_digest(validation.rows) if validation else None,
+        "rows": _rows_digest(trainer.train_dataset),
+        "validation rows": _rows_digest(validation.rows) if validation else None,
     }  # fmt: skip
     return json.loads(json.dumps(description, default=lambda it: sorted(it) if isinstance(it, set) else str(it)))
 
@@ -240,12 +253,6 @@ def _rows_digest(rows) -> str:
     return digest.hexdigest()[:16]
 
 
-def _base_digest(model) -> str:
-    frozen = ((name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad)
-    starts = ((name, weight.flatten()[:256].contiguous().view(torch.uint8)) for name, weight in frozen)
-    return _digest(b"".join(name.encode() + start.cpu().numpy().tobytes() for name, start in starts))
-
-
 def _quantization(model) -> dict:
     """The arguments of BitsAndBytesConfig that the base was loaded with; none for one in 16 bit."""
     settings = getattr(model.config, "quantization_config", None)
@@ -257,7 +264,9 @@ def _quantization(model) -> dict:
 def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> Iterator[dict]:
     """Keep run.json true: `running` while the body runs, then how it ended: `finished`, `stopped`, `diverged` or
     `failed`. Yields a dict for the results to be written at the end. What the body raises goes on; running out of
-    memory, or of disk, becomes a `RunEnded` that says what to do. Rows that were skipped go to bad_rows.jsonl."""
+    memory, or a disk that fails, becomes a `RunEnded` that says what to do. Rows that were skipped go to
+    bad_rows.jsonl. A stop signal that comes when no step is left to take waits for the last save, a second Ctrl-C not.
+    """
     record = _record(run, config, trainer, train, validation)
     results: dict = {}
 
@@ -265,18 +274,28 @@ def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Pre
         if is_main_process():
             write_json(run.folder / "run.json", {**record, **more})
 
-    write()
     bad = {row["where"]: row for part in (train, validation) if part for row in part.counts.bad}
     if bad and is_main_process():
         write_jsonl(run.folder / "bad_rows.jsonl", bad.values())
+    write()
+    asked = []
+
+    def wait(number, frame) -> None:
+        if not trainer.state.global_step or (number == signal.SIGINT and number in asked):
+            raise KeyboardInterrupt  # there is nothing to save yet, or somebody insists
+        asked.append(number)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nall steps are taken: ending when the adapter is saved; Ctrl-C again ends at once\n")
+
     try:
-        yield results
+        with signals_to(wait):
+            yield results
     except BaseException as error:
         end = error
         if isinstance(error, torch.OutOfMemoryError):
             end = RunEnded("failed", out_of_memory(config, trainer))
-        elif isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_FULL):
-            end = RunEnded("failed", f"{run.folder}: cannot be written: {error}; make room on the disk, then --resume")
+        elif why := disk_error(error):
+            end = RunEnded("failed", f"{why}; make room on the disk, or mend it, then run again with --resume")
         # the message of any other error may hold paths
         word, why = (end.word, str(end)) if isinstance(end, RunEnded) else ("failed", type(error).__name__)
         with contextlib.suppress(OSError):
@@ -294,7 +313,7 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
     training = {key: value for key, value in sections["training"].items() if not key.endswith("token")}
     counted = {name: dataclasses.asdict(part.counts) if part.files else {} for name, part in parts.items()}
     for name, part in parts.items():  # of rows that `prepare` did not make, their number is known
-        counted[name] |= {"rows": len(part.rows), "bad": len(part.counts.bad)}
+        counted[name] |= {"rows": len(part.rows), "bad": sum(part.counts.bad_kinds.values())}
     record = {
         "format": FORMAT, "status": "running", "method": config.method, "name": config.name, "started": _now(),
         **sections, "training": {"output_dir": str(run.folder), **training},
@@ -302,10 +321,11 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "processes": trainer.args.world_size, "seed": trainer.args.seed, "rows": counted,
         "data_sha256": {file: digest for part in parts.values() for file, digest in part.files.items()},
+        "base_sha256": run.base_sha256,
         "findings": [finding._asdict() for finding in [*findings, *run.findings]], "description": run.description,
     }  # fmt: skip
     if run.checkpoint and (run.folder / "run.json").is_file():
-        old = read_json(run.folder / "run.json")
+        old = read_json(run.folder / "run.json", {"started": str, "resumed": list | None, "versions": dict})
         again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}
         record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
         before, now = old["versions"], record["versions"]
@@ -331,7 +351,8 @@ def out_of_memory(config: Config, trainer) -> str:
         "--training.per_device_eval_batch_size 1        costs little time": evaluating and args.eval_batch_size > 1,
         "--training.gradient_checkpointing true         saved activations shrink; about 1.4 times the time":
             not (args.gradient_checkpointing or args.activation_checkpointing),
-        f"{flags}    the same effective batch of {batch}": micro > 1,
+        f"{flags}{' --accept-changes' * bool(config.lora.get('lora_dropout'))}    the same effective batch of {batch}":
+            micro > 1,
         "--lora.lora_dropout 0    another run: begin it anew": config.lora.get("lora_dropout"),
         "recipes/sft_qlora.py in the place of sft_lora.py: the base in 4 bit; another run: begin it anew":
             config.method == "lora",

@@ -112,6 +112,6 @@ def _left_out(train: Counts, validation: Counts, args, over_length: str) -> str 
     lost, done = {}, "cut" if over_length == "truncate" else "dropped"
     for part, counts in (("train", train), ("validation", validation)):
         lost[f"{part} rows over max_length {getattr(args, 'max_length', None)} ({done})"] = counts.over_length
-        lost[f"bad {part} rows (listed in bad_rows.jsonl)"] = len(counts.bad)
+        lost[f"bad {part} rows (listed in bad_rows.jsonl)"] = sum(counts.bad_kinds.values())
     lost["rows end without an answer (trimmed)"] = train.trimmed
     return "; ".join(f"{number:,} {what}" for what, number in lost.items() if number) or None

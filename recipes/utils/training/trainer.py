@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,22 @@ import psutil
 import torch
 import torch.distributed
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from recipes.utils.console import RunEnded, UserError, is_main_process, say
+from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import document_hash, locate
-from recipes.utils.files import read_json
+from recipes.utils.files import read_json, sync_path
 from recipes.utils.model import publish_base
 from recipes.utils.training.checkpoint import clear, fault, newest_complete, publish, read_manifest, step_of
 from recipes.utils.training.micro_batch import documents_of, read
 from recipes.utils.training.throughput import Throughput
 
 _Trainer: Any = object  # for a type checker, the trainer of TRL that the mixin goes before
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SLOW_DISK = 50e6  # bytes a second; for the first save, which nobody has timed yet
 ROWS_NAMED = 10
 # A gradient norm beyond it is no direction: clipped, it leaves nothing of the other rows' gradients in float32; not
@@ -80,24 +80,23 @@ class Resumable(_Trainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Train; `resume_from_checkpoint` is a folder, or True for the newest complete checkpoint in args.output_dir.
-        SIGTERM, SIGINT, SIGUSR1 and a `Deadline` end it after the step in hand, with a checkpoint and `RunEnded` of the
-        word `stopped`; a second SIGINT ends it at once."""
+        SIGTERM, SIGINT, SIGUSR1, SIGHUP (but under nohup) and a `Deadline` end it after the step in hand, with a
+        checkpoint and `RunEnded` of the word `stopped`; a second SIGINT ends it at once."""
         folder, found = Path(self.args.output_dir), resume_from_checkpoint
         found = newest_complete(folder) if found is True else found
         checkpoint = str(found) if found else None
         if self.args.should_save:
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
+        if checkpoint and self.args.train_sampling_strategy == "group_by_length":
+            raise UserError("training.train_sampling_strategy: the order of group_by_length is drawn anew at a resume")
         events = self._events = _Events(self, checkpoint)
+        self.control.should_evaluate = bool(events.manifest.get("evaluation_due"))  # its lines will be written again
         self.add_callback(events)  # the last one: it knows what the others have asked for
-        main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
         try:
-            with contextlib.ExitStack() as afterwards:
-                for number in SIGNALS if main_thread else ():
-                    afterwards.callback(signal.signal, number, signal.signal(number, events.ask) or signal.SIG_DFL)
+            with signals_to(events.ask):
                 return super().train(checkpoint, trial, ignore_keys_for_eval)
         except StopHere as reason:
-            if not events.saved:  # it was evaluating, for which the loader of the rows had drawn a number
-                torch.random.set_rng_state(events.random_state)
+            if not events.saved:  # it was evaluating
                 self._save_checkpoint(self.model, None)
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             step = self.state.global_step
@@ -124,6 +123,8 @@ class Resumable(_Trainer):
         self.accelerator.wait_for_everyone()
         args.output_dir, args.save_total_limit = str(staging), None
         try:
+            for lines in folder.glob("*.jsonl") if args.should_save else ():
+                sync_path(lines)  # a resume goes on from what they say up to here
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process has written its part
             state.best_model_checkpoint = None
@@ -135,15 +136,15 @@ class Resumable(_Trainer):
                 due = self._events.evaluation_due
                 about = {"processes": args.world_size, "evaluation_due": due, "run": _description(folder)}
                 publish(staged, final, about)
-                shutil.rmtree(staging, ignore_errors=True)
-        except (torch.OutOfMemoryError, torch.distributed.DistError):
-            raise
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # a full disk, as each library has it
-            shutil.rmtree(staging, ignore_errors=True)
+        except Exception as error:
+            if (why := disk_error(error)) is None:
+                raise
             kept = "The checkpoint before it is whole, and nothing half-written is left"
-            mend = "make room on the disk, then run again with --resume"
-            raise RunEnded("failed", f"{final} could not be written: {first_line(error)}\n{kept}; {mend}") from error
+            mend = "make room on the disk, or mend it, then run again with --resume"
+            raise RunEnded("failed", f"{final} could not be written: {why}\n{kept}; {mend}") from error
         finally:
+            if args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
             args.output_dir, args.save_total_limit = str(folder), limit
         self.accelerator.wait_for_everyone()
         best = folder / f"checkpoint-{state.best_global_step}"
@@ -186,8 +187,11 @@ class Resumable(_Trainer):
         return grad_norm
 
     def evaluation_loop(self, *args, **kwargs):
+        """An evaluation that draws no random number of the training's: its loader does, for each pass over the rows."""
         self._step, self._odd = [], []
-        result = super().evaluation_loop(*args, **kwargs)
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            result = super().evaluation_loop(*args, **kwargs)
         fine = all(math.isfinite(value) for name, value in result.metrics.items() if name.endswith("_loss"))
         self._end_unless(fine, f"step {self.state.global_step}: the validation loss is not finite", "validation")
         return result
@@ -252,9 +256,11 @@ class _Events(TrainerCallback):
     anew, as the run that was not stopped would have it."""
 
     def __init__(self, trainer: Resumable, checkpoint: str | None):
-        self.trainer, self.checkpoint, self.random_state = trainer, checkpoint, torch.random.get_rng_state()
+        self.trainer, self.checkpoint, self.manifest = trainer, checkpoint, dict[str, Any]()
         self.asked_by: str | None = None
         self.saved = self.evaluation_due = False
+        with contextlib.suppress(OSError, UserError):  # of another tool, without one
+            self.manifest = read_manifest(Path(checkpoint)) if checkpoint else {}
 
     def ask(self, number, frame) -> None:
         """The signal handler."""
@@ -262,7 +268,9 @@ class _Events(TrainerCallback):
             raise KeyboardInterrupt
         name = signal.Signals(number).name
         if not self.asked_by and is_main_process():  # not through rich, which may hold its lock just now
-            os.write(2, f"\n{name}: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n".encode())
+            text = f"\n{name}: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                os.write(2, text.encode())
         self.asked_by = self.asked_by or name
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -271,14 +279,11 @@ class _Events(TrainerCallback):
         if self.checkpoint is None:
             return
         state.compute_steps(args, state.max_steps)  # how often it logs, evaluates and saves would be the checkpoint's
-        manifest = {}
-        with contextlib.suppress(OSError, ValueError):  # of another tool, without one
-            manifest = read_manifest(Path(self.checkpoint))
-        self._find_best(Path(self.checkpoint), manifest.get("run"), args, state)
-        if manifest.get("evaluation_due"):
+        self._find_best(Path(self.checkpoint), self.manifest.get("run"), args, state)
+        control.should_evaluate = False
+        if self.manifest.get("evaluation_due"):
             say("resume: the evaluation that the stop has put off comes first")
             trainer._load_rng_state(self.checkpoint)
-            self.random_state = torch.random.get_rng_state()
             trainer._determine_best_metric(trainer._evaluate(None, None), None)
             trainer._save_checkpoint(trainer.model, None)
 
@@ -303,7 +308,6 @@ class _Events(TrainerCallback):
             end_of_epoch = args.eval_strategy == "epoch" and at_the_end and args.eval_delay <= state.epoch
             self.evaluation_due = control.should_evaluate or end_of_epoch
             control.should_evaluate, control.should_save = False, True
-        self.random_state = torch.random.get_rng_state()
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self._stops():
@@ -324,6 +328,17 @@ class _Events(TrainerCallback):
         if stops:
             self.asked_by = self.asked_by or "a signal to another process"
         return stops
+
+
+@contextlib.contextmanager
+def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have `handler` called at each of `SIGNALS`, which reach the main thread alone; nohup's SIGHUP stays ignored."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as afterwards:
+        for number in SIGNALS if main_thread else ():
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                afterwards.callback(signal.signal, number, signal.signal(number, handler) or signal.SIG_DFL)
+        yield
 
 
 def checkpoint_bytes(model, args) -> int:
