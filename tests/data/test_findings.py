@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import chat, write_jsonl
-from families import FAMILIES
+from families import FAMILIES, qwen_tokenizer, with_template
 
 from recipes.utils.console import UserError
 from recipes.utils.data import DataOptions, Finding, prepare, report_findings
@@ -60,6 +60,18 @@ def test_an_end_of_turn_token_without_loss_stops(found):
     assert tokenizer.chat_template != before
     (message,) = messages(found(NORMAL, tokenizer=tokenizer)[0], "stop")
     assert "never learn to stop" in message
+
+
+def test_a_token_that_the_base_has_no_row_for_stops(found):
+    """Tokens were added to the tokenizer and the model was not resized; one that no row uses and pads none is fine."""
+    tokenizer = with_template(qwen_tokenizer(), "qwen2")
+    tokenizer.add_tokens([f"<tag{number}>" for number in range(320 - len(tokenizer) + 1)])
+    last = tokenizer.convert_ids_to_tokens(320)
+    assert found(NORMAL, tokenizer=tokenizer)[0] == []
+    (message,) = messages(found([*NORMAL, chat(f"Say {last}", "No.")], tokenizer=tokenizer)[0], "stop")
+    assert f":{len(NORMAL) + 1}: '{last}' is token 320 and the base has 320 of them, counted from 0: resize" in message
+    tokenizer.pad_token = last
+    assert f"padding: '{last}' is token 320" in messages(found(NORMAL, tokenizer=tokenizer)[0], "stop")[0]
 
 
 def test_a_beginning_twice_stops(found):

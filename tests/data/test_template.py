@@ -11,11 +11,13 @@ from conftest import DATA, chat
 from families import FAMILIES, PUBLISHED_QWEN2, qwen_tokenizer, trained_texts, with_template
 from jinja2 import TemplateError
 from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer
+from twins import CHATML, NEMO, SMOLLM3, VICUNA, ZEPHYR, shipped, tokenizer_for
+from twins import SHIPPED as SHIPPED_BY_TRL
 
 import recipes.utils.data.template as template_module
 from recipes.utils.console import UserError
 from recipes.utils.data import Chat, Encoder, load_tokenizer, read_chats
-from recipes.utils.data.template import TEMPLATES, choose_chat_template, marks_answers, render
+from recipes.utils.data.template import TEMPLATES, choose_chat_template, render
 
 # What Hugging Face's templates for Mistral do, in short: v0.3 puts the system message into a last user turn that ends
 # the conversation, and loses it from a finished one; v0.1 refuses it.
@@ -30,12 +32,6 @@ HF_MISTRAL_V1 = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token + ' ' }}{% else %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}"
 )
-ZEPHYR = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
-)
-
-
 CHATS = {
     "one turn": chat("2+2?", "It is 4."),
     "three turns": chat("2+2?", "4", "And\n3+3?", "6\n\nindeed", "Sure?", "Yes, 6 🙂"),
@@ -116,25 +112,188 @@ def test_models_that_trl_knows_are_trained_by_its_templates_on_the_answers_alone
     assert Encoder(tokenizer).stop_ids[0] == tokenizer.convert_tokens_to_ids(end)
 
 
-SHIPPED = {
-    name: text
-    for name, text in vars(trl_templates).items()
-    if name.endswith("_chat_template") and isinstance(text, str)
+# Control tokens as TRL's texts name them.
+CONTROL = re.compile(
+    r"<\|[^|>{}' ]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_(?:turn|utterance|image)>|<bos>|</s>|<turn\|>|<\|turn>"
+)
+ENDS = ("<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<｜end▁of▁sentence｜>", "<|return|>", "<|eot|>",
+        "<|END_OF_TURN_TOKEN|>", "<|im_end|>", "<end_of_utterance>", "<|endoftext|>", "<|user|>", "</s>")  # fmt: skip
+STARTS = ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "<BOS_TOKEN>", None)
+SHIPPED = sorted(SHIPPED_BY_TRL.glob("*.jinja"))
+REFUSED = {  # what TRL ships and is not trained here, and why: texts of models that see, and one whose thoughts are cut
+    "deepseekv3": "does not follow the prompt that inference sends, ...", "idefics3": "content as a list of parts",
+    "llava_next": "does not take messages as plain text", "smolvlm": "content as a list of parts",
+}  # fmt: skip
+
+
+def tokenizer_of(template):
+    special = sorted({*CONTROL.findall(template)} - {"<|endoftext|>"})
+    end = next((token for token in ENDS if token in template), "<|im_end|>")
+    bos = next(token for token in STARTS if token is None or token in template)
+    return tokenizer_for(template, end, special, ["<think>", "</think>"], bos)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_each_template_that_trl_ships_is_trained_exactly_or_refused_with_its_reason(path):
+    template, name = path.read_text(encoding="utf-8"), path.stem.removesuffix("_training")
+    tokenizer = tokenizer_of(template)
+    if name in REFUSED:
+        with pytest.raises(UserError, match=re.escape(REFUSED[name])):
+            choose_chat_template(tokenizer, "auto", "any")
+        return
+    tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "any")
+    print(f"{path.stem}: {reason}")
+    messages = chat("2+2?", "It is 4", "And\n3+3?", "6\n\nindeed", "Sure?", "Yes 🙂")["messages"]
+    encoder, learnt = Encoder(tokenizer), []
+    prompts = [encoder.prompt_ids(messages[:place]) for place in (1, 3, 5)]
+    for row in encoder.encode([Chat(messages, "f:1")]):
+        starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
+        assert all(row.input_ids[:start] in prompts for start in starts)
+        assert row.stops
+        learnt += trained_texts(tokenizer, row)
+    for answer in ("It is 4", "6\n\nindeed", "Yes 🙂"):
+        (text,) = [text for text in learnt if answer in text]
+        before, _, after = text.partition(answer)
+        assert not before or before.startswith(("<", "\n</think>", "\n<think>", " to=user"))  # channels and thoughts
+        assert re.search("|".join(map(re.escape, encoder.control_tokens)), after)
+        assert "\n" not in after
+
+
+def test_a_twin_of_trls_comes_before_the_general_way():
+    tokenizer = tokenizer_of(shipped("qwen3"))
+    chosen = choose_chat_template(tokenizer, "auto", "qwen3")
+    assert chosen == (shipped("qwen3_training"), "TRL's training twin of the model's own")
+    # Phi-3's marks a second span for the <|endoftext|> that ends the text, so its own is taken without marks.
+    template, reason = choose_chat_template(tokenizer_of(shipped("phi3")), "auto", "phi3")
+    assert template == shipped("phi3")
+    assert "after the prompt that inference sends" in reason
+
+
+FORMS = {"chatml": CHATML, "zephyr": ZEPHYR, "vicuna": VICUNA, "nemo": NEMO, "smollm3": SMOLLM3}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_published_forms_that_trl_has_not_are_trained_as_they_are_served(name):
+    end = "<|im_end|>" if "<|im_end|>" in FORMS[name] else "</s>"
+    tokenizer = tokenizer_for(FORMS[name], end, ["[INST]", "[/INST]"], bos="<s>")
+    served = copy.deepcopy(tokenizer)
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "mistral")
+    encoder, messages = Encoder(tokenizer), CHATS["three turns"]["messages"]
+    (row,) = encoder.encode([Chat(messages, "f:1")])
+    for place in (1, 3, 5):
+        ids = served.apply_chat_template(messages[:place], add_generation_prompt=True, return_dict=False)
+        assert row.input_ids[: len(ids)] == ids == encoder.prompt_ids(messages[:place])
+        assert row.labels[len(ids)] != -100
+    answers = [messages[place]["content"] + end for place in (1, 3, 5)]
+    assert [text.lstrip() for text in trained_texts(tokenizer, row)] == answers
+    assert encoder.stop_ids[0] == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_a_thought_that_the_prompt_opens_is_the_answers_own_or_an_empty_one():
+    tokenizer = tokenizer_of(shipped("deepseek_r1_distill"))
+    tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "qwen2")
+    assert "gets an empty one" in reason
+    thought, end = "<think>\nA sum.\n</think>\n\n4", "<｜end▁of▁sentence｜>"
+    learnt = {"4": "\n</think>\n\n4", thought: thought.removeprefix("<think>\n")}
+    for answer, expected in learnt.items():
+        (row,) = Encoder(tokenizer).encode([Chat(chat("2+2?", answer)["messages"], "f:1")])
+        assert trained_texts(tokenizer, row) == [expected + end]
+    rows = Encoder(tokenizer).encode([Chat(chat("2+2?", "4", "3+3?", "6")["messages"], "f:1")])
+    assert sorted(trained_texts(tokenizer, row)[0] for row in rows) == [f"\n</think>\n\n{n}{end}" for n in (4, 6)]
+
+
+WRONG = {
+    "in which this tokenizer has no control token": CHATML.replace("<|im_end|>", "<|stop|>"),
+    "it has no generation prompt": VICUNA.partition("{% if add_generation_prompt")[0],
+    "does not follow the prompt that inference sends, ...": CHATML.replace("assistant\n' }}", "assistant\nSure: ' }}"),
+    "leaves out the": CHATML.replace("message['content']", "message['content'][:3]"),
+    "messages as plain text": CHATML.replace("message['content']", "(message['content'] | first).text + 'x'"),
 }
 
 
-@pytest.mark.parametrize("make", [qwen_tokenizer, mistral_v1_tokenizer, mistral_v3_tokenizer])
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_text_that_trl_ships_is_trained_as_trl_has_it(name, make):
-    """Qwen2.5-VL's too, whose conversations without an image are Qwen2's."""
-    tokenizer = published(make(), SHIPPED[name])
-    if marks_answers(SHIPPED[name]):
-        assert choose_chat_template(tokenizer, "auto", "qwen2")[0] == SHIPPED[name]
-    elif twin := SHIPPED.get(name.replace("_chat_template", "_training_chat_template")):
-        assert choose_chat_template(tokenizer, "auto", "qwen2") == (twin, "TRL's training twin of the model's own")
-    else:
-        with pytest.raises(UserError, match="no known one renders the same text"):
-            choose_chat_template(tokenizer, "auto", "qwen2")
+@pytest.mark.parametrize("reason", WRONG)
+def test_what_cannot_be_proven_is_refused_with_its_reason(reason):
+    tokenizer = tokenizer_for(WRONG[reason], "<|im_end|>" if "im_end" in WRONG[reason] else "</s>")
+    with pytest.raises(UserError, match=re.escape(reason)):
+        choose_chat_template(tokenizer, "auto", "any")
+
+
+def test_chatml_without_a_generation_prompt_gets_one():
+    tokenizer = qwen_tokenizer(CHATML.partition("{% if add_generation_prompt")[0])
+    template, reason = choose_chat_template(tokenizer, "auto", "llama")
+    assert template == (TEMPLATES / "chatml.jinja").read_text()
+    assert reason == "chatml: the text of the model's own, with answers marked"
+
+
+def test_marks_that_leave_out_the_end_of_turn_of_the_models_own_are_not_used():
+    marked = CHATML.replace(
+        "+ message['content'] + '<|im_end|>'",
+        "}}{% if message.role == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+        "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>'",
+    )
+    assert marked != CHATML
+    tokenizer = qwen_tokenizer(marked)
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "llama")
+    (row,) = Encoder(tokenizer).encode([Chat(CHATS["one turn"]["messages"], "f:1")])
+    assert trained_texts(tokenizer, row) == ["It is 4.<|im_end|>"]
+
+
+def test_a_part_of_an_answer_that_a_template_drops_is_refused_and_history_without_it_is_a_row_of_its_own():
+    """R1's first template and its kin drop an answer's thought: from a last answer it would be lost without a word."""
+    tokenizer = qwen_tokenizer(CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"))
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "llama")
+    with pytest.raises(UserError, match="f:1: .*it leaves out a part of answer 1"):
+        Encoder(tokenizer).encode([Chat(chat("2+2?", "<think>Hm.</think>4")["messages"], "f:1")])
+    kept = "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+    tokenizer = qwen_tokenizer(CHATML.replace("message['content']", kept))
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "llama")
+    answers = ["<think>Hm.</think>4", "<think>Oh.</think>6"]
+    rows = Encoder(tokenizer).encode([Chat(chat("2+2?", answers[0], "3+3?", answers[1])["messages"], "f:1")])
+    assert sorted(trained_texts(tokenizer, row)[0] for row in rows) == [f"{answer}<|im_end|>" for answer in answers]
+
+
+def test_an_answer_that_opens_a_chat_is_read_and_not_learnt():
+    messages = [{"role": "assistant", "content": "Hello!"}, *chat("2+2?", "4")["messages"]]
+    for template in (CHATML, shipped("llama3_1"), shipped("qwen2_5")):
+        tokenizer = tokenizer_of(template)
+        tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "llama")
+        (row,) = Encoder(tokenizer).encode([Chat(messages, "f:1")])
+        (text,) = trained_texts(tokenizer, row)
+        assert text.startswith("4<|")
+        assert "Hello!" in tokenizer.decode(row.input_ids)
+        with pytest.raises(UserError, match="the answer opens the chat, so nothing asks"):
+            Encoder(tokenizer).encode([Chat(messages[:1], "f:1")])
+
+
+def test_a_template_that_has_no_system_message_says_how_to_keep_its_words():
+    tokenizer = tokenizer_of(shipped("gemma"))
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "gemma")
+    with pytest.raises(UserError, match="f:1: .*System role not supported; --data.system merge puts it"):
+        Encoder(tokenizer).encode([Chat(CHATS["system"]["messages"], "f:1")])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("llama3", shipped("llama3_training")), ("gemma", shipped("gemma_training")), ("phi3", shipped("phi3"))],
+)
+def test_a_base_is_given_a_template_of_trls_by_name(name, text):
+    tokenizer = tokenizer_of(shipped(name))
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="--model.chat_template chatml, one of TRL's .*llama3"):
+        choose_chat_template(tokenizer, "auto", "any")
+    assert choose_chat_template(tokenizer, name, "any") == (text, f"{name}, as asked for")
+    if name != "phi3":  # whose text ends with the tokenizer's own EOS
+        with pytest.raises(UserError, match=f"{name} does not suit this model: .*no control token"):
+            choose_chat_template(mistral_v1_tokenizer(), name, "any")
+
+
+def test_nemo_and_ministral_are_trained_without_the_blanks_of_sentencepiece():
+    for own in (NEMO, None):
+        tokenizer = tokenizer_for(own, "</s>", ["[INST]", "[/INST]"], bos="<s>")
+        tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "mistral")
+        assert reason.startswith("mistral")
+        (row,) = Encoder(tokenizer).encode([Chat(CHATS["system"]["messages"], "f:1")])
+        assert tokenizer.decode(row.input_ids) == "<s>[INST]Be brief.\n\n2+2?[/INST]4</s>"
 
 
 def test_trl_is_not_imported_for_a_text_that_is_none_of_its_own(tmp_path):
@@ -181,17 +340,11 @@ def published(tokenizer, template):
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    "tokenizer",
-    [
-        lambda: published(mistral_v1_tokenizer(), ZEPHYR),
-        lambda: qwen_tokenizer(PUBLISHED_QWEN2.replace("You are a helpful assistant.", "You are Qwen.")),
-    ],
-    ids=["zephyr", "another default system line"],
-)
-def test_auto_refuses_a_template_whose_text_no_known_one_renders(tokenizer):
-    with pytest.raises(UserError, match=r"\{% generation %\}"):
-        choose_chat_template(tokenizer(), "auto", "mistral")
+def test_another_default_system_line_keeps_the_models_own_text():
+    own = PUBLISHED_QWEN2.replace("You are a helpful assistant.", "You are Qwen.")
+    template, reason = choose_chat_template(qwen_tokenizer(own), "auto", "qwen2")
+    assert template == own
+    assert "the model's own; an answer is what it renders" in reason
 
 
 def test_a_template_asked_for_by_name_or_path_is_taken(tmp_path):
@@ -200,10 +353,13 @@ def test_a_template_asked_for_by_name_or_path_is_taken(tmp_path):
     own.write_text((TEMPLATES / "qwen2.jinja").read_text() + "{# mine #}")
     assert choose_chat_template(tokenizer, str(own), "qwen2")[0] == own.read_text()
     assert choose_chat_template(tokenizer, "mistral", "qwen2")[0] == (TEMPLATES / "mistral_v1.jinja").read_text()
-    with pytest.raises(UserError, match="known: auto, mistral"):
-        choose_chat_template(tokenizer, "chatml", "qwen2")
-    own.write_text(ZEPHYR)
-    with pytest.raises(UserError, match="marks no answers"):
+    with pytest.raises(UserError, match="did you mean 'chatml'. known: auto, mistral"):
+        choose_chat_template(tokenizer, "chatmll", "qwen2")
+    assert choose_chat_template(tokenizer, "chatml", "qwen2")[0] == (TEMPLATES / "chatml.jinja").read_text()
+    own.write_text(CHATML)
+    assert choose_chat_template(tokenizer, str(own), "qwen2")[0] == CHATML
+    own.write_text(CHATML.replace("<|im_end|>", "."))
+    with pytest.raises(UserError, match="mine.jinja does not suit this model: .*no control token"):
         choose_chat_template(tokenizer, str(own), "qwen2")
 
 

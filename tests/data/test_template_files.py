@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer, ValidationMode
 from mistral_tokenizers import (
     V1_FILE,
@@ -25,6 +26,8 @@ from mistral_tokenizers import (
 )
 from sentencepiece import SentencePieceProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from recipes.utils.data.template import choose_chat_template
 
 TEMPLATES = ROOT / "configs" / "chat_templates"
 
@@ -240,6 +243,19 @@ def test_mistral_inference_prompts_have_mistral_commons_serving_ids(version, mes
         expected = reference_ids(version, prompt, ValidationMode.serving)
         assert ids(version, prompt, add_generation_prompt=True) == expected
         assert ids(version, prompt) == expected  # the prompt ends at [/INST]: there is nothing to add
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_variant_for_tekken_is_the_text_of_mistral_commons_ids(system):
+    """Mistral-Nemo's and Ministral-8B's tokenizer, of 2024-07-18: a blank is a blank, and none is put before a text."""
+    tokenizer = MistralTokenizer.from_file(V3_FILE.with_name("tekken_240718.json"), mode=ValidationMode.finetuning)
+    text_of = choose_chat_template(mistral_v3_tokenizer(), "mistral_v3_tekken", "mistral")[0]
+    turns = [[(text, NASTY[place - 1]), ("a", NASTY[place - 2])] for place, text in enumerate(NASTY)]
+    for messages, tools in [*((conversation(each, system), None) for each in turns), (TWO_TURNS, [WEATHER])]:
+        request = ChatCompletionRequest(messages=messages, tools=tools, model="any")
+        tokens = tokenizer.encode_chat_completion(request).tokens
+        text = tokenizer.instruct_tokenizer.tokenizer.decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
+        assert render(text_of, messages, tools=tools) == text
 
 
 @pytest.mark.parametrize("version", MISTRAL)

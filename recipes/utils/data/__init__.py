@@ -6,4 +6,4 @@ from recipes.utils.data.prepare import Counts, Finding, Prepared, document_hash,
 from recipes.utils.data.prepare import report_findings
 from recipes.utils.data.shapes import BadRow
 from recipes.utils.data.show import print_data, token_pieces
-from recipes.utils.data.template import bounded, load_tokenizer, prepends_blanks, read_tokenizer
+from recipes.utils.data.template import bounded, load_tokenizer, plain_template, prepends_blanks, read_tokenizer

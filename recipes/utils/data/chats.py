@@ -65,6 +65,7 @@ class Reading:
     shapes: Counter = field(default_factory=Counter)
     ignored_keys: list[str] = field(default_factory=list)
     trimmed: int = 0
+    opened: int = 0  # chats that begin with an answer, which is read and not learnt
     blank: int = 0
     thoughts: int = 0  # rows with an answer that has one
     bad: list[dict] = field(default_factory=list)  # the first: {"where", "kind", "error", "line"}, cut where long

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from recipes.utils.console import UserError
 from recipes.utils.data.chats import Chat
 from recipes.utils.data.shapes import BadRow
-from recipes.utils.data.template import ANSWER, USER, render
+from recipes.utils.data.template import ANSWER, USER, answer_spans, control_tokens, opens_chat, render
 
 MARK = "\ufdd0"  # a code point that is no character, so it stands in no text
 
@@ -42,15 +42,13 @@ class Encoder:
 
     def __init__(self, tokenizer, escape: bool = False):
         self.tokenizer, self.escape = tokenizer, escape
-        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.control_ids = frozenset(special)
-        tokens = {*special.values(), *tokenizer.all_special_tokens}
-        self.control_tokens = tuple(sorted(tokens, key=len, reverse=True))  # a longer one may begin with a shorter one
+        self.control_tokens = control_tokens(tokenizer)
+        self.control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control_tokens)))
         self._typed = re.compile("|".join(map(re.escape, self.control_tokens)))
         # Sentencepiece tokenizers put a blank before the first text; a piece that goes on after another must get none.
         backend = tokenizer.backend_tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
         self._going_on = Tokenizer.from_str(backend)
-        self._forms: dict[tuple, tuple] = {}  # what _starts found out about forms of conversation
+        self._forms: dict[tuple, tuple] = {}  # what _spans found out about forms of conversation
 
     def encode(self, chats: list[Chat], train_on: str = "all") -> list[Encoded]:
         """One row a chat, or one an answer where the template lets only the last answer of a row follow what inference
@@ -66,8 +64,11 @@ class Encoder:
     def documents(self, chat: Chat, train_on: str = "all") -> list[Document]:
         """The rows of a chat as text. Raises `BadRow` if the template cannot carry it or a control token is refused."""
         messages, tools, escaped = self._guarded(chat.messages, chat.tools)
-        wanted = [index for index in _answers(messages) if messages[index].get("weight") != 0]
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [place for place in answers if messages[place].get("weight") != 0 and not opens_chat(messages, place)]
         wanted = wanted[-1:] if train_on == "last" else wanted
+        if not wanted:
+            raise BadRow("no answer", "the answer opens the chat, so nothing asks for it; put a user message before it")
         try:
             text, spans = self._spans(messages, tools)
             _check_carried(text, messages, tools)
@@ -82,10 +83,16 @@ class Encoder:
             for index in sorted(set(wanted) - set(here)):
                 text, spans = self._spans(messages[: index + 1], tools)
                 if not spans[index]:
-                    raise TemplateError(f"answer {len(spans)} does not follow the prompt that inference sends")
+                    sent = render(self.tokenizer, messages[:index], tools, True)[0][-20:]
+                    raise TemplateError(
+                        f"answer {len(spans)} does not follow the prompt that inference sends, {sent!r}"
+                    )
                 rows.append(Document(_cut(text, [spans[index]]), chat.where, escaped, True))
         except TemplateError as error:
-            raise BadRow("template", f"the chat template cannot carry this conversation: {error.message}") from error
+            what = f"the chat template cannot carry this conversation: {error.message}"
+            if messages[0]["role"] == "system" and "system" in what.casefold():
+                what += "; --data.system merge puts it into the user turn"
+            raise BadRow("template", what) from error
         return rows
 
     def encode_documents(self, documents: list[Document]) -> list[Encoded]:
@@ -155,44 +162,25 @@ class Encoder:
         return ids
 
     def _spans(self, messages, tools) -> tuple[str, dict]:
-        """(text, {index of an answer: its (start, end), or None where it does not follow what inference sends})."""
-        text, marked = render(self.tokenizer, messages, tools)
-        answers, spans = _answers(messages), {}
-        if len(marked) != len(answers):
-            raise TemplateError(f"the template marks {len(marked)} answers of {len(answers)}")
-        starts = self._starts(text, marked, messages, tools)
-        for index, (start, end), prompt_end in zip(answers, marked, starts, strict=True):
-            # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
-            # What inference sends is not learnt; nor is white space after the special token that ends the turn.
-            learnt = text[start:end].rstrip()
-            end = start + len(learnt) if learnt.endswith(self.control_tokens) else end
-            spans[index] = None if prompt_end is None or prompt_end >= end else (max(start, prompt_end), end)
-        return text, spans
-
-    def _starts(self, text, marked, messages, tools) -> list[int | None]:
-        """Where the prompt that inference sends for each answer ends in `text`; None where `text` begins otherwise.
-        Each prompt is rendered to decide it, but once for a form of conversation (its roles): where a row is the form's
-        fixed text around its own messages, letter by letter, its answers end and follow as those of the form did."""
+        """What `answer_spans` finds, which renders each prompt to decide it, but once for a form of conversation (its
+        roles): where a row is the form's fixed text around its own messages, letter by letter, its answers begin and
+        end where those of the form did."""
         if tools or any("tool_calls" in message for message in messages):
-            return self._rendered_starts(text, messages, tools)
+            return answer_spans(self.tokenizer, messages, tools)
         form = tuple(message["role"] for message in messages)
         if form not in self._forms:
             probes = [{"role": role, "content": f"{MARK}{number}{MARK}"} for number, role in enumerate(form)]
-            probe, probe_marked = render(self.tokenizer, probes)
-            ends = zip(self._rendered_starts(probe, probes, None), probe_marked, strict=True)
-            self._forms[form] = probe, [None if end is None else end - start for end, (start, _) in ends]
-        probe, offsets = self._forms[form]
-        if text != re.sub(f"{MARK}(\\d+){MARK}", lambda number: messages[int(number[1])]["content"], probe):
-            return self._rendered_starts(text, messages, tools)
-        return [None if step is None else start + step for step, (start, _) in zip(offsets, marked, strict=True)]
+            self._forms[form] = answer_spans(self.tokenizer, probes)
+        probe, spans = self._forms[form]
+        text, pattern = render(self.tokenizer, messages)[0], f"{MARK}(\\d+){MARK}"
+        if text != re.sub(pattern, lambda number: messages[int(number[1])]["content"], probe):
+            return answer_spans(self.tokenizer, messages)
+        grown = [(m.end(), len(messages[int(m[1])]["content"]) - len(m[0])) for m in re.finditer(pattern, probe)]
 
-    def _rendered_starts(self, text, messages, tools) -> list[int | None]:
-        prompts = [render(self.tokenizer, messages[:index], tools, True)[0] for index in _answers(messages)]
-        return [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
+        def moved(place: int) -> int:
+            return place + sum(by for end, by in grown if end <= place)
 
-
-def _answers(messages: list[dict]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return text, {index: span and (moved(span[0]), moved(span[1])) for index, span in spans.items()}
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
@@ -207,8 +195,7 @@ def _check_carried(text: str, messages, tools) -> None:
         if role == "tool":  # may be written anew as JSON, so its first words are looked for
             said = re.findall(r"\w{3,}", message["content"])[:1]
         if role in ("system", "tool") and any(part not in text for part in said):
-            mend = "; --data.system merge puts it into the user turn" if role == "system" else ""
-            raise TemplateError(f"it leaves out the {role} message{mend}")
+            raise TemplateError(f"it leaves out the {role} message")
         if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
             raise TemplateError("it has no form for tool calls")
     if tools and tools[0]["function"].get("name", "") not in text:

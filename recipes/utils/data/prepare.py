@@ -26,6 +26,7 @@ from recipes.utils.console import UserError, find_data_files, say
 from recipes.utils.data.chats import Chat, DataOptions, Reading, held_out, stream_chats
 from recipes.utils.data.encode import Document, Encoded, Encoder
 from recipes.utils.data.shapes import BadRow
+from recipes.utils.data.template import embedding_rows, opens_chat
 from recipes.utils.files import file_hash, read_json, sync, sync_path, write_json
 
 BATCH = 1000  # rows
@@ -66,6 +67,7 @@ class Counts(Reading):
     dropped: int = 0  # rows, for their length or because no answer is left in them
     split: int = 0  # rows that are one answer of a chat
     no_stop: int = 0  # rows with an answer whose last token is no control token
+    largest_id: int = 0  # of a token
     all_tokens: int = 0  # of all rows, the dropped ones too
     length_99: int = 0  # tokens that 99 % of the rows fit in
     length_histogram: dict = field(default_factory=dict)  # {"rows": [16], "edges": [17]}
@@ -141,6 +143,7 @@ class _Part:
         if self.options.validation is not None and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
             self.signed[row.where] = [counts.rows, *_signature(chat)]
         counts.rows += 1
+        counts.largest_id = max(counts.largest_id, max(row.input_ids))
         counts.tokens += len(row.input_ids)
         counts.trained_tokens += row.trained
         values = {"input_ids": row.input_ids, "labels": row.labels, "where": row.where}
@@ -189,6 +192,8 @@ def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) ->
         for chat in stream_chats(paths, reading, options.system == "merge"):
             try:
                 yield from ((chat, document) for document in encoder.documents(chat, options.train_on))
+                first = next(turn["role"] for turn in chat.messages if turn["role"] != "system")
+                reading.opened += first == "assistant"
             except BadRow as error:
                 reading.add_bad(chat.where, error, chat.line)
 
@@ -203,7 +208,8 @@ def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) ->
 
 def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
     """A finding where a trained answer follows none of the prompts that inference sends, by the tokenizer `served`."""
-    asked = [chat.messages[:place] for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+    places = [place for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
+    asked = [chat.messages[:place] for place in places if not opens_chat(chat.messages, place)]
     settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
     prompts = [served.apply_chat_template(prompt, **settings) for prompt in asked]
     starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
@@ -241,6 +247,15 @@ def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, token
         endless = f"{counts.no_stop:,} {part} rows have an answer whose last trained token ends no turn"
         mend = "put the end-of-turn token inside the template's {% generation %} marks"
         yield Finding("stop", f"{endless}, so the model would never learn to stop: {mend}")
+    size, padding = embedding_rows(tokenizer), -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if size is not None and max(counts.largest_id, padding) >= size:
+        token, where = padding, "padding"
+        if counts.largest_id >= size:
+            token = counts.largest_id
+            where = next(row["where"] for row in prepared.rows if token in row["input_ids"])
+        beyond = f"{where}: {tokenizer.convert_ids_to_tokens(token)!r} is token {token} and the base has {size} of them"
+        mend = "resize the model to its tokenizer (resize_token_embeddings) and save it, or take its own tokenizer"
+        yield Finding("stop", f"{beyond}, counted from 0: {mend}")
     if counts.trained_tokens == counts.tokens:
         yield Finding("warn", f"every token of the {part} rows carries loss, prompts too; mark the answers alone")
     first, bos = prepared.rows[0], tokenizer.bos_token_id

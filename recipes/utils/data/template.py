@@ -1,4 +1,5 @@
-"""The tokenizer, and which chat template a model is trained with, and why; and what a template renders."""
+"""The tokenizer, and which chat template a model is trained with, and why; what a template renders, and where in it
+the answers stand."""
 
 import contextlib
 import re
@@ -6,12 +7,12 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from recipes.utils.console import UserError, say, time_limit
+from recipes.utils.console import UserError, near, say, time_limit
 from recipes.utils.files import read_json
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "configs" / "chat_templates"
@@ -52,6 +53,13 @@ def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
     return tokenizer, reason
 
 
+def embedding_rows(tokenizer) -> int | None:
+    """How many tokens the model beside the tokenizer has embeddings for; None where none lies beside it."""
+    path = Path(tokenizer.name_or_path) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
 def prepends_blanks(tokenizer) -> bool:
     """True for sentencepiece's legacy form: a blank before every text between control tokens, not the first alone."""
     tokens = tokenizer.backend_tokenizer.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).tokens
@@ -59,31 +67,62 @@ def prepends_blanks(tokenizer) -> bool:
 
 
 def choose_chat_template(tokenizer, setting: str, model_type: str | None) -> tuple[str, str]:
-    """(a template with loss marks, which and why). Raises `UserError` if `setting` is unusable or `auto` finds none."""
+    """(a template whose answers can be told from the rest, which and why). Raises `UserError`, with the reason, if
+    `setting` is unusable or `auto` finds none."""
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     if setting != "auto":
         return _named_template(setting, tokenizer), f"{setting}, as asked for"
     if own is None:
         if model_type not in ("mistral", "qwen2"):
-            raise UserError(f"model.chat_template: the model has none, and none is known for {model_type}: {HOW_TO}")
+            names = f"chatml, one of TRL's ({', '.join(_shipped_by_trl())}) or a .jinja file"
+            raise UserError(f"the model has no chat template; name one to learn: --model.chat_template {names}")
         return _named_template(model_type, tokenizer), f"{model_type}, since this base model has none of its own"
-    if marks_answers(own):
-        return own, "the model's own, which marks the answers"
-    # To import TRL's costs a merge or a chat 2 seconds, so first: is the text one of those that it ships? Ours come
-    # after them: without an image, Qwen2.5-VL's text is Qwen2's.
-    shipped = Path(find_spec("trl").origin).with_name("chat_templates").glob("*.jinja")  # type: ignore
-    if any(own == file.read_text(encoding="utf-8") for file in shipped):
-        from trl.chat_template_utils import get_training_chat_template
+    why: str | None = ""
+    for template, reason in _candidates(tokenizer, own):
+        try:
+            return template, reason + _prove(tokenizer, template)
+        except UndefinedError as error:
+            why = f"it does not take messages as plain text ({error.message})"
+        except TemplateError as error:
+            why = error.message
+    raise UserError(f"model.chat_template: the model's own cannot be trained: {why}; {HOW_TO}")
 
-        with contextlib.suppress(ValueError, TemplateError):  # it has no twin for some of them
-            return get_training_chat_template(tokenizer), "TRL's training twin of the model's own"
-    for name in ("qwen2", "mistral"):
+
+def _candidates(tokenizer, own: str) -> Iterator[tuple[str, str]]:
+    """(template, which and why) of what may stand for the model's `own`, the best first."""
+    if marks_answers(own):
+        yield own, "the model's own, which marks the answers"
+    # TRL's come before ours: without an image, Qwen2.5-VL's text is Qwen2's.
+    for file in _shipped_by_trl().values():
+        twin = file.with_stem(f"{file.stem}_training")
+        if twin.is_file() and own == file.read_text(encoding="utf-8"):
+            yield twin.read_text(encoding="utf-8"), "TRL's training twin of the model's own"
+    for name in ("qwen2", "mistral", "chatml"):
         template = _named_template(name, tokenizer)
-        if _same_text(tokenizer, own, template, spaces_matter=name == "qwen2"):
-            return template, f"{name}: the text of the model's own, with answers marked"
-    no_twin = "the model's own template does not mark the answers, and no known one renders the same text"
-    raise UserError(f"model.chat_template: {no_twin}: {HOW_TO}")
+        if _same_text(tokenizer, own, template, name):
+            yield template, f"{name}: the text of the model's own, with answers marked"
+    yield plain_template(own), "the model's own; an answer is what it renders after the prompt that inference sends"
+
+
+def _prove(tokenizer, template: str) -> str:
+    """Raise a `TemplateError` with the reason unless, in chats of one and of two turns, each answer follows the very
+    prompt that inference sends, is all there, and ends with a control token. Returns what is to be said beside."""
+    for turns in (2, 4):
+        messages = [USER, ANSWER, {**USER, "content": "How?"}, {**ANSWER, "content": "So."}][:turns]
+        text, spans = answer_spans(tokenizer, messages, template=template)
+        prompt = render(tokenizer, messages[:-1], None, True, template)[0]
+        if lost := [message["role"] for message in messages if message["content"] not in text]:
+            raise TemplateError(f"it leaves out the {lost[0]} message (does it want content as a list of parts?)")
+        if (span := spans[turns - 1]) is None:
+            raise TemplateError(f"an answer does not follow the prompt that inference sends, ...{prompt[-30:]!r}")
+        learnt = text[slice(*span)]
+        if not learnt.endswith(control_tokens(tokenizer)):
+            raise TemplateError(f"its answers end with {learnt[-20:]!r}, which is no control token: none would stop")
+        head = learnt.partition(messages[-1]["content"])[0]
+        if re.sub("</?think>", "", head).strip() and not marks_answers(template):
+            raise TemplateError(f"it has no generation prompt: inference would not send {head!r} before an answer")
+    return "; an answer without a thought gets an empty one, since the prompt opens it" * _opens_thought(prompt)
 
 
 def marks_answers(template: str) -> bool:
@@ -114,28 +153,126 @@ def bounded() -> Iterator[None]:
         raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
+def answer_spans(tokenizer, messages: list[dict], tools=None, template: str | None = None) -> tuple[str, dict]:
+    """(text, {index of an answer: its (start, end) in the text}) of a conversation: from the end of the prompt that
+    inference sends up to and with the token that ends the turn; None where the answer does not follow that prompt, or
+    opens the conversation. By the template's marks, or where it has none by what it renders of the conversation up to
+    each answer. Where the prompt opens a thought, a last answer that has none gets an empty one, as models that may
+    think write. Raises a `TemplateError` if it cannot carry the conversation, or an answer's end is not to be found."""
+    text, marked = render(tokenizer, messages, tools, template=template)
+    unmarked = not marks_answers(template or tokenizer.chat_template)
+    after = _after_answer(tokenizer, template) if unmarked else ("", "")
+    spans, control, marks = dict[int, tuple[int, int] | None](), control_tokens(tokenizer), iter(marked)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not unmarked and len(marked) != len(answers):
+        raise TemplateError(f"the template marks {len(marked)} answers of {len(answers)}")
+    for number, index in enumerate(answers, start=1):
+        (start, end), spans[index], message = (0, 0) if unmarked else next(marks), None, messages[index]
+        if opens_chat(messages, index):
+            continue
+        prompt = render(tokenizer, messages[:index], tools, True, template)[0]
+        if unmarked:
+            whole = render(tokenizer, messages[: index + 1], tools, False, template)[0]
+            if not whole.endswith("".join(after)):
+                raise TemplateError(f"answer {number} ends otherwise than a plain one does")
+            end = len(whole) - len(after[1])
+            kept = "".join(whole[len(prompt) : end].split())
+            if whole.startswith(prompt) and "".join(message["content"].split()) not in kept:
+                raise TemplateError(f"it leaves out a part of answer {number}")
+            end = end if text.startswith(whole[:end]) else 0
+        # A template may mark the newline before an answer or after its end-of-turn token (TRL's Qwen2.5 twin does).
+        # What inference sends is not learnt; nor is white space after the special token that ends the turn.
+        learnt = text[start:end].rstrip()
+        end = start + len(learnt) if learnt.endswith(control) else end
+        if text.startswith(prompt) and len(prompt) < end:
+            spans[index] = max(start, len(prompt)), end
+        elif message is messages[-1] and _opens_thought(prompt) and "</think>" not in message["content"]:
+            thoughtful = {**message, "content": "<think>\n\n</think>\n\n" + message["content"]}
+            return answer_spans(tokenizer, [*messages[:-1], thoughtful], tools, template)
+    return text, spans
+
+
+def opens_chat(messages: list[dict], index: int) -> bool:
+    """True of an answer that nobody has asked for: no message but a system message stands before it."""
+    return all(message["role"] == "system" for message in messages[:index])
+
+
+def _after_answer(tokenizer, template: str | None) -> tuple[str, str]:
+    """What an unmarked template writes after an answer that ends a chat: (up to and with the control token that ends
+    the turn, the rest). Raises a `TemplateError` if there is no such token."""
+    text = render(tokenizer, [USER, ANSWER], template=template)[0]
+    _, found, after = text.rpartition(ANSWER["content"])
+    if not found:
+        raise TemplateError("it leaves out the answer (does it want content as a list of parts?)")
+    ends = re.search("|".join(map(re.escape, control_tokens(tokenizer))), after)
+    if not ends:
+        why = f"an answer is followed by {after!r}, in which this tokenizer has no control token"
+        raise TemplateError(f"{why}, so that the model would never learn to stop")
+    return after[: ends.end()], after[ends.end() :]
+
+
+def control_tokens(tokenizer) -> tuple[str, ...]:
+    """The texts of the special tokens, longer ones first: one may begin with another."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True))
+
+
+def _opens_thought(prompt: str) -> bool:
+    """True of a prompt that begins the answer with a thought, as those of R1's kin do."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def plain_template(template: str) -> str:
+    """`template` without its loss marks, which only transformers and TRL read; it renders the same text to the letter:
+    a mark trims the blanks around it as its dashes say, and an `if` that is always true trims the same ones."""
+    template = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", template)
+    return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", template)
+
+
+def _shipped_by_trl() -> dict[str, Path]:
+    """{name: file} of the templates of models in TRL, but for their training twins."""
+    files = Path(find_spec("trl").origin).with_name("chat_templates").glob("*.jinja")  # type: ignore
+    return {file.stem: file for file in sorted(files) if not file.stem.endswith("_training")}
+
+
 def _named_template(name: str, tokenizer) -> str:
-    """The text of a .jinja file, or of this project's template `name`; `mistral` is v1 or v3 by the tokenizer."""
+    """The text of a .jinja file, of this project's template `name`, or of TRL's (its training twin, where that one can
+    be proven); `mistral` is v1, v3 or v3 for Tekken by the tokenizer."""
     if name == "mistral":  # 7B v0.3 has [INST] as one control token, v0.1 and v0.2 spell it out; model_type is the same
         name = "mistral_v3" if "[INST]" in tokenizer.get_vocab() else "mistral_v1"
-    path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
+        name += "_tekken" * (name == "mistral_v3" and "▁" not in tokenizer.get_vocab())
+    shipped, path = _shipped_by_trl(), TEMPLATES / f"{name.removesuffix('_tekken')}.jinja"
+    if name.endswith(".jinja"):
+        path = Path(name)
+    elif name in shipped and not path.is_file():
+        path, twin = shipped[name], shipped[name].with_stem(f"{name}_training")
+        with contextlib.suppress(UserError):
+            return _named_template(str(twin), tokenizer)
     if not path.is_file():
-        known = ["auto", "mistral", *sorted(file.stem for file in TEMPLATES.glob("*.jinja"))]
-        raise UserError(f"model.chat_template: no {name!r}; known: {', '.join(known)}, or the path of a .jinja file")
-    template = path.read_text(encoding="utf-8")
+        ours = ["auto", "mistral", *sorted(file.stem for file in TEMPLATES.glob("*.jinja")), "mistral_v3_tekken"]
+        meant = f"did you mean {near(name, [*ours, *shipped])!r}? " if near(name, [*ours, *shipped]) else ""
+        known = f"{meant}known: {', '.join(ours)}, or the path of a .jinja file; of TRL: {', '.join(shipped)}"
+        raise UserError(f"model.chat_template: no {name!r}; {known}")
     try:
+        template = path.read_text(encoding="utf-8")
+        if name.endswith("_tekken"):  # a vocabulary of bytes, where a blank is a blank: mistral-common puts none
+            template = template.replace("set blank = ' '", "set blank = ''")
         _compile_jinja_template(template)
+        if path.parent != TEMPLATES:
+            _prove(tokenizer, template)
     except TemplateSyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
-    if not marks_answers(template):
-        raise UserError(f"{path}: marks no answers, so nothing would be learnt: {HOW_TO}")
+    except (TemplateError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template: {name} does not suit this model: {error}; {HOW_TO}") from error
     return template
 
 
-def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
+def _same_text(tokenizer, own: str, ours: str, name: str) -> bool:
     """True if both templates render the same text wherever the model's own carries the conversation.
-    Mistral's published templates differ among themselves in spaces; mistral-common's spaces are the reference there.
-    A system message is compared in the prompt only: Hugging Face's v0.3 template loses it from a finished chat."""
+    Mistral's published templates for sentencepiece differ among themselves in spaces; mistral-common's spaces are the
+    reference there. A system message is compared in the prompt only: Hugging Face's v0.3 template loses it from a
+    finished chat. ChatML is told where the model's own knows no generation prompt, which inference must send."""
+    spaces_matter = name != "mistral" or "set blank = ''" in ours
 
     def text(template: str, messages: list[dict], prompt: bool) -> str | None:
         with contextlib.suppress(TemplateError):
@@ -144,5 +281,9 @@ def _same_text(tokenizer, own: str, ours: str, spaces_matter: bool) -> bool:
         return None
 
     prompts, turn = ([USER], [USER, ANSWER, USER], [SYSTEM, USER]), [USER, ANSWER]
-    probes = [*((messages, True) for messages in prompts), (turn, False), (turn + turn, False)]
-    return all(text(own, *probe) in (None, text(ours, *probe)) for probe in probes)
+    if name == "chatml" and text(own, [USER], True) != text(own, [USER], False):
+        return False
+    probes = [*((messages, name != "chatml") for messages in prompts), (turn, False), (turn + turn, False)]
+    return text(own, turn, False) is not None and all(
+        text(own, *probe) in (None, text(ours, *probe)) for probe in probes
+    )

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError, disk_error, say, visible
-from recipes.utils.data import bounded
+from recipes.utils.data import bounded, plain_template
 from recipes.utils.files import adapter_sha256, evaluation_of, locked, read_json, sync, sync_path, write_json
 from recipes.utils.model import commit_of, read_adapter_config
 
@@ -123,13 +123,6 @@ def write_tokenizer(base: Path, output: Path, tokenizer) -> None:
             (output / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(output)
         _write_tokenizer_config(output, template, tokenizer_class="PreTrainedTokenizerFast")
-
-
-def plain_template(template: str) -> str:
-    """`template` without its loss marks, which only transformers and TRL read; it renders the same text to the letter:
-    a mark trims the blanks around it as its dashes say, and an `if` that is always true trims the same ones."""
-    template = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", template)
-    return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", template)
 
 
 def _write_tokenizer_config(output: Path, template: str, **keys) -> None:
