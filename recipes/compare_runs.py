@@ -117,7 +117,7 @@ def read(folder: Path) -> dict:
     record, scored = read_record(folder / "run.json"), evaluation_of(folder)
     counts, options, files = record["rows"], record["data"], record["data_sha256"]
     settings = {key: record[key] for key in ("method", "seed", "device")}
-    for section in ("model", "data", "lora", "quantization", "training"):
+    for section in ("model", "data", "lora", "quantization", "training", "run"):
         settings |= {f"{section}.{key}": value for key, value in record.get(section, {}).items() if key not in IGNORED}
     settings |= {"model.revision": record["commit"]} if record.get("commit") else {}
     settings |= {"train rows": (counts.get("train") or {}).get("rows")}

@@ -23,7 +23,7 @@ from recipes.utils.config import Config, read_config
 from recipes.utils.data import load_tokenizer, prepare
 from recipes.utils.model import choose_attention, fast_lora, load_base, prepare_adapter, save_adapter
 from recipes.utils.monitoring import Ledger, Progress, Report, Samples, Trackers
-from recipes.utils.training import Deadline, ResumableTrainer, begin, check_same_run, print_run, recorded
+from recipes.utils.training import Deadline, EarlyStopping, ResumableTrainer, begin, check_same_run, print_run, recorded
 
 
 def train_lora(config: Config) -> Path:
@@ -39,7 +39,7 @@ def train_lora(config: Config) -> Path:
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, in the dtype that the config names (left to itself, a model loads in float32).
-        attention = choose_attention(config.model, args.use_cpu, args.packing)
+        attention = choose_attention(run.base, config.model, args.use_cpu, args.packing)
         model = load_base(run.base, config.model, attention, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.
@@ -64,6 +64,7 @@ def train_lora(config: Config) -> Path:
                 Ledger(run.folder, train.rows, config.data.ledger),
                 Samples(run.folder, validation, tokenizer, config.data.samples),
                 Trackers(config.trackers, run.folder),
+                EarlyStopping(config.run.early_stopping_patience),
                 Deadline(config.max_hours),
                 report,
             ],

@@ -24,7 +24,7 @@ from recipes.utils.config import Config, read_config
 from recipes.utils.data import load_tokenizer, prepare
 from recipes.utils.model import choose_attention, fast_lora, load_base, prepare_adapter, save_adapter
 from recipes.utils.monitoring import Ledger, Progress, Report, Samples, Trackers
-from recipes.utils.training import Deadline, ResumableTrainer, begin, check_same_run, print_run, recorded
+from recipes.utils.training import Deadline, EarlyStopping, ResumableTrainer, begin, check_same_run, print_run, recorded
 
 
 def train_qlora(config: Config) -> Path:
@@ -49,7 +49,7 @@ def train_qlora(config: Config) -> Path:
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
-        attention = choose_attention(config.model, args.use_cpu, args.packing)
+        attention = choose_attention(run.base, config.model, args.use_cpu, args.packing)
         model = load_base(run.base, config.model, attention, quantization_config, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.
@@ -74,6 +74,7 @@ def train_qlora(config: Config) -> Path:
                 Ledger(run.folder, train.rows, config.data.ledger),
                 Samples(run.folder, validation, tokenizer, config.data.samples),
                 Trackers(config.trackers, run.folder),
+                EarlyStopping(config.run.early_stopping_patience),
                 Deadline(config.max_hours),
                 report,
             ],

@@ -70,6 +70,9 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
     checked = [load_config(config, first | {key: end}, method) for key, ends in values.items() for end in ends]
     if any(one.training.get("eval_strategy", "no") == "no" for one in checked):
         raise UserError("trials are judged by their validation loss: --training.eval_strategy steps")
+    if "lora.r" in space and not {"lora.lora_alpha", "lora.use_rslora"} & space.keys():
+        alpha = f"lora.lora_alpha stays {checked[0].lora.get('lora_alpha', 8)} while lora.r changes"
+        say(f"{alpha}, so the scale falls as the rank rises; another: --lora.lora_alpha, or several to try")
     lists = all(isinstance(found, CategoricalDistribution) for found in space.values())
     grid = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())] if lists else []
     trials = min(trials or len(grid), len(grid)) if grid else trials or 20

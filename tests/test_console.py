@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_recipe, run_script, write_jsonl
@@ -18,6 +19,7 @@ from recipes.utils.console import (
     UserError,
     command,
     disk_error,
+    find_data_files,
     is_main_process,
     near,
     out,
@@ -60,9 +62,15 @@ def test_each_recipe_shows_the_command_to_type_before_it_imports_torch(recipe, n
         (None, [], "my.yaml: no such config file"),
         ("data:\n  train: my.yaml\n", ["--lora.r=8", "--lora.r=16"], "--lora.r is given twice"),
         ("data:\n  train: gone.jsonl\n", [], "gone.jsonl: no such data file"),
+        (
+            "data:\n  train: my.yaml\n",
+            ["--traning.lr=8"],
+            "unknown section `traning`; did you mean `training`?",
+        ),
+        ("data:\n  train: my.yaml\n", ["--peft.r=8"], "--peft.r: unknown section `peft`; there are model, data, lora"),
         ("data:\n  train: gone.jsonl\n", ["--data.train", "gone/*.jsonl"], "gone/*.jsonl: no file matches"),
     ],
-    ids=["syntax", "section", "config", "flag", "data", "glob"],
+    ids=["syntax", "section", "config", "flag", "data", "slip", "foreign", "glob"],
 )
 def test_slips_in_files_and_flags_are_told_before_torch_is_imported(text, flags, message, no_torch, tmp_path):
     if text:
@@ -117,7 +125,7 @@ def test_a_run_in_the_place_of_a_config_is_answered_with_the_flag_for_it(path, n
     ("sections", "flags", "message"),
     [
         ({"training": {"learning_rat": 1}}, [], "did you mean `training.learning_rate`?"),
-        ({}, ["--training.learning_rate", "fast"], "--training.learning_rate: training.learning_rate: expected float"),
+        ({}, ["--training.learning_rate", "fast"], "error: --training.learning_rate: expected float"),
         ({"data": {"train": "nowhere.jsonl"}}, [], "nowhere.jsonl: no such data file"),
         ({"quantization": {"load_in_4bit": True}}, [], "recipes/sft_qlora.py"),
         ({"model": {"name_or_path": "nowhere/model"}}, [], "nowhere/model"),
@@ -207,6 +215,31 @@ def test_another_process_tells_what_it_alone_has_met_and_nothing_else(capsys, mo
     assert run_main(raises(RunEnded("stopped", "stopped")), words()) == 75
     assert run_main(raises(UserError("broken")), words()) == 2
     assert capsys.readouterr() == ("", "[process 1] error: broken\n")
+
+
+def test_files_that_are_not_utf_8_are_told_by_line_or_name(tmp_path):
+    (tmp_path / "my.yaml").write_bytes(b"model:\n  name_or_path: caf\xe9\n")
+    with pytest.raises(UserError, match="my.yaml:2: is not UTF-8; save the file as UTF-8"):
+        list(read_yaml(tmp_path / "my.yaml"))
+    (tmp_path / "my.yaml").write_text("model:\n  name_or_path: x\n", encoding="utf-8-sig")
+    assert list(read_yaml(tmp_path / "my.yaml")) == [("model.name_or_path", "x", 2)]
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).write_text("{}")
+    with pytest.raises(UserError, match=r"caf.udce9.jsonl': this name is not UTF-8; rename the file"):
+        find_data_files(str(tmp_path / "*.jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_no_letter_that_a_terminal_lacks_ends_anything(encoding, monkeypatch, tmp_path):
+    """In lines and tables a question mark stands in its place."""
+    written = tmp_path / "log"
+    with open(written, "w", encoding=encoding) as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        run_main(
+            lambda _: say("这是 0 号 · × ▁ é") or print_table("№", {"数": "値"}),
+            CommandLine({"traceback": False}, {}, {}),
+        )
+        assert log.errors == "strict"
+    assert "?? 0 ? " in written.read_text(encoding=encoding)
 
 
 def test_lines_go_where_standard_output_goes_at_the_time(capsys):

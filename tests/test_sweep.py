@@ -59,6 +59,13 @@ def table_of(folder: Path) -> list:
     return sorted((Path(one.user_attrs["folder"]).name, one.params, one.state.name, one.value) for one in done)
 
 
+def test_a_sweep_of_the_rank_says_that_alpha_stays(stand_in, capsys):
+    for flags in ({"lora.lora_alpha": 3, "lora.r": "4,8"}, {"lora.lora_alpha": "3,4", "lora.r": "4,8"}):
+        sweep(ROOT / "configs" / "tiny.yaml", flags, folder=stand_in / str(len(str(flags))), trials=1)
+        said = "lora.lora_alpha stays 3 while lora.r changes" in capsys.readouterr().out
+        assert said == (flags["lora.lora_alpha"] == 3)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -18,7 +18,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -28,7 +28,7 @@ from rich.table import Table
 OK, FAILED, USER_ERROR, DIVERGED, GATE_FAILED, TOO_FEW_ROWS, STOPPED = 0, 1, 2, 3, 4, 5, 75
 ENDS = {"failed": FAILED, "diverged": DIVERGED, "stopped": STOPPED}  # the word in run.json, and the exit status
 NUMBER = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
-SECTION_NAMES = ("model", "data", "lora", "training", "quantization")
+SECTION_NAMES = ("model", "data", "lora", "training", "quantization", "run")
 
 MOST_NODES, MOST_YAML = 10_000, 1 << 20  # values of a config, its aliases written out; bytes of its file
 # What a terminal acts upon, but for tabs and line ends: OSC 52 writes the clipboard, others hide or turn text around.
@@ -213,6 +213,10 @@ def quiet() -> Iterator[None]:
     warnings of what no user can mend. Afterwards all is as before, the environment too: libraries write into it."""
     bnb, trainer = logging.getLogger("bitsandbytes"), logging.getLogger("transformers.trainer_utils")
     with contextlib.ExitStack() as afterwards, warnings.catch_warnings():
+        for stream in (sys.stdout, sys.stderr):  # a letter that a log in cp1252 lacks shall end no run
+            if hasattr(stream, "reconfigure"):
+                afterwards.callback(_write_errors, stream, stream.errors)
+                _write_errors(stream, "replace")
         afterwards.callback(os.environ.update, dict(os.environ))
         afterwards.callback(os.environ.clear)  # called first: the last in is the first out
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every fork
@@ -240,6 +244,11 @@ def quiet() -> Iterator[None]:
         afterwards.callback(trainer.removeFilter, _no_step_changes)
         trainer.addFilter(_no_step_changes)
         yield
+
+
+def _write_errors(stream: Any, errors: str | None) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        stream.reconfigure(errors=errors)
 
 
 def _no_step_changes(record: logging.LogRecord) -> bool:
@@ -298,6 +307,8 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
     if "config" not in options:
         parser.parse_args(argv)  # says what is unknown
     read_flags(unknown)
+    if (named := options.get("resume")) not in (None, "latest") and not Path(named).is_dir():
+        raise UserError(f"--resume: {named}: there is no such folder; --resume alone takes the newest checkpoint")
     given: dict[str, tuple[object, str]] = {}
     if options.get("config"):
         path = Path(options["config"])
@@ -306,7 +317,7 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
         given = {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
         both = given | {key: (value, f"--{key}") for key, value in flags.items()}
         for key, (_, where) in both.items():
-            if message := slip_of_section(key.partition(".")[0]):
+            if message := slip_of_section(*key.split(".", 1)):
                 raise UserError(f"{where}: {message}")
         for part in ("train", "validation", "test") if data_files else ():
             names = both.get(f"data.{part}", (None,))[0]
@@ -316,10 +327,13 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
     return CommandLine(options, flags, given)
 
 
-def slip_of_section(name: str) -> str | None:
-    """What to say of a section that is none, if it is like one."""
-    meant = None if name in SECTION_NAMES else near(name, SECTION_NAMES)
-    return f"unknown section `{name}`; did you mean `{meant}`?" if meant else None
+def slip_of_section(name: str, key: str = "") -> str | None:
+    """What to say of a section that is none; None for a lone word that is like none of them, and may be a key."""
+    meant = near(name, SECTION_NAMES)
+    if name in SECTION_NAMES or not (key or (meant and len(name) > 2)):  # lr is not lora
+        return None
+    mend = f"did you mean `{meant}`?" if meant else f"there are {', '.join(SECTION_NAMES)}"
+    return f"unknown section `{name}`; {mend}"
 
 
 def find_data_files(paths: str | list[str]) -> list[Path]:
@@ -334,6 +348,8 @@ def find_data_files(paths: str | list[str]) -> list[Path]:
             if not Path(name).is_file():
                 hint = " (it is a folder; name the files: *.jsonl)" if Path(name).is_dir() else ""
                 raise UserError(f"{name}: no such data file{hint}; paths are relative to where the command runs")
+            if re.search("[\ud800-\udfff]", name):
+                raise UserError(f"{name!r}: this name is not UTF-8; rename the file")
             if not os.access(name, os.R_OK):
                 raise UserError(f"{name}: cannot be read: permission denied")
             files.append(Path(name))
@@ -380,8 +396,10 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
     pairs: list[tuple[yaml.Node, yaml.Node | None, str]] = []
-    for section, body in root.value:
-        keys = body.value if isinstance(body, yaml.MappingNode) else []
+    for section, body in _with_merged(loader, root, path):
+        if str(section.value).startswith("x-"):  # what only holds anchors, as Compose files have it
+            continue
+        keys = _with_merged(loader, body, path) if isinstance(body, yaml.MappingNode) else []
         pairs.append((section, body if body.value and not keys else None, ""))
         pairs += [(key, value, f"{section.value}.") for key, value in keys if isinstance(section, yaml.ScalarNode)]
     seen: dict[str, int] = {}
@@ -426,6 +444,17 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> object:
         return loader.construct_object(node, deep=True)
     except Exception as error:  # YAML's constructors fail in any way that Python's types do
         raise ValueError(getattr(error, "problem", None) or str(error).splitlines()[0]) from error
+
+
+def _with_merged(loader: _Loader, node: yaml.MappingNode, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The (key, value) pairs of a mapping, then those that it takes in by `<<` and does not override."""
+    own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+    try:
+        loader.flatten_mapping(node)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}:{node.start_mark.line + 1}: not YAML: {error.problem}") from error
+    merged = {str(key.value): (key, value) for key, value in node.value[: len(node.value) - len(own)]}
+    return own + [pair for name, pair in merged.items() if name not in {str(key.value) for key, _ in own}]
 
 
 def read_flags(words: list[str]) -> dict[str, object]:

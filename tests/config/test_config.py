@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import re
 import shlex
 
 import pytest
 import torch
 from conftest import ROOT, TINY, copy_run
 
-from recipes.utils.config import Config, check_machine, load_config, read_config
+from recipes.utils.config import REFUSED, Config, check_machine, load_config, read_config
 from recipes.utils.config.config import has_kernels
+from recipes.utils.config.keys import NAMES_ELSEWHERE, known_key
 from recipes.utils.console import UserError, parse, training_parser
 
 BASE = """\
@@ -38,7 +40,7 @@ def read(*words, method="lora") -> Config:
 def test_each_shipped_config_is_parsed(path, method):
     config = load_config(path, {}, method)
     assert (config.name, config.output_dir) == (path.stem, None)
-    assert config.lora["r"] == 16
+    assert config.lora["r"] == (16 if path.stem in ("mistral", "qwen2", "tiny") else 32)
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
@@ -126,6 +128,110 @@ def test_values_that_the_libraries_would_fall_over_are_refused(tmp_path, flags, 
     (tmp_path / "my.yaml").write_text(BASE)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path / "my.yaml"), *shlex.split(flags))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--training.metric_for_best_model eval_acc",
+            "metric_for_best_model: 'eval_acc' is not one of loss, eval_loss",
+        ),
+        ("--training.metric_for_best_model mean_token_accuracy", "is not one of loss, eval_loss"),
+        ("--training.greater_is_better true", "the smaller is better"),
+        ("--training.lr_scheduler_type cosine_with_min_lr", "lr_scheduler_type: cosine_with_min_lr: .*min_lr"),
+        (
+            "--training.lr_scheduler_type warmup_stable_decay",
+            "lr_scheduler_type: warmup_stable_decay: .*decay_steps",
+        ),
+        ("--training.lr_scheduler_kwargs '{num_cycle: 1}'", "lr_scheduler_type: cosine: .*num_cycle"),
+        ("--training.optim galore_adamw", "optim: galore_adamw: .*install"),
+        ("--training.optim schedule_free_adamw", "optim: schedule_free_adamw: .*install"),
+        ("--training.optim adamw_torch_8bit", "optim: adamw_torch_8bit: .*install"),
+        ("--training.optim stable_adamw", "optim: stable_adamw: .*install"),
+        ("--training.optim lomo", "optim: lomo: .*install"),
+        ("--training.adam_beta1 1.5", "optim: adamw_torch_fused: Invalid beta"),
+        ("--training.optim_args 'momentum' --training.optim sgd", "optim: sgd: "),
+    ],
+)
+def test_what_only_the_trainer_would_reject_is_judged_with_the_config(tmp_path, flag, message):
+    text = BASE.replace("train: train.jsonl", "train: train.jsonl\n  validation: 0.1") + "  lr_scheduler_type: cosine\n"
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read(str(tmp_path / "my.yaml"), *shlex.split(flag))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adagrad"])
+def test_an_optimizer_that_works_here_is_taken(tmp_path, optimizer):
+    assert load(tmp_path, BASE, {"training.optim": optimizer}).training["optim"] == optimizer
+    schedule = {"training.lr_scheduler_type": "warmup_stable_decay", "training.warmup_steps": 0.1}
+    schedule["training.lr_scheduler_kwargs"] = {"num_decay_steps": 10}
+    assert load(tmp_path, BASE, {"training.optim": optimizer, "training.max_steps": 20, **schedule})
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.lr", "training.learning_rate"), ("lora.rank", "lora.r"), ("training.lora_r", "lora.r"),
+        ("training.train_batch_size", "training.per_device_train_batch_size"), ("training.logging_dir", "nothing"),
+        ("training.use_peft", "nothing"), ("training.push_to_hub_token", "hf auth"),
+        ("lora.lora_target", "lora.target_modules"),
+        ("training.early_stopping_patience", "run.early_stopping_patience"), ("lr", "training.learning_rate"),
+        ("model.base_model", "model.name_or_path"), ("training.cutoff_len", "training.max_length"),
+    ],
+)  # fmt: skip
+def test_names_of_other_versions_and_tools_are_told_by_ours_and_none_is_refused_in_turn(tmp_path, key, meant):
+    with pytest.raises(UserError, match=meant):
+        load(tmp_path, BASE, {key: 3})
+
+
+def test_no_key_is_sent_to_one_that_is_refused_or_is_none():
+    for name, home in NAMES_ELSEWHERE.items():
+        section, dot, key = home.split(",")[0].partition(".")
+        if dot and " " not in section:
+            assert known_key(f"{section}.{key}", "lora") == (section, key)
+        with pytest.raises(UserError, match=re.escape(home)):
+            known_key(f"training.{name}", "lora")
+    for key in REFUSED:
+        with pytest.raises(UserError) as error:
+            known_key(f"{key}x", "lora")
+        assert not any(f"`{refused}`" in str(error.value) for refused in REFUSED)
+
+
+def test_anchors_and_merges_are_yaml_as_people_write_it(tmp_path):
+    text = """
+x-common: &common
+  learning_rate: 1e-4
+  max_length: 512
+model: {name_or_path: some/model}
+data: {train: train.jsonl}
+training:
+  <<: *common
+  max_length: &length 256
+lora: {r: 4, lora_alpha: 8}
+"""
+    config = load(tmp_path, text)
+    assert (config.training["learning_rate"], config.training["max_length"]) == (1e-4, 256)
+    with pytest.raises(UserError, match=r"my.yaml:3: .*`training.learning_rat`"):
+        load(tmp_path, text.replace("learning_rate", "learning_rat"))
+    with pytest.raises(UserError, match="my.yaml:10: `training.max_length` is given twice, first in line 9"):
+        load(tmp_path, text.replace("lora:", "  max_length: 3\nlora:"))
+    with pytest.raises(UserError, match="my.yaml:8: not YAML: found undefined alias"):
+        load(tmp_path, text.replace("*common", "*commons"))
+    with pytest.raises(UserError, match="not YAML"):
+        load(tmp_path, text.replace("*common", "3"))
+
+
+def test_early_stopping_needs_what_it_judges_by(tmp_path):
+    flags = {"run.early_stopping_patience": 2}
+    with pytest.raises(UserError, match="needs evaluations and the best checkpoint: --training.eval_strategy epoch"):
+        load(tmp_path, BASE, flags)
+    with pytest.raises(UserError, match="run.early_stopping_patience: 0 is not between 1 and"):
+        load(tmp_path, BASE, {"run.early_stopping_patience": 0})
+    best = {"data.validation": 0.1, "training.load_best_model_at_end": True}
+    best |= {"training.eval_strategy": "epoch", "training.save_strategy": "epoch"}
+    assert load(tmp_path, BASE, flags | best).run.early_stopping_patience == 2
 
 
 @pytest.mark.parametrize("value", [False, None])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig
 
 from recipes.utils.console import UserError
 from recipes.utils.model import ModelOptions, check_base, check_tokens, choose_attention, find_base, load_base
@@ -37,29 +37,66 @@ def test_attention_is_chosen_and_told_with_its_reason(
     monkeypatch, capsys, gpus, capability, flash, dtype, chosen, reason
 ):
     machine(monkeypatch, gpus, capability, flash)
-    assert choose_attention(ModelOptions("x", dtype=dtype), use_cpu=gpus == 0) == chosen
+    assert choose_attention(TINY / "base", ModelOptions("x", dtype=dtype), use_cpu=gpus == 0) == chosen
     shown = capsys.readouterr().out
     assert shown.startswith(f"attention: {chosen} (")
     assert reason in shown
     if chosen == "sdpa":
         with pytest.raises(UserError, match="cannot be had"):
-            choose_attention(ModelOptions("x", dtype=dtype, attn_implementation="flash_attention_2"), use_cpu=gpus == 0)
+            choose_attention(
+                TINY / "base",
+                ModelOptions("x", dtype=dtype, attn_implementation="flash_attention_2"),
+                use_cpu=gpus == 0,
+            )
 
 
 def test_on_the_cpu_of_a_machine_with_a_gpu_the_reason_is_the_run(monkeypatch, capsys):
     machine(monkeypatch, gpus=1, flash=True)
-    assert choose_attention(ModelOptions("x"), use_cpu=True) == "sdpa"
+    assert choose_attention(TINY / "base", ModelOptions("x"), use_cpu=True) == "sdpa"
     assert "the run is on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "gpus", "flash", "chosen"),
+    [("gemma2", 0, False, "eager"), ("gemma2", 1, False, "eager"), ("gemma2", 1, True, "flash_attention_2"),
+     ("falcon", 1, False, "sdpa"), ("gemma3_text", 1, False, "varlen"), ("gpt_neo", 0, False, "eager")],
+)  # fmt: skip
+def test_auto_takes_what_the_architecture_has(model_type, gpus, flash, chosen, monkeypatch, tmp_path):
+    """Gemma 2's softcapping is nothing that sdpa or torch's own kernel computes."""
+    machine(monkeypatch, gpus, flash=flash)
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    assert choose_attention(tmp_path, ModelOptions("x"), use_cpu=gpus == 0) == chosen
+    if model_type == "gemma2":
+        for name in ("sdpa", "varlen"):
+            with pytest.raises(UserError, match=f"gemma2 has no {name}; auto"):
+                choose_attention(tmp_path, ModelOptions("x", attn_implementation=name), use_cpu=gpus == 0)
 
 
 def test_attention_that_cannot_be_had_is_refused(monkeypatch):
     for name, message in (("flash2", "unknown 'flash2'"), ("flex_attention", "cannot train on a CPU")):
         with pytest.raises(UserError, match=message):
-            choose_attention(ModelOptions("x", attn_implementation=name), use_cpu=True)
-    assert choose_attention(ModelOptions("x", attn_implementation="varlen"), use_cpu=True) == "varlen"
+            choose_attention(TINY / "base", ModelOptions("x", attn_implementation=name), use_cpu=True)
+    assert choose_attention(TINY / "base", ModelOptions("x", attn_implementation="varlen"), use_cpu=True) == "varlen"
     machine(monkeypatch, gpus=1, capability=(7, 5))
     with pytest.raises(UserError, match="varlen cannot be had here: Some GPU is older than Ampere"):
-        choose_attention(ModelOptions("x", attn_implementation="varlen"), use_cpu=False)
+        choose_attention(TINY / "base", ModelOptions("x", attn_implementation="varlen"), use_cpu=False)
+
+
+def test_a_folder_of_the_hubs_cache_is_the_snapshot_in_it(tmp_path):
+    cached, commit = tmp_path / "models--some--name", 40 * "a"
+    shutil.copytree(TINY / "base", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    for given in (cached, cached / "snapshots" / commit):
+        assert find_base(ModelOptions(str(given))) == cached / "snapshots" / commit
+    (cached / "snapshots" / commit / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"without model.safetensors of main .*: {commit}.; give some/name, to have it"):
+        find_base(ModelOptions(str(cached)))
+    assert find_base(ModelOptions(str(cached)), weights=False)
+    with pytest.raises(UserError, match="without config.json of v2"):
+        find_base(ModelOptions(str(cached), revision="v2"))
+    with pytest.raises(UserError, match="no such folder here; .* called some/name"):
+        find_base(ModelOptions("models--some--name"))
 
 
 def test_qwen2_in_float16_is_refused():

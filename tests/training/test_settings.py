@@ -1,14 +1,20 @@
 """What is unwise in settings and base is warned of with a flag to paste, and the flags do what they say."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import TINY, chat, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.sft_lora import train_lora
 from recipes.utils.config import load_config
+from recipes.utils.files import read_json
+from recipes.utils.training import check_settings, steps_of
+from recipes.utils.training.table import check_capacity
 
 NORMAL = [chat(f"What is {number} and {number}?", f"It is {2 * number}, of course.") for number in range(40)]
 
@@ -35,6 +41,55 @@ def test_the_flags_that_few_steps_prints_give_a_hundred(config_file, capsys):
     flags = {words[0].removeprefix("--"): int(words[1]), words[2].removeprefix("--"): int(words[3])}
     train_lora(load_config(path, flags, "lora", dry_run=True))
     assert "few steps" not in capsys.readouterr().out
+
+
+ROWS_40 = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, {"num_train_epochs": 3}),  # no batch makes a hundred steps of 40 rows
+        ({"per_device_train_batch_size": 4},
+         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 3}),
+        ({"max_steps": 60}, {"max_steps": 100}),  # the 40 of an epoch are fewer
+        ({"max_steps": 20}, {"max_steps": -1}),
+    ],
+)  # fmt: skip
+def test_what_few_steps_advises_changes_something_on_few_rows_too(settings, advice):
+    args = SFTConfig(use_cpu=True, bf16=False, num_train_epochs=1, learning_rate=1e-4, **{**ROWS_40, **settings})
+    before, (found,) = steps_of(args, 40)[0], check_settings(args, 40, 40)
+    assert found.message.endswith("more: " + " ".join(f"--training.{key} {value}" for key, value in advice.items()))
+    for key, value in advice.items():
+        setattr(args, key, value)
+    assert steps_of(args, 40)[0] > before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "mend"),
+    [
+        (999, ["q_proj"], None),
+        (3000, ["q_proj"], "--lora.target_modules all-linear --lora.r 32"),
+        (3000, "all-linear", "--lora.r 32"),
+        (1_000_000, "all-linear", "--lora.r 256"),
+    ],
+)
+def test_more_label_tokens_than_an_adapter_has_parameters_are_warned_of(tokens, targets, mend):
+    found = [finding.message for finding in check_capacity(tokens, 1000, 8, targets)]
+    assert [message.rpartition(": ")[2] for message in found] == ([mend] if mend else [])
+
+
+def test_a_run_ends_early_where_the_validation_loss_no_longer_falls_and_a_resume_goes_on_counting(config_file, capsys):
+    """A rate of nothing: each evaluation after the first is no better. A stop between two of them changes nothing."""
+    training = {"learning_rate": 1e-12, "max_steps": 12, "eval_steps": 2, "save_steps": 2}
+    path = config_file(training=training, run={"early_stopping_patience": 3})
+    folder = train_lora(load_config(path, {}, "lora"))
+    assert "early stopping: 3 evaluations in a row brought no better validation loss" in capsys.readouterr().out
+    assert read_json(folder / "run.json")["status"] == "finished"
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 8
+    shutil.rmtree(folder / "checkpoint-8")
+    train_lora(load_config(path, {}, "lora", resume="latest"))
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 8
 
 
 def test_ten_steps_on_five_rows_run_without_a_fight(config_file, tmp_path):

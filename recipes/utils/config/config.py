@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
-from recipes.utils.config.keys import SECTIONS, check_classes, check_value, did_you_mean, known_key
+from recipes.utils.config.keys import SECTIONS, RunOptions, check_classes, check_value, did_you_mean, known_key, placed
 from recipes.utils.console import CommandLine, UserError, read_yaml
 from recipes.utils.data import DataOptions
 from recipes.utils.files import file_hash, read_json
@@ -39,6 +39,7 @@ class Config:
     lora: Mapping
     training: Mapping  # all of SFTConfig's but output_dir
     quantization: Mapping
+    run: RunOptions
     output_dir: str | None = None  # training.output_dir as it was given
     trackers: tuple[str, ...] = ()  # training.report_to, which is none for the trainer itself
     dry_run: bool = False
@@ -52,7 +53,7 @@ class Config:
         return {
             "model": asdict(self.model), "data": asdict(self.data), "lora": dict(self.lora),
             "training": {**self.training, "report_to": list(self.trackers) or "none"},
-            "quantization": dict(self.quantization),
+            "quantization": dict(self.quantization), "run": asdict(self.run),
         }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
     try:
         record = read_json(path)
         name, recorded, hashes = record["name"], record["method"], record["data_sha256"]
-        sections = {section: record[section] for section in SECTIONS}
+        sections = {section: record.get(section, {}) if section == "run" else record[section] for section in SECTIONS}
     except (UserError, KeyError) as error:
         raise UserError(f"{path}: is no record of a run (run.json): {error}") from error
     if recorded != method:
@@ -103,12 +104,13 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
             section, key = known_key(full, method)
             sections[section][key] = check_value(section, key, _relative(value))
         except UserError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(placed(where, full, str(error)) if str(error).startswith(full) else f"{where}: {error}")
     problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]
     if problems:
         raise UserError("\n".join(problems))
     model, data, training = ModelOptions(**sections["model"]), DataOptions(**sections["data"]), sections["training"]
     lora, quantization = {"task_type": "CAUSAL_LM", **sections["lora"]}, sections["quantization"]
+    run = RunOptions(**sections["run"])
     output_dir, use_cpu_asked = training.pop("output_dir", None), bool(training.get("use_cpu"))
     trackers = _trackers(training.get("report_to"), path)
     training = {
@@ -128,11 +130,11 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
     check_initialisation(lora)
     check_adapter(model.adapter)
     check_classes({"training": training, "lora": lora, "quantization": quantization}, given, path)
-    _check_together(data, training, quantization, path)
+    _check_together(data, training, quantization, run, path)
     return Config(
         name=name, method=method, model=model, data=data, lora=MappingProxyType(lora),
         training=MappingProxyType(training), quantization=MappingProxyType(quantization), output_dir=output_dir,
-        trackers=trackers, use_cpu_asked=use_cpu_asked, **flags,
+        run=run, trackers=trackers, use_cpu_asked=use_cpu_asked, **flags,
     )  # fmt: skip
 
 
@@ -158,7 +160,7 @@ def _trackers(names: str | list[str] | None, path: Path) -> tuple[str, ...]:
     return tuple(name for name in names if name != "none")
 
 
-def _check_together(data: DataOptions, training: dict, quantization: dict, path: Path) -> None:
+def _check_together(data: DataOptions, training: dict, quantization: dict, run: RunOptions, path: Path) -> None:
     """Refuse settings that are fine each and wrong together."""
     if quantization.get("load_in_4bit") is False or quantization.get("load_in_8bit"):
         raise UserError(f"{path}: quantization: Q-LoRA trains on a base in 4 bit; without one, run recipes/sft_lora.py")
@@ -173,6 +175,11 @@ def _check_together(data: DataOptions, training: dict, quantization: dict, path:
         if training.get(key) not in (None, False, "no"):
             mend = "or without them --training.eval_strategy no --training.load_best_model_at_end false"
             raise UserError(f"{path}: training.{key} needs validation rows: --data.validation 0.05, {mend}")
+    if training.get("greater_is_better"):
+        raise UserError(f"{path}: training.greater_is_better: losses are compared, of which the smaller is better")
+    if run.early_stopping_patience and not training.get("load_best_model_at_end"):
+        mend = "--training.eval_strategy epoch --training.save_strategy epoch --training.load_best_model_at_end true"
+        raise UserError(f"{path}: run.early_stopping_patience needs evaluations and the best checkpoint: {mend}")
 
 
 def _check_gpus() -> None:

@@ -1,37 +1,52 @@
 """Which keys a config may hold and which values they take: those of the library class behind each section."""
 
+import copy
 import inspect
 import re
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, Trainer, get_scheduler
 from trl import SFTConfig
 
 from recipes.utils.console import SECTION_NAMES, UserError, near, slip_of_section
 from recipes.utils.data import DataOptions
 from recipes.utils.model import ModelOptions
 
-_CLASSES: tuple[type, ...] = (ModelOptions, DataOptions, LoraConfig, SFTConfig, BitsAndBytesConfig)
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is of the run as a whole, and of no library's class."""
+
+    early_stopping_patience: int | None = None  # evaluations in a row without a better validation loss until it ends
+
+
+_CLASSES: tuple[type, ...] = (ModelOptions, DataOptions, LoraConfig, SFTConfig, BitsAndBytesConfig, RunOptions)
 SECTIONS = dict(zip(SECTION_NAMES, _CLASSES, strict=True))
 CHECKER = ArgumentParser(exit_on_error=False)  # made once: reading the classes' signatures takes tenths of a second
 for _section, _class in SECTIONS.items():
     CHECKER.add_class_arguments(_class, _section)
 
-RENAMED = {
-    "training.max_seq_length": "training.max_length", "training.evaluation_strategy": "training.eval_strategy",
-    "training.warmup_ratio": "training.warmup_steps, which takes a share of all steps below 1", "lora.lora_r": "lora.r",
-    "training.resume_from_checkpoint": "the flag --resume [CHECKPOINT]", "training.group_by_length": "training.packing",
-    "training.overwrite_output_dir": "nothing: a folder that holds a run is never overwritten",
-    "training.save_safetensors": "nothing: safetensors are always written", "training.no_cuda": "training.use_cpu",
-    "training.epochs": "training.num_train_epochs", "training.torch_dtype": "model.dtype",
-    "model.model_name_or_path": "model.name_or_path", "model.attn_impl": "model.attn_implementation",
-    "model.torch_dtype": "model.dtype", "lora.alpha": "lora.lora_alpha", "lora.dropout": "lora.lora_dropout",
-    "training.batch_size": "training.per_device_train_batch_size", "lora.lora_target_modules": "lora.target_modules",
+_ELSEWHERE = {  # a key here: what other versions and tools call it, in whatever section
+    "training.max_length": "max_seq_length max_seq_len cutoff_len sequence_len", "training.learning_rate": "lr",
+    "training.per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
+    "training.per_device_eval_batch_size": "eval_batch_size", "training.num_train_epochs": "epochs num_epochs",
+    "training.warmup_steps, which takes a share of all steps below 1": "warmup_ratio", "training.use_cpu": "no_cuda",
+    "training.packing": "group_by_length sample_packing", "training.eval_strategy": "evaluation_strategy",
+    "nothing: a folder that holds a run is never overwritten": "overwrite_output_dir", "training.optim": "optimizer",
+    "nothing: safetensors are always written": "save_safetensors", "nothing: adapters are trained here": "use_peft",
+    "nothing: trackers write below the run's folder, or where their own variables say": "logging_dir",
+    "model.name_or_path": "model_name_or_path model_name base_model", "model.attn_implementation": "attn_impl",
+    "model.dtype": "torch_dtype", "data.train": "dataset dataset_name train_file", "lora.lora_alpha": "alpha",
+    "lora.r": "lora_r rank lora_rank", "lora.lora_dropout": "dropout",
+    "lora.target_modules": "lora_target lora_target_modules", "run.early_stopping_patience": "early_stopping",
+    "the command hf auth login, and hf upload NAME RUN_FOLDER": "push_to_hub_token",
 }  # fmt: skip
+NAMES_ELSEWHERE = {name: home for home, names in _ELSEWHERE.items() for name in names.split()}
 
 _NO_USE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
 _OF_LABELS = ("assistant_only_loss", "completion_only_loss", "eos_token", "pad_token", "dataset_text_field",
@@ -41,6 +56,7 @@ REFUSED = {
     "training.model_init_kwargs": "use section `model`", "training.trust_remote_code": "use model.trust_remote_code",
     "training.chat_template_path": "use model.chat_template", "lora.revision": "it follows model.revision",
     "training.bf16": "it follows model.dtype", "training.fp16": "it follows model.dtype",
+    "training.resume_from_checkpoint": "use the flag --resume [CHECKPOINT]",
     "training.do_train": "a recipe trains; recipes/evaluate_adapter.py evaluates",
     "training.do_eval": "use training.eval_strategy", "training.do_predict": "use recipes/evaluate_adapter.py",
     "training.hub_token": "it would be written into every checkpoint; use: hf auth login",
@@ -61,8 +77,9 @@ RANGES = {  # 1e-12 stands for above zero
     "training.gradient_accumulation_steps": (1, 1_000_000), "training.max_length": (2, 10_000_000),
     "training.learning_rate": (1e-12, 1e3), "training.num_train_epochs": (1e-12, 1e6),
     "lora.r": (1, 100_000), "lora.lora_dropout": (0, 0.999), "data.max_over_length": (0, 1), "data.samples": (0, 64),
+    "run.early_stopping_patience": (1, 10_000),
 }  # fmt: skip
-CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4")}  # of classes that do not tell them
+CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "metric_for_best_model": ("loss", "eval_loss")}  # not told by classes
 
 
 def key_names(section: str) -> list[str]:
@@ -76,18 +93,20 @@ def known_key(key: str, method: str) -> tuple[str, str]:
     if section not in SECTIONS:
         homes = [f"{s}.{section}" for s in SECTIONS if not name and section in key_names(s)]
         mend = homes[0] if homes else ", ".join(SECTIONS)
+        mend = NAMES_ELSEWHERE.get(section, mend) if not name else mend
         raise UserError(slip_of_section(section) or f"unknown section `{section}`; did you mean `{mend}`?")
     if section == "quantization" and method == "lora":
         raise UserError("a `quantization` section is Q-LoRA's: run recipes/sft_qlora.py, or remove it")
-    if key in RENAMED:
-        raise UserError(f"`{key}` is not a key of these libraries any more; now: {RENAMED[key]}")
     if key in REFUSED:
         raise UserError(f"`{key}` is refused: {REFUSED[key]}")
     if not name:
         raise UserError(f"`{section}` is a section: write its keys below it, indented")
-    if name not in (names := key_names(section)):
-        close = near(name, names)
-        meant = [f"{s}.{name}" for s in SECTIONS if name in key_names(s)] + ([f"{section}.{close}"] if close else [])
+    if name not in key_names(section):
+        free = {s: [each for each in key_names(s) if f"{s}.{each}" not in REFUSED] for s in SECTIONS}
+        if name in NAMES_ELSEWHERE and not any(name in names for names in free.values()):
+            raise UserError(f"`{key}` is no key of these libraries (any more); now: {NAMES_ELSEWHERE[name]}")
+        close = near(name, free[section])
+        meant = [f"{s}.{name}" for s in free if name in free[s]] + ([f"{section}.{close}"] if close else [])
         raise UserError(f"unknown key `{key}`" + (f"; did you mean `{meant[0]}`?" if meant else ""))
     return section, name
 
@@ -106,8 +125,8 @@ def check_value(section: str, name: str, value):
     if name.startswith(("load_in_", "bnb_4bit_use")) and not isinstance(value, bool):
         raise UserError(f"{key}: expected true or false, got {value!r}")
     field = getattr(SECTIONS[section], "__dataclass_fields__", {}).get(name)
-    choices = field.metadata.get("choices") if field else CHOICES.get(name)
-    if choices and value not in choices:
+    choices = CHOICES.get(name) or (field.metadata.get("choices") if field else None)
+    if choices and value is not None and value not in choices:
         raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
     try:
         return getattr(CHECKER.parse_object({section: {name: value}}, defaults=False)[section], name)
@@ -127,12 +146,43 @@ def check_classes(arguments: dict[str, dict], given: dict[str, tuple[object, str
     schedulers, optimizers, strategies); their refusal is told with the line of the key whose value it names."""
     for section, values in arguments.items():
         try:
-            SECTIONS[section](**values)
+            made = SECTIONS[section](**values)
         except (ValueError, TypeError, AttributeError, ImportError) as error:
             message = str(error).splitlines()[0]
             for key, (value, where) in given.items():
                 if key.startswith(f"{section}.") and message.startswith(f"{value} "):
                     meant = did_you_mean(value, re.findall(r"'([^']+)'", message))
                     said = f"{value!r} is unknown{meant}" if meant else message
-                    raise UserError(f"{where}: {key}: {said}") from error
+                    raise UserError(placed(where, key, said)) from error
             raise UserError(f"{path}: {section}: {message}") from error
+        if isinstance(made, SFTConfig):
+            _check_steps(made, given, path)
+
+
+def placed(where: str, key: str, message: str) -> str:
+    """The message with its place and its key, which a flag's place is already."""
+    message = message.removeprefix(f"{key}: ")
+    return f"{where}: {message}" if where == f"--{key}" else f"{where}: {key}: {message}"
+
+
+def _check_steps(args: SFTConfig, given: dict[str, tuple[object, str]], path: Path) -> None:
+    """Build the optimizer and its schedule as the trainer will, for one small layer: a package that is not installed,
+    an argument that is missing or wrong, would else be told when the base's weights are read."""
+    layer, args, key, value = torch.nn.Sequential(torch.nn.Linear(32, 32)), copy.copy(args), "optim", args.optim
+    args.optim_target_modules = "all-linear" if args.optim_target_modules else None  # the adapter's are not there yet
+    total = args.max_steps if args.max_steps > 0 else 100_000
+    try:
+        kind, how = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+        parameters = how.pop("params", None) or how.pop("optimizer_dict", None) or how.pop("model", layer.parameters())
+        optimizer = kind(parameters, **how)
+        if args.use_cpu:  # those of a GPU can be built without one
+            layer(torch.ones(1, 32)).sum().backward()
+            optimizer.step()
+        key, value, warmup = "lr_scheduler_type", args.lr_scheduler_type, args.get_warmup_steps(total)
+        schedule = get_scheduler(value, optimizer, warmup, total, args.lr_scheduler_kwargs)
+        for rate in getattr(schedule, "lr_lambdas", ()):
+            _ = [rate(step) for step in (0, 1, warmup, total // 2, total - 1, total)]
+    except Exception as error:  # whatever the libraries raise, it is about the settings
+        message, key = (str(error).splitlines() or [type(error).__name__])[0], f"training.{key}"
+        where = given.get(key, (None, str(path)))[1]
+        raise UserError(placed(where, key, f"{getattr(value, 'value', value)}: {message}")) from error

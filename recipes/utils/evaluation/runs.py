@@ -19,6 +19,7 @@ from recipes.utils.model import (
     find_base,
     load_base,
     loading,
+    model_config,
     read_adapter_config,
 )
 
@@ -121,9 +122,10 @@ def load_adapter(folder: Path, record: dict):
 
     options = ModelOptions(**record["model"])
     quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
-    attention, _ = attention_and_reason(options, not torch.cuda.is_available())
+    folder_of_base = base_of(record)
+    attention, _ = attention_and_reason(model_config(folder_of_base, options), options, not torch.cuda.is_available())
     read_adapter_config(Path(folder))
-    base = load_base(base_of(record), options, attention, quantization)
+    base = load_base(folder_of_base, options, attention, quantization)
     late = UserError(f"{folder}: a regular expression of its adapter_config.json does not end")
     with loading(str(folder)), time_limit(SECONDS, late):
         return PeftModel.from_pretrained(base, folder)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from recipes.utils.console import UserError, is_main_process, out, say
@@ -37,7 +37,7 @@ class ModelOptions:
     revision: str | None = None  # of a name on the hub: a branch, tag or commit
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the base's weights and of the arithmetic
     attn_implementation: str = "auto"  # auto is the fastest here that keeps packed chats apart
-    chat_template: str = "auto"  # auto is the model's own, with loss marks; or mistral, qwen2, a .jinja file
+    chat_template: str = "auto"  # auto is the model's own; or a name (mistral, chatml, llama3 ...), a .jinja file
     adapter: str | None = None  # a LoRA folder to go on from
     adapter_input_cast: bool = False  # PEFT's cast of each adapter's input to float32: same losses, more memory
     fast_lora: bool = True  # LoRA layers that move less memory than PEFT's and compute the same
@@ -53,9 +53,13 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     folder or model, or the hub cannot be reached and the cache has it not whole."""
     name = options.name_or_path
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+        folder = _snapshot(Path(name), commit or options.revision or "main", weights)
+        if not (folder / "config.json").is_file():
             raise UserError(f"{name}: is no model folder (it has no config.json)")
-        return Path(name)
+        return folder
+    if (cached := Path(name).name).startswith("models--"):
+        there = "there is no such folder here; by its name it is one of the hub's cache, whose model is called"
+        raise UserError(f"{name}: {there} {cached.removeprefix('models--').replace('--', '/')}")
     if commit is None and options.adapter and options.revision is None:
         adapter = read_json(Path(options.adapter) / "adapter_config.json")
         commit = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
@@ -78,6 +82,21 @@ def commit_of(base: Path) -> str | None:
 def name_of(base: Path) -> str:
     """The hub's name of a snapshot, whose folder is models--someone--name/snapshots/commit; any other folder's path."""
     return base.parents[1].name.removeprefix("models--").replace("--", "/") if commit_of(base) else str(base)
+
+
+def _snapshot(folder: Path, revision: str, weights: bool) -> Path:
+    """`folder`, or where it is one of the hub's cache (models--someone--name) the snapshot of `revision` in it.
+    Raises `UserError` if there is none, or not the whole of it."""
+    if not (folder / "snapshots").is_dir() or (folder / "config.json").is_file():
+        return folder
+    name, ref = folder.name.removeprefix("models--").replace("--", "/"), folder / "refs" / revision
+    base = folder / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
+    needed = ["config.json", *(_weights(base) if weights else [])]
+    if missing := [file for file in needed if not (base / file).is_file()]:
+        there = ", ".join(sorted(path.name for path in base.parent.iterdir())) or "nothing"
+        what = f"is the hub's cache of {name}, without {missing[0]} of {revision} (of its snapshots there are: {there})"
+        raise UserError(f"{folder}: {what}; give {name}, to have it fetched, or another model.revision")
+    return base
 
 
 def _cached(name: str, commit: str, weights: bool) -> Path | None:
@@ -205,16 +224,28 @@ def check_base(base: Path, options: ModelOptions, use_cpu_asked: bool) -> None:
         raise UserError(f"{options.name_or_path} has {billions:.1f} billion parameters and {why}; {mend}")
 
 
-def choose_attention(options: ModelOptions, use_cpu: bool, packing: bool = False) -> str:
-    """The attention implementation, told with its reason; `auto` is the fastest here that keeps packed chats apart.
-    Raises `UserError` if the one asked for cannot be had here; another is never taken in its place."""
-    attention, reason = attention_and_reason(options, use_cpu, packing)
+def choose_attention(base: Path, options: ModelOptions, use_cpu: bool, packing: bool = False) -> str:
+    """The attention implementation, told with its reason; `auto` is the fastest here that keeps packed chats apart and
+    that the architecture has. Raises `UserError` if the one asked for cannot be had; another is never taken for it."""
+    attention, reason = attention_and_reason(model_config(base, options), options, use_cpu, packing)
     say(f"attention: {attention} ({reason})")
     return attention
 
 
-def attention_and_reason(options: ModelOptions, use_cpu: bool, packing: bool = False) -> tuple[str, str]:
-    """What `choose_attention` takes and says."""
+def attentions_of(architecture) -> tuple[str, ...]:
+    """The attention implementations that the model class of a configuration has; all, where its code is its own.
+    `varlen` is right where sdpa is, which knows no softcapping (Gemma 2) and no sinks (gpt-oss)."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(architecture), None)
+    if kind is None:
+        return ATTENTIONS
+    has = {"sdpa": kind._supports_sdpa, VARLEN: kind._supports_sdpa and kind._supports_attention_backend, "eager": True}
+    has |= {"flex_attention": kind._supports_flex_attn}
+    return tuple(name for name in ATTENTIONS if has.get(name, kind._supports_flash_attn))
+
+
+def attention_and_reason(architecture, options: ModelOptions, use_cpu: bool, packing: bool = False) -> tuple[str, str]:
+    """What `choose_attention` takes and says, for a model of the configuration `architecture`."""
+    has, model_type = attentions_of(architecture), architecture.model_type
     setting, on_cpu = options.attn_implementation, use_cpu or not torch.cuda.is_available()
     missing = "it has no float32" if options.dtype == "float32" else None
     if on_cpu:
@@ -222,14 +253,19 @@ def attention_and_reason(options: ModelOptions, use_cpu: bool, packing: bool = F
     elif torch.cuda.get_device_capability()[0] < 8:
         missing = f"{torch.cuda.get_device_name()} is older than Ampere"
     no_flash = missing or (None if is_flash_attn_2_available() else "flash-attn is not installed")
-    if setting == "auto" and on_cpu and packing:
+    if setting == "auto" and on_cpu and packing and VARLEN in has:
         return VARLEN, f"chat by chat; {missing}"
-    if setting == "auto" and missing:
-        return "sdpa", f"no faster one here: {missing}"
+    if setting == "auto" and not no_flash and "flash_attention_2" in has:
+        return "flash_attention_2", "fastest"
+    if setting == "auto" and not missing and VARLEN in has:
+        return VARLEN, f"torch's own, chat by chat; {no_flash or f'{model_type} has no flash attention'}"
     if setting == "auto":
-        return (VARLEN, f"torch's own, chat by chat; {no_flash}") if no_flash else ("flash_attention_2", "fastest")
+        faster = f"no faster one here: {missing}" if missing else f"{model_type} has no varlen; {no_flash}"
+        return ("sdpa", faster) if "sdpa" in has else ("eager", f"{model_type} has no sdpa; {no_flash}")
     if setting not in ATTENTIONS:
         wrong = f"unknown {setting!r}; use auto, varlen, sdpa, eager or flash_attention_2"
+    elif setting not in has:
+        wrong = f"{model_type} has no {setting}; auto takes what is there"
     elif setting == "flash_attention_2" and no_flash:
         wants = "an Ampere or newer GPU and: pip install --no-build-isolation -r requirements-gpu.txt"
         wrong = f"flash_attention_2 cannot be had here: {no_flash}. It wants {wants}; auto takes what is there"

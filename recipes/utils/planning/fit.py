@@ -15,7 +15,7 @@ from trl import SFTConfig
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, out
 from recipes.utils.files import read_json
-from recipes.utils.model import VARLEN, attention_and_reason, fast_lora, has_fast_lora
+from recipes.utils.model import VARLEN, attention_and_reason, attentions_of, fast_lora, has_fast_lora
 from recipes.utils.planning.memory import Memory, Step, on_meta, predict
 
 MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "train_gpu.json"  # by train_gpu.py there
@@ -97,8 +97,11 @@ def on_gpu(config: Config, model_config, gpu: str | None, name: str) -> tuple[Co
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype), training=training)
         flag = f" --model.dtype {dtype}"
     if gpu is None or config.model.attn_implementation != "auto":
-        return config, attention_and_reason(config.model, use_cpu=gpu is not None)[0], flag
-    return config, "sdpa" if name in OLDER_THAN_AMPERE or dtype == "float32" else VARLEN, flag
+        return config, attention_and_reason(model_config, config.model, use_cpu=gpu is not None)[0], flag
+    wanted, has = [VARLEN, "sdpa", "eager"], attentions_of(model_config)
+    if name in OLDER_THAN_AMPERE or dtype == "float32":
+        wanted.remove(VARLEN)
+    return config, next(attention for attention in wanted if attention in has), flag
 
 
 def print_memory(memory: dict[tuple, Memory], args: SFTConfig, name: str, available: int) -> None:

@@ -49,6 +49,7 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
     }  # fmt: skip
     print_table(f"{config.name} · {config.method}", table)
     run.findings = check_settings(args, packed, len(train.rows))
+    run.findings += check_capacity(counts.trained_tokens, trainable, lora.r, config.lora.get("target_modules"))
     if {"input_ids", "labels"} <= set(train.rows.column_names):
         run.findings += check_tokens(trainer.model, train.rows, trainer.processing_class)
     report_findings(run.findings)
@@ -95,16 +96,35 @@ def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
         long = f"the warm-up of {warmup} steps is as long as the run of {steps}, so the learning rate is never reached"
         found.append(f"{long}: --training.warmup_steps 0.03")
     if steps < 100:
-        batch = max(1, int(packed_rows * args.num_train_epochs / args.world_size) // 100)
-        micro = min(batch, args.per_device_train_batch_size)
-        more = f"--training.per_device_train_batch_size {micro} --training.gradient_accumulation_steps {batch // micro}"
-        more += " --training.packing false" if batch == 1 and getattr(args, "packing", False) else ""
-        more = "--training.max_steps -1" if 0 < args.max_steps < 100 else more
+        micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        drawn = int(packed_rows * args.num_train_epochs / args.world_size)  # micro-batches of one row in all epochs
+        batch = max(1, drawn // 100)
+        micro, now = min(batch, micro), micro * accumulation
+        smaller = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": batch // micro}
+        flags: dict[str, object] = {**smaller} if batch < now else {}
+        if batch == 1 and getattr(args, "packing", False):
+            flags["packing"], drawn = "false", int(rows * args.num_train_epochs / args.world_size)
+        if drawn < 100:  # few rows: no batch makes a hundred of them
+            flags["num_train_epochs"] = math.ceil(args.num_train_epochs * 100 / max(1, drawn))
+        if args.max_steps > 0:
+            flags = {"max_steps": -1 if math.ceil(args.num_train_epochs * an_epoch) > steps else 100}
+        more = " ".join(f"--training.{key} {value}" for key, value in flags.items())
         few = f"few steps: {steps}, each with {rows / an_epoch:.1f} chats; an adapter wants 100 or more"
         found.append(f"{few}. This gives more: {more}")
     if args.save_strategy == "no":
         found.append("no checkpoint is kept: a run that is stopped begins anew: --training.save_strategy steps")
     return [Finding("warn", message) for message in found]
+
+
+def check_capacity(label_tokens: int, trainable: int, rank: int, targets) -> list[Finding]:
+    """A finding where there is more to learn than the adapter can hold, by the rule of thumb of "LoRA Without Regret"
+    (Schulman 2025): a token teaches about a bit, a parameter holds about two; adapters fall behind near the limit."""
+    if label_tokens <= trainable:
+        return []
+    wider = min(256, 1 << math.ceil(math.log2(rank * label_tokens / trainable)))
+    mends = ["--lora.target_modules all-linear"] * (targets != "all-linear") + [f"--lora.r {wider}"] * (wider > rank)
+    many = f"{label_tokens:,} label tokens are more than the adapter's {trainable:,} parameters, which may be too few"
+    return [Finding("warn", f"{many}: {' '.join(mends) or 'full fine-tuning would hold more'}")]
 
 
 def _left_out(train: Counts, validation: Counts, args, over_length: str) -> str | None:
@@ -114,4 +134,5 @@ def _left_out(train: Counts, validation: Counts, args, over_length: str) -> str 
         lost[f"{part} rows over max_length {getattr(args, 'max_length', None)} ({done})"] = counts.over_length
         lost[f"bad {part} rows (listed in bad_rows.jsonl)"] = sum(counts.bad_kinds.values())
     lost["rows end without an answer (trimmed)"] = train.trimmed
+    lost["rows begin with an answer (read, not learnt)"] = train.opened
     return "; ".join(f"{number:,} {what}" for what, number in lost.items() if number) or None

@@ -19,7 +19,7 @@ import torch.distributed
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
@@ -106,9 +106,9 @@ class Resumable(_Trainer):
             self.remove_callback(events)
 
     def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
-        else:  # a finished run that is taken up: the library would make one step more
+        else:  # a run that is over is taken up: the library would make one step more
             self.control.should_training_stop = True
 
     def _save_checkpoint(self, model, trial):
@@ -247,6 +247,25 @@ class Deadline(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.longest_save = max(self.longest_save, time.monotonic() - self.began)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Ends training once `patience` evaluations in a row have brought no better validation loss; None never does. A
+    resumed run goes on counting where its checkpoint ended."""
+
+    def __init__(self, patience: int | None):
+        super().__init__(early_stopping_patience=patience or 1)
+        self.patience = patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        before = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.early_stopping_patience_counter = (before or self.state())["attributes"]["early_stopping_patience_counter"]
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self.patience:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+            if control.should_training_stop:
+                say(f"early stopping: {self.patience} evaluations in a row brought no better validation loss")
 
 
 class _Events(TrainerCallback):
