@@ -4,6 +4,7 @@
     python recipes/evaluate_adapter.py runs/mistral-lora --max-rows 50
     python recipes/evaluate_adapter.py runs/mistral-lora --model runs/mistral-lora/merged
     python recipes/evaluate_adapter.py runs/mistral-lora --forgetting general.jsonl
+    python recipes/evaluate_adapter.py runs/mistral-lora-2 --against runs/mistral-lora
     python recipes/evaluate_adapter.py runs/mistral-lora --scales 0,0.5,0.75,1,1.25 --forgetting general.jsonl
     python recipes/evaluate_adapter.py runs/mistral-lora --shots 4 --system "Answer in one word."
     python recipes/evaluate_adapter.py runs/mistral-lora --gate "exact_match >= base + 0.05"
@@ -13,7 +14,8 @@ Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key 
 --shots and --system score the base as a good prompt has it, with examples from the train rows; the adapter is then held
 against the best. A gate is decided by the 95 % interval: exit status 0 all pass, 4 one fails, 5 too few rows to say.
 --scales turns the adapter down or up without training again (a LoRA is linear in its scale), and writes scales.json;
-merge_adapter.py --scale merges it at the one you choose.
+merge_adapter.py --scale merges it at the one you choose. --against scores this run's adapter and an older one's on the
+test rows of both, and writes against.json.
 """
 
 import sys
@@ -50,6 +52,7 @@ def command_line() -> ArgumentParser:
     parser.add_argument("--gate", action="append", metavar="GATE", help=asked)
     own = "a score of your own: function(expected, answer) -> float, more is better"
     parser.add_argument("--metric", action="append", metavar="FILE:FUNCTION", help=own)
+    parser.add_argument("--against", metavar="OLD_RUN", help="score this run's adapter beside an older run's")
     return parser
 
 
@@ -70,14 +73,15 @@ from recipes.utils.monitoring import refresh_report
 
 def evaluate_adapter(
     run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None, shots=0,
-    system=None, gate=None, metric=None,
+    system=None, gate=None, metric=None, against=None,
 ) -> dict:  # fmt: skip
     """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
     Returns what `write_evaluation` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
     "tags": {...}}, and under "forgetting" the same for the rows of that JSONL file, which are of another kind and which
     the base is good at. With `scales` {"0.5": {...}, ...}: figures at each, and `forgetting_loss` (nats a token).
     `shots` examples and the message `system` (text, or a file) make further baselines; each `gate` is decided, under
-    "gates"; each `metric` ("my_file.py:function") is a further score."""
+    "gates"; each `metric` ("my_file.py:function") is a further score. With `against`
+    (the folder of an older run) what `score_against` says."""
     # 1. The run, the rows to score, and what they are held against; a slip is found before anything is loaded.
     run_folder = Path(run_folder or scoring.newest_run())
     record = scoring.read_run(run_folder)
@@ -85,6 +89,12 @@ def evaluate_adapter(
         raise UserError("--max-rows: at least one answer must be generated")
     if shots < 0:
         raise UserError("--shots: a number of examples, such as 4")
+    if against and (scales or model or forgetting or shots or system or gate or metric):
+        raise UserError("--against scores two adapters, so not with other flags than --data and those of answers")
+    if against:
+        found = scoring.score_against(run_folder, against, data, max_rows, max_new_tokens)
+        say(f"\nwritten: {run_folder / 'evaluation' / 'against.json'}")
+        return found
     others = {"--model": model, "--shots": shots, "--system": system, "--gate": gate, "--metric": metric}
     for flag, value in others.items():
         if scales and value:

@@ -87,7 +87,8 @@ def learning_curve(
             if (run / "run.json").is_file() and read_json(run / "run.json")["status"] == "finished":
                 continue
             say(f"\ncurve: run {number} of {len(sets)}, on {len(rows):,} rows")
-            own = {"data.train": str(folder / f"{name}.jsonl"), "data.validation": str(folder / "validation.jsonl")}
+            own: dict = {"data.train": str(folder / f"{name}.jsonl"), "data.exclude": None}
+            own["data.validation"] = str(folder / "validation.jsonl")
             own |= {**flags, "training.output_dir": str(run)} | own
             try:
                 train(load_config(config, own, method, resume="latest" if run.is_dir() else None))

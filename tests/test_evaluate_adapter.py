@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -331,3 +332,29 @@ def test_the_script_runs_and_imports_no_trainer(trained, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "import time:" in line}
     assert "peft" in imported
     assert not {"trl.trainer", "trl.trainer.sft_trainer", "datasets", "recipes.utils.training"} & imported
+
+
+def test_an_older_run_is_scored_beside_it_on_the_test_rows_of_both(trained, lora_run, tmp_path, capsys):
+    """The older run saw other rows; what is said of either is what a scoring of its own says."""
+    folder, old = copy_run(trained, tmp_path), tmp_path / "old"
+    shutil.copytree(lora_run, old)
+    found = evaluate_adapter(folder, against=old, max_rows=4)
+    assert json.loads((folder / "evaluation" / "against.json").read_text()) == found
+    assert set(found) == {"against", "of", "new test", "old test"}
+    own = evaluate_adapter(folder, max_rows=4)["adapter"]
+    olds = evaluate_adapter(old, max_rows=4)["adapter"]
+    assert found["new test"]["adapter"] == own
+    assert found["old test"]["old adapter"] == olds
+    assert found["new test"]["adapter"]["rows"] == 30
+    loss = found["new test"]["differences"]["adapter against old adapter"]["loss"]
+    assert loss["difference"] == pytest.approx(own["loss"] - found["new test"]["old adapter"]["loss"])
+    shown = capsys.readouterr().out
+    assert "old test, 8 rows, answers to 4: old adapter → adapter" in shown
+    assert "The adapter is" in shown
+    same = evaluate_adapter(old, against=lora_run, max_rows=2)
+    assert set(same) == {"against", "of", "new test"}, "of one and the same rows"
+    assert same["new test"]["differences"]["adapter against old adapter"]["loss"]["difference"] == 0
+    with pytest.raises(UserError, match="is the run itself"):
+        evaluate_adapter(folder, against=folder)
+    with pytest.raises(UserError, match="not with other flags than --data"):
+        evaluate_adapter(folder, against=old, scales=[1.0])

@@ -144,6 +144,8 @@ def _relative(value):
     as a `Path` or a tuple is what a YAML would hold."""
     if isinstance(value, (list, tuple)):
         return [_relative(each) for each in value]
+    if isinstance(value, dict) and isinstance(value.get("path"), (str, Path)):  # an entry of data.train
+        return value | {"path": _relative(value["path"])}
     value = str(value) if isinstance(value, Path) else value
     return os.path.relpath(value) if isinstance(value, str) and os.path.isabs(value) else value
 

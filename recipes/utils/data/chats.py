@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from recipes.utils.console import UserError, find_data_files
 from recipes.utils.data.shapes import BadRow, check_characters, conversation, system_merged
@@ -35,7 +35,7 @@ NO_TEXT = {  # how files begin that are something else
 class DataOptions:
     """Which rows to train on, and what to do with those that cannot be used as they are: the section `data`."""
 
-    train: str | list[str] = ""  # required: a path, a list, or a glob of files
+    train: str | list[str | dict[str, Any]] = ""  # required: a path, a glob, or a list of them and {path, share|repeat}
     validation: float | str | list[str] | None = None  # the same, or a share of the train rows, such as 0.05
     test: str | list[str] | None = None  # what evaluate_adapter.py scores; the validation rows when null
     over_length: Literal["drop", "truncate", "error"] = "drop"  # what becomes of rows over training.max_length
@@ -44,6 +44,7 @@ class DataOptions:
     train_on: Literal["all", "last"] = "all"  # answers of a chat that carry loss
     system: Literal["keep", "merge"] = "keep"  # merge: into the user turn that follows
     control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
+    exclude: str | None = None  # a file that names rows to leave out: file:line or a fingerprint, one a line
     ledger: bool = True  # keep the loss of each training row at each epoch, in RUN/ledger.jsonl
     samples: int = 3  # validation prompts that are answered at each evaluation, into RUN/samples.jsonl
 
@@ -70,6 +71,7 @@ class Reading:
     thoughts: int = 0  # rows with an answer that has one
     bad: list[dict] = field(default_factory=list)  # the first: {"where", "kind", "error", "line"}, cut where long
     bad_kinds: Counter = field(default_factory=Counter)  # of all of them
+    excluded: dict[str, list[str]] = field(default_factory=dict)  # {file:line: the lines of data.exclude that name it}
 
     def add_bad(self, where: str, error: BadRow, line: str = "") -> None:
         self.bad_kinds[error.kind] += 1

@@ -71,6 +71,7 @@ class Counts(Reading):
     all_tokens: int = 0  # of all rows, the dropped ones too
     length_99: int = 0  # tokens that 99 % of the rows fit in
     length_histogram: dict = field(default_factory=dict)  # {"rows": [16], "edges": [17]}
+    mixture: dict = field(default_factory=dict)  # {path: rows an epoch} where data.train has shares or repeats
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     share = options.validation if isinstance(options.validation, float) else None
     if share is not None and not 0 < share < 1:
         raise UserError(f"data.validation: {share} is not a share between 0 and 1, nor a file")
-    sources = {("train",) if share is None else ("train", "validation"): options.train}
+    entries = train_entries(options.train)
+    sources: dict = {("train",) if share is None else ("train", "validation"): train_paths(options.train)}
     if not isinstance(options.validation, float | None):
         sources["validation",] = options.validation
     parts, signatures = {}, {}
@@ -101,11 +103,80 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
             parts[part], signatures[part] = replace(prepared, files=files, findings=found), signed
     train, validation = parts["train"], parts.get("validation")
+    named = {entry for part in parts.values() for entries in part.counts.excluded.values() for entry in entries}
+    named |= {row["where"] for part in parts.values() for row in part.counts.bad}
+    for entry, line in read_excluded(options.exclude).items():
+        if entry not in named:
+            raise UserError(f"{options.exclude}:{line}: {entry} names no row of data.train and data.validation")
     if validation:
         validation = _without_copies(train, validation, signatures)
+    if any(entry.get("repeat") != 1 for entry in entries):
+        train = _mixed(train, entries, args.seed)
     if report:
         report_findings([*train.findings, *(validation.findings if validation else [])])
     return train, validation
+
+
+def train_entries(train: str | list) -> list[dict]:
+    """data.train as {"path", "repeat"} and {"path", "share"}. Raises `UserError` for an entry that is none."""
+    named = [train] if isinstance(train, str) else train
+    entries: list[dict] = [entry if isinstance(entry, dict) else {"path": entry, "repeat": 1} for entry in named]
+    for entry in entries:
+        path, repeat, share = (entry.get(key) for key in ("path", "repeat", "share"))
+        number = (share is None and isinstance(repeat, int) and repeat > 0) or (repeat is None and 0 < (share or 0) < 1)
+        if not isinstance(path, str) or len(entry) != 2 or not number:
+            forms = "{path: FILE, repeat: 2} (a whole number) or {path: FILE, share: 0.2} (between 0 and 1)"
+            raise UserError(f"data.train: {entry}: an entry is a path, {forms}")
+    return entries
+
+
+def train_paths(train: str | list) -> list[str]:
+    """The paths in data.train."""
+    return [entry["path"] for entry in train_entries(train)]
+
+
+def _mixed(train: Prepared, entries: list[dict], seed: int) -> Prepared:
+    """`train` with the rows of each entry as often as it says: each `repeat` times, or as many as make up its `share`,
+    drawn by `seed`, each once until all are used up, then once more. The rows are the same ones in every epoch."""
+    files = np.array([where.rpartition(":")[0] for where in train.rows["where"]])
+    places = [np.flatnonzero(np.isin(files, [str(file) for file in find_data_files(one["path"])])) for one in entries]
+    shares = sum(one.get("share", 0) for one in entries)
+    whole = sum(len(own) * one.get("repeat", 0) for own, one in zip(places, entries, strict=True))
+    if shares >= 1 or not whole or not all(map(len, places)) or sum(map(len, places)) > len(files):
+        raise UserError("data.train: a share needs rows beside it, shares are below 1 together, a file is in one entry")
+    draw, chosen = np.random.default_rng(seed), list[np.ndarray]()
+    for own, one in zip(places, entries, strict=True):
+        number = round(whole * one["share"] / (1 - shares)) if "share" in one else len(own) * one["repeat"]
+        chosen.append(np.concatenate([draw.permutation(own) for _ in range(number // len(own) + 1)])[:number])
+    rows, lengths = train.rows.select(np.concatenate(chosen)), np.array([0, 0])
+    for labels in rows.with_format("numpy").select_columns(["labels"]).iter(BATCH):
+        lengths += np.array([[len(row), (row != -100).sum()] for row in labels["labels"]]).sum(0)
+    mixture = {one["path"]: len(own) for one, own in zip(entries, chosen, strict=True)}
+    tokens, trained = lengths.tolist()
+    counts = replace(train.counts, rows=len(rows), tokens=tokens, trained_tokens=trained, mixture=mixture)
+    return replace(train, rows=rows, counts=counts)
+
+
+def read_excluded(path: str | None) -> dict[str, int]:
+    """{file:line or fingerprint: its line} of a data.exclude file. Raises `UserError` if it names none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n") if path else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.exclude: {path}: cannot be read: {error}") from error
+    found = {line.strip(): number for number, line in enumerate(lines, start=1) if line.strip()}
+    if path and not found:
+        raise UserError(f"data.exclude: {path}: names no rows; file:line or a fingerprint, one a line")
+    return found
+
+
+def without_excluded(chats: Iterable[Chat], path: str | None, reading: Reading) -> Iterator[Chat]:
+    """`chats` but for those that the file `path` names, which `reading` takes."""
+    excluded = read_excluded(path).keys()
+    for chat in chats:
+        if hits := excluded and excluded & {chat.where, fingerprint_text(fingerprint(chat))}:
+            reading.excluded[chat.where] = sorted(hits)
+        else:
+            yield chat
 
 
 class _Part:
@@ -141,7 +212,7 @@ class _Part:
             counts.dropped += 1
             return None
         if self.options.validation is not None and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
-            self.signed[row.where] = [counts.rows, *_signature(chat)]
+            self.signed[row.where] = [counts.rows, *signature(chat)]
         counts.rows += 1
         counts.largest_id = max(counts.largest_id, max(row.input_ids))
         counts.tokens += len(row.input_ids)
@@ -189,7 +260,8 @@ def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) ->
     is tokenised in a thread, outside Python's lock, while the next one is read and rendered."""
 
     def rendered() -> Iterator[tuple[Chat, Document]]:
-        for chat in stream_chats(paths, reading, options.system == "merge"):
+        chats = stream_chats(paths, reading, options.system == "merge")
+        for chat in without_excluded(chats, options.exclude, reading):
             try:
                 yield from ((chat, document) for document in encoder.documents(chat, options.train_on))
                 first = next(turn["role"] for turn in chat.messages if turn["role"] != "system")
@@ -218,12 +290,12 @@ def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
     return [] if all(row.input_ids[:start] in prompts for start in starts) else [stop]
 
 
-def _signature(chat: Chat) -> list[int]:
+def signature(chat: Chat) -> list[int]:
     """MinHash over runs of three words."""
     words = re.findall(r"\w+", " ".join(m["content"] for m in chat.messages if m["role"] != "system").casefold())
-    signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
-    signature.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
-    return signature.digest()
+    found = RMinHash(num_perm=PERMUTATIONS, seed=0)
+    found.update([" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))])
+    return found.digest()
 
 
 def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, tokenizer) -> Iterator[Finding]:
@@ -365,7 +437,7 @@ def _key(names: tuple[str, ...], files: dict[str, str], options: DataOptions, to
     changes_no_row = {"train", "validation", "test", "ledger", "samples", "max_over_length"}
     settings = {key: value for key, value in vars(options).items() if key not in changes_no_row}
     settings |= {"names": names, "share": options.validation if len(names) > 1 else options.validation is not None}
-    settings |= {"max_length": args.max_length, "seed": args.seed}
+    settings |= {"max_length": args.max_length, "seed": args.seed, "exclude": sorted(read_excluded(options.exclude))}
     versions = [importlib.metadata.version(name) for name in ("datasets", "transformers", "tokenizers", "rensa")]
     code = [module.read_bytes() for module in sorted(Path(__file__).parent.glob("*.py"))]
     today = time.strftime("%F") if "strftime_now" in tokenizer.chat_template else None  # such a template writes it
@@ -394,3 +466,8 @@ def fingerprint(chat: Chat) -> int:
         text = message["content"] + (json.dumps(message["tool_calls"]) if "tool_calls" in message else "")
         digest.update(message["role"].encode() + text.casefold().encode().translate(None, NO_LETTERS) + b"\n")
     return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def fingerprint_text(number: int) -> str:
+    """A fingerprint as a line of data.exclude has it: 16 hexadecimal digits."""
+    return f"{number % 2**64:016x}"

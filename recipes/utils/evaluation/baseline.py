@@ -6,7 +6,17 @@ import json
 from pathlib import Path
 
 from recipes.utils.console import UserError, find_data_files, say
-from recipes.utils.data import Chat, DataOptions, Encoder, Reading, fingerprint, held_out, stream_chats
+from recipes.utils.data import (
+    Chat,
+    DataOptions,
+    Encoder,
+    Reading,
+    fingerprint,
+    held_out,
+    stream_chats,
+    train_paths,
+    without_excluded,
+)
 from recipes.utils.evaluation.runs import base_of
 from recipes.utils.files import file_hash
 from recipes.utils.model import ModelOptions, model_config
@@ -104,7 +114,8 @@ def choose_examples(
         """The same for the same row, wherever it stands: rows that are added later change no other's place."""
         return hashlib.blake2b(f"{record['seed']}{json.dumps(chat.messages)}".encode(), digest_size=8).digest()
 
-    rows = (chat for chat in stream_chats(options.train, Reading(), options.system == "merge") if usable(chat))
+    every = stream_chats(train_paths(options.train), Reading(), options.system == "merge")
+    rows = (chat for chat in without_excluded(every, options.exclude, Reading()) if usable(chat))
     pool = heapq.nsmallest(POOL * count, (row for row in rows if fingerprint(row) not in kept_out), key=drawn)
     context = model_config(base_of(record), ModelOptions(**record["model"])).get_text_config()
     room = getattr(context, "max_position_embeddings", None) or float("inf")
@@ -130,6 +141,6 @@ def choose_examples(
 
 
 def _tell_changes(record: dict, options: DataOptions) -> None:
-    for path in find_data_files(options.train):
+    for path in find_data_files(train_paths(options.train)):
         if (digest := record["data_sha256"].get(str(path))) and digest != file_hash(path):
             say(f"warning: {path} was changed since the run: its examples may be rows that the adapter has not seen")

@@ -14,7 +14,17 @@ from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 
 from recipes.utils.console import UserError, out, say
-from recipes.utils.data import Chat, DataOptions, Encoded, Encoder, Reading, held_out, stream_chats
+from recipes.utils.data import (
+    Chat,
+    DataOptions,
+    Encoded,
+    Encoder,
+    Reading,
+    held_out,
+    stream_chats,
+    train_paths,
+    without_excluded,
+)
 from recipes.utils.evaluation.baseline import BASELINES
 from recipes.utils.evaluation.runs import set_scale
 from recipes.utils.evaluation.scores import FIELD, METRIC, SCORES, score_names, score_of, score_text
@@ -32,16 +42,17 @@ MOST_TAGS = 100
 TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
 
 
-def rows_to_score(record: dict, data: str | None = None) -> list[Chat]:
+def rows_to_score(record: dict, data: str | list[str] | None = None) -> list[Chat]:
     """The rows to score a run on: `data`, else its data.test, else its validation rows; `record` is its run.json."""
     options = DataOptions(**record["data"])
     paths, share = data or options.test or options.validation, 1.0
     if isinstance(paths, float):
-        share, paths = paths, options.train
+        share, paths = paths, train_paths(options.train)
     if paths is None:
         raise UserError("the run has no test or validation rows; name a JSONL file with --data")
     reading = Reading()
-    chats = list(stream_chats(paths, reading, options.system == "merge"))
+    streamed = stream_chats(paths, reading, options.system == "merge")
+    chats = list(without_excluded(streamed, None if data else options.exclude, reading))
     if options.on_bad_row == "error":
         reading.raise_if_bad()
     return [chat for chat in chats if share == 1 or held_out(chat, share, record["seed"])]
@@ -132,17 +143,17 @@ def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[f
 
 def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dict, forgetting="", **more) -> dict:
     """Write RUN/evaluation/, whole or not at all: PART.jsonl for each of `parts` (the `predictions`, and the rows
-    `forgetting` of the file of that name), an object a row with where, tag, prompt, expected, and each model's answer
-    and scores; then metrics.json. `scored` is, by part and model, what `evaluate` gave. Returns what metrics.json
-    holds: `sum_up` of the predictions, under "forgetting" the same of those, `more` as it is, under "report" what
-    report.html shows, and under "of" which adapter it is."""
+    `forgetting` of the file of that name), an object a row with where, tag, prompt, tools, expected, and each model's
+    answer and scores; then metrics.json. `scored` is, by part and model, what `evaluate` gave. Returns what
+    metrics.json holds: `sum_up` of the predictions, under "forgetting" the same of those, `more` as it is, under
+    "report" what report.html shows, and under "of" which adapter it is."""
     final, folder = Path(run_folder) / "evaluation", Path(run_folder) / ".evaluation"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for part, chats in parts.items():
         lines = []
         for chat, *rows in zip(chats, *scored[part].values(), strict=True):
-            line = {"where": chat.where, "tag": _tag(chat), "prompt": chat.messages[:-1]}
+            line = {"where": chat.where, "tag": _tag(chat), "prompt": chat.messages[:-1], "tools": chat.tools}
             line |= {key: rows[0][key] for key in SHARED if key in rows[0]}
             for name, row in zip(scored[part], rows, strict=True):
                 line[name] = {key: value for key, value in row.items() if key not in SHARED}
@@ -167,7 +178,7 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
     metrics["report"] = {"verdicts": said, "tables": tables}
     metrics["of"]["adapter_sha256"] = adapter_sha256(run_folder)
     write_json(folder / "metrics.json", metrics)
-    for name in ("scales.json", "curve.json"):  # which name what they are of themselves
+    for name in ("scales.json", "against.json", "curve.json"):  # which name what they are of themselves
         if (final / name).is_file():
             shutil.copyfile(final / name, folder / name)
     replace_folder(folder, final)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.utils.console import UserError, print_table, say
-from recipes.utils.data import Chat, Encoded, Encoder, read_chats
+from recipes.utils.data import Chat, Encoded, Encoder, read_chats, train_paths
 from recipes.utils.evaluation import load_adapter, rows_to_score, set_scale
 from recipes.utils.merge.export import check_space
 from recipes.utils.merge.stream import NotStreamable, stream_merge
@@ -26,7 +26,7 @@ def rows_to_compare(record: dict, data: str | None) -> list[Chat]:
         raise UserError("no run.json names this adapter's rows: --data FILE compares on yours, --no-verify not")
     options = record["data"]
     try:
-        paths = None if options.get("validation") else options.get("test") or options["train"]
+        paths = None if options.get("validation") else options.get("test") or train_paths(options["train"])
         return rows_to_score({**record, "data": {**options, "test": None}}, paths)
     except UserError as error:
         say(f"comparing on one short chat, since the run's rows cannot be read (--data FILE names others): {error}")

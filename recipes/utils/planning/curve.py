@@ -8,7 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from recipes.utils.console import UserError, say
-from recipes.utils.data import Chat, DataOptions, Reading, fingerprint, held_out, stream_chats
+from recipes.utils.data import (
+    Chat,
+    DataOptions,
+    Reading,
+    fingerprint,
+    held_out,
+    stream_chats,
+    train_entries,
+    train_paths,
+    without_excluded,
+)
 
 FEWEST_POINTS = 4  # three numbers make a law
 LEVEL = 0.90  # of the intervals
@@ -58,7 +68,10 @@ def split_rows(options: DataOptions, seed: int, shares: list[Fraction]) -> tuple
     share = validated if isinstance(validated, float) else None
     train: list[Chat] = []
     validation: list[Chat] = []
-    for chat in stream_chats(options.train, reading, merge):
+    if any(entry.get("repeat") != 1 for entry in train_entries(options.train)):
+        raise UserError("data.train: a curve is of whole files; leave shares and repeats out")
+    streamed = stream_chats(train_paths(options.train), reading, merge)
+    for chat in without_excluded(streamed, options.exclude, reading):
         (validation if share and held_out(chat, share, seed) else train).append(chat)
     if isinstance(validated, (str, list)):
         validation = list(stream_chats(validated, reading, merge))

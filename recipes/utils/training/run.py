@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig
 from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import Finding, Prepared
-from recipes.utils.files import locked, read_json, write_json, write_jsonl
+from recipes.utils.files import adapter_sha256, locked, read_json, write_json, write_jsonl
 from recipes.utils.model import (
     adapter_shapes,
     base_hashes,
@@ -66,6 +66,7 @@ class Run:
     checkpoint: str | None = None  # to go on from
     findings: list[Finding] = dataclasses.field(default_factory=list)
     accepted: list[str] = dataclasses.field(default_factory=list)  # changes that a resume was allowed
+    continues: dict | None = None  # the run that model.adapter is of
     description: dict = dataclasses.field(default_factory=dict)  # of all that decides what a step computes
 
 
@@ -169,6 +170,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
     """Describe the run, and at a resume compare that with the checkpoint's description. Raises `UserError` naming each
     setting that differs, unless `--accept-changes` was given, and always for other shapes or numbers of processes."""
     run.description = _describe(run, config, trainer, train, validation)
+    run.continues = _continued(config, trainer.model, run.description)
     if run.checkpoint is None:
         return
     before, now = read_manifest(Path(run.checkpoint))["run"], run.description
@@ -177,7 +179,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         return
     before.setdefault("model.fast_lora", False)  # runs from before it was a setting
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
-    if changed.keys() & {"data.train", "chat template", "tokenizer", "training.max_length"}:
+    if changed.keys() & {"data.train", "data.exclude", "chat template", "tokenizer", "training.max_length"}:
         changed.pop("rows", None)  # that is why
     if len(changed) > 1:
         changed.pop("validation rows", None)
@@ -210,6 +212,30 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         say(f"resume: accepted: {line}")
 
 
+def _continued(config: Config, model, description: dict) -> dict | None:
+    """What run.json says of the run that `model.adapter` goes on from; None for an adapter of another tool. Raises
+    `UserError` where base, tokenizer or template differ (but with `--accept-changes`), or the adapter's shapes."""
+    folder = Path(config.model.adapter or "")
+    if not config.model.adapter or not (record := _record_of(folder)):
+        return None
+    before, kept = record.get("description", {}), ("name", "started", "finished", "data_sha256", "continues")
+    compared = ("base", "tokenizer", "chat template")  # a run of an older version has another digest of its base
+    wrong = [key for key in compared if key in before and before[key] != description[key]]
+    if stored_shapes(folder) != adapter_shapes(model):
+        raise UserError(f"model.adapter: {folder} has other tensors than its adapter_config.json says")
+    if wrong and not config.accept_changes:
+        mend = "give the model section of that run, or go on all the same with --accept-changes"
+        raise UserError(f"model.adapter: {folder} was trained with another {' and '.join(wrong)}; {mend}")
+    known = {key: record[key] for key in kept if key in record}
+    return {"run": str(folder), **known, "adapter_sha256": adapter_sha256(folder)}
+
+
+def _record_of(folder: Path) -> dict | None:
+    """The run.json of an adapter folder, which may be a run's checkpoint; None for another tool's."""
+    places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    return next((read_json(place / "run.json") for place in places if (place / "run.json").is_file()), None)
+
+
 def _describe(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
     """{setting: value} of all that decides what a step computes, as JSON has it. Data, template, tokenizer and base are
     digests of their content; the rows are those that the trainer has made of them, packed or not."""
@@ -221,7 +247,8 @@ def _describe(run: Run, config: Config, trainer, train: Prepared, validation: Pr
         validated = _digest(" ".join(validation.files.values()))
     adapter = model.peft_config["default"].to_dict().items()
     description = {
-        "data.train": _digest(" ".join(train.files.values())), "data.validation": validated,
+        "data.train": _digest(" ".join([*train.files.values(), *map(repr, train.counts.mixture.items())])),
+        "data.validation": validated, "data.exclude": _digest(json.dumps(train.counts.excluded)),
         **{f"data.{key}": getattr(config.data, key) for key in ("over_length", "train_on", "system", "control_tokens")},
         "chat template": _digest(tokenizer.chat_template or ""), "base": _digest(json.dumps(run.base_sha256)),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
@@ -324,6 +351,7 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         "base_sha256": run.base_sha256,
         "findings": [finding._asdict() for finding in [*findings, *run.findings]], "description": run.description,
     }  # fmt: skip
+    record |= {"continues": run.continues} if run.continues else {}
     if run.checkpoint and (run.folder / "run.json").is_file():
         old = read_json(run.folder / "run.json", {"started": str, "resumed": list | None, "versions": dict})
         again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}

@@ -41,6 +41,7 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
         "device": device_name(args.use_cpu) + (f" × {processes}" if processes > 1 else ""),
         "checkpoints": check_disk(args, trainer.model, steps), "files": f"{shapes} rows{ignored}" if shapes else None,
         "rows": f"{len(train.rows):,} train, {len(validation.rows) if validation else 0:,} validation",
+        "an epoch": ", ".join(f"{number:,} rows of {path}" for path, number in counts.mixture.items()) or None,
         "split": f"{counts.split:,} {split}" if counts.split else None,
         "not used": _left_out(counts, validation.counts if validation else Counts(), args, config.data.over_length),
         "tokens": tokens, "packing": packing, "effective batch": batch, "steps": f"{steps:,} ({an_epoch:,} an epoch)",
@@ -135,4 +136,5 @@ def _left_out(train: Counts, validation: Counts, args, over_length: str) -> str 
         lost[f"bad {part} rows (listed in bad_rows.jsonl)"] = sum(counts.bad_kinds.values())
     lost["rows end without an answer (trimmed)"] = train.trimmed
     lost["rows begin with an answer (read, not learnt)"] = train.opened
+    lost["rows named in data.exclude"] = len(train.excluded | validation.excluded)
     return "; ".join(f"{number:,} {what}" for what, number in lost.items() if number) or None
