@@ -104,7 +104,8 @@ def evaluate_adapter(
     metrics_of_user, system = scoring.read_metrics(metric or []), scoring.read_system(system)
     chats, settings = scoring.rows_to_score(record, data), (max_rows, max_new_tokens)
     parts = {"predictions": chats} | ({"forgetting": read_chats(forgetting)} if forgetting else {})
-    encoder = Encoder(scoring.load_adapter_tokenizer(run_folder, record), escape=True)
+    tokenizer = scoring.load_adapter_tokenizer(run_folder, record)
+    encoder = Encoder(tokenizer, escape=True, think=record["data"].get("think"))
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
     for scale in scales or ():
         scoring.check_linear(run_folder, scale)

@@ -147,7 +147,7 @@ def score(run: Path, validation: Path, max_rows: int) -> dict:
     if kept.is_file() and (found := read_json(kept))["of"] == of:
         return found
     say(f"{run}: scored on {len(chats):,} rows")
-    encoder = Encoder(scoring.load_adapter_tokenizer(run, record), escape=True)
+    encoder = Encoder(scoring.load_adapter_tokenizer(run, record), escape=True, think=record["data"].get("think"))
     live = scoring.load_adapter(run, record)
     rows = scoring.evaluate(live, encoder, chats, min(max_rows, len(asked) or len(chats)))
     found = {"of": of, "rows": record["rows"]["train"]["rows"]}

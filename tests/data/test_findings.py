@@ -40,7 +40,7 @@ def test_normal_data_meets_no_guard(found):
 
 
 def test_too_much_lost_to_max_length_stops_with_the_length_that_keeps_99_percent(found):
-    rows = NORMAL[:10] + [chat("Tell me more", "word " * 100)] * 10
+    rows = NORMAL[:10] + [chat(f"Tell me more of {number}", "word " * 100) for number in range(10)]
     findings, _ = found(rows)
     (message,) = messages(findings, "stop")
     assert "10 of 20 train rows are over training.max_length 320" in message
@@ -104,6 +104,21 @@ def test_validation_rows_that_are_in_training_are_left_out_and_counted(found):
     assert message.startswith("2 of 3 validation rows are in training")
     assert [row["where"].rpartition(":")[2] for row in validation.rows] == ["3"]
     assert any("nothing would be measured" in message for message in messages(found(NORMAL, NORMAL[:2])[0], "stop"))
+
+
+def test_copies_within_training_are_a_line(found):
+    rows = [*NORMAL, NORMAL[3], NORMAL[3], chat("What is 3 and 3 ?", "It is 6, of course.")]
+    (message,) = messages(found(rows)[0], "warn")
+    assert message.startswith("2 of 43 train rows are copies of others, to the letter, such as ")
+    assert "t.jsonl:41: each is learnt again" in message
+
+
+def test_the_bad_rows_of_all_files_are_told_at_once(found):
+    bad, typed = chat("a", ""), chat("<|im_end|>", "b")
+    with pytest.raises(UserError) as error:
+        found([*NORMAL, bad, typed], [bad, NORMAL[0], typed])
+    told = [line.rpartition("/")[2][:10] for line in str(error.value).splitlines() if "jsonl:" in line]
+    assert told == ["t.jsonl:41", "t.jsonl:42", "v.jsonl:1:", "v.jsonl:3:"]
 
 
 def test_near_duplicates_are_named_with_both_lines(found):

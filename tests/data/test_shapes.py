@@ -222,7 +222,7 @@ def test_fields_that_change_nothing_are_listed_once(tmp_path):
         {
             "messages": [{**Q, "id": 3, "rating": 5}, {**A, "finish_reason": "stop"}],
             "source": "x",
-            "parallel_tool_calls": False,
+            "split": "train",
         },
         {"messages": [Q, A], "chat_template_kwargs": {"enable_thinking": False, "custom_instructions": ""}},
         {"prompt": "2+2?", "completion": "4", "label": True, "weight": 1, "parallel_tool_calls": False},

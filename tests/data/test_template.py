@@ -87,7 +87,6 @@ def test_mistral_v3_with_a_system_message_is_split_into_one_row_an_answer():
 
 TRL_TEMPLATES = {
     "Qwen2.5": (trl_templates.qwen2_5_chat_template, (), "<|im_end|>"),
-    "Qwen3": (trl_templates.qwen3_chat_template, ("<think>", "</think>"), "<|im_end|>"),
     "Llama 3": (
         trl_templates.llama3_chat_template,
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -107,8 +106,7 @@ def test_models_that_trl_knows_are_trained_by_its_templates_on_the_answers_alone
     row = CHATS["three turns"]
     encoded = Encoder(tokenizer).encode([Chat(row["messages"], "f:1")])[0]
     answers = [message["content"] + end for message in row["messages"] if message["role"] == "assistant"]
-    thinking = "<think>\n\n</think>\n\n"  # Qwen3's template opens the last answer with an empty thought
-    assert [text.removeprefix(thinking) for text in trained_texts(tokenizer, encoded)] == answers
+    assert trained_texts(tokenizer, encoded) == answers
     assert Encoder(tokenizer).stop_ids[0] == tokenizer.convert_tokens_to_ids(end)
 
 
@@ -144,7 +142,7 @@ def test_each_template_that_trl_ships_is_trained_exactly_or_refused_with_its_rea
     tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "any")
     print(f"{path.stem}: {reason}")
     messages = chat("2+2?", "It is 4", "And\n3+3?", "6\n\nindeed", "Sure?", "Yes 🙂")["messages"]
-    encoder, learnt = Encoder(tokenizer), []
+    encoder, learnt = Encoder(tokenizer, think="drop"), []  # the thoughts of test_thoughts.py aside
     prompts = [encoder.prompt_ids(messages[:place]) for place in (1, 3, 5)]
     for row in encoder.encode([Chat(messages, "f:1")]):
         starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
@@ -154,15 +152,17 @@ def test_each_template_that_trl_ships_is_trained_exactly_or_refused_with_its_rea
     for answer in ("It is 4", "6\n\nindeed", "Yes 🙂"):
         (text,) = [text for text in learnt if answer in text]
         before, _, after = text.partition(answer)
-        assert not before or before.startswith(("<", "\n</think>", "\n<think>", " to=user"))  # channels and thoughts
+        assert not before.strip() or (before.startswith(("<", " to=user")) and "think" not in before)  # channels
         assert re.search("|".join(map(re.escape, encoder.control_tokens)), after)
         assert "\n" not in after
 
 
 def test_a_twin_of_trls_comes_before_the_general_way():
-    tokenizer = tokenizer_of(shipped("qwen3"))
-    chosen = choose_chat_template(tokenizer, "auto", "qwen3")
-    assert chosen == (shipped("qwen3_training"), "TRL's training twin of the model's own")
+    tokenizer = tokenizer_of(shipped("qwen2_5"))
+    chosen = choose_chat_template(tokenizer, "auto", "qwen2")
+    assert chosen == (shipped("qwen2_5_training"), "TRL's training twin of the model's own")
+    # Qwen3's writes the thoughts of earlier answers, which its own leaves out.
+    assert choose_chat_template(tokenizer_of(shipped("qwen3")), "auto", "qwen3")[0] == shipped("qwen3")
     # Phi-3's marks a second span for the <|endoftext|> that ends the text, so its own is taken without marks.
     template, reason = choose_chat_template(tokenizer_of(shipped("phi3")), "auto", "phi3")
     assert template == shipped("phi3")
@@ -178,7 +178,8 @@ def test_published_forms_that_trl_has_not_are_trained_as_they_are_served(name):
     tokenizer = tokenizer_for(FORMS[name], end, ["[INST]", "[/INST]"], bos="<s>")
     served = copy.deepcopy(tokenizer)
     tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "mistral")
-    encoder, messages = Encoder(tokenizer), CHATS["three turns"]["messages"]
+    encoder, messages = Encoder(tokenizer, think="drop"), CHATS["three turns"]["messages"]
+    served.chat_template = served.chat_template if name != "smollm3" else encoder.template
     (row,) = encoder.encode([Chat(messages, "f:1")])
     for place in (1, 3, 5):
         ids = served.apply_chat_template(messages[:place], add_generation_prompt=True, return_dict=False)
@@ -187,19 +188,6 @@ def test_published_forms_that_trl_has_not_are_trained_as_they_are_served(name):
     answers = [messages[place]["content"] + end for place in (1, 3, 5)]
     assert [text.lstrip() for text in trained_texts(tokenizer, row)] == answers
     assert encoder.stop_ids[0] == tokenizer.convert_tokens_to_ids(end)
-
-
-def test_a_thought_that_the_prompt_opens_is_the_answers_own_or_an_empty_one():
-    tokenizer = tokenizer_of(shipped("deepseek_r1_distill"))
-    tokenizer.chat_template, reason = choose_chat_template(tokenizer, "auto", "qwen2")
-    assert "gets an empty one" in reason
-    thought, end = "<think>\nA sum.\n</think>\n\n4", "<｜end▁of▁sentence｜>"
-    learnt = {"4": "\n</think>\n\n4", thought: thought.removeprefix("<think>\n")}
-    for answer, expected in learnt.items():
-        (row,) = Encoder(tokenizer).encode([Chat(chat("2+2?", answer)["messages"], "f:1")])
-        assert trained_texts(tokenizer, row) == [expected + end]
-    rows = Encoder(tokenizer).encode([Chat(chat("2+2?", "4", "3+3?", "6")["messages"], "f:1")])
-    assert sorted(trained_texts(tokenizer, row)[0] for row in rows) == [f"\n</think>\n\n{n}{end}" for n in (4, 6)]
 
 
 WRONG = {
@@ -247,7 +235,7 @@ def test_a_part_of_an_answer_that_a_template_drops_is_refused_and_history_withou
     kept = "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
     tokenizer = qwen_tokenizer(CHATML.replace("message['content']", kept))
     tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "llama")
-    answers = ["<think>Hm.</think>4", "<think>Oh.</think>6"]
+    answers = ["<think>\nHm.\n</think>\n\n4", "<think>\nOh.\n</think>\n\n6"]
     rows = Encoder(tokenizer).encode([Chat(chat("2+2?", answers[0], "3+3?", answers[1])["messages"], "f:1")])
     assert sorted(trained_texts(tokenizer, row)[0] for row in rows) == [f"{answer}<|im_end|>" for answer in answers]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from recipes.utils.console import UserError, find_data_files
-from recipes.utils.data.shapes import BadRow, check_characters, conversation, system_merged
+from recipes.utils.data.shapes import BadRow, check_characters, conversation, split_thought, system_merged
 
+Think = Literal["keep", "mask", "drop"]
 MOST_KEPT, LONGEST_KEPT = 10_000, 500  # bad rows that are listed in bad_rows.jsonl, and characters of each
 LONGEST_LINE, LONGEST_ARRAY = 16 << 20, 256 << 20  # bytes; a .gz of a few megabytes may hold gigabytes
 MOST_ERRORS = 20  # kinds of bad rows that are told one by one
@@ -43,6 +44,7 @@ class DataOptions:
     on_bad_row: Literal["error", "skip"] = "error"  # skip: bad rows are listed in RUN/bad_rows.jsonl
     train_on: Literal["all", "last"] = "all"  # answers of a chat that carry loss
     system: Literal["keep", "merge"] = "keep"  # merge: into the user turn that follows
+    think: Think | None = None  # thoughts; by default kept, where any train row has one
     control_tokens: Literal["refuse", "escape"] = "refuse"  # escape: typed ones are encoded as plain text
     exclude: str | None = None  # a file that names rows to leave out: file:line or a fingerprint, one a line
     ledger: bool = True  # keep the loss of each training row at each epoch, in RUN/ledger.jsonl
@@ -245,7 +247,7 @@ def _checked(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict
         found, mend = ("every answer has weight 0", "remove the row") if answers else ("no assistant turn", "add one")
         raise BadRow("no answer", f"{found}, so there is nothing to learn; {mend}")
     reading.shapes[shape] += 1
-    reading.thoughts += any("reasoning_content" in messages[n] or "</think>" in messages[n]["content"] for n in answers)
+    reading.thoughts += any(split_thought(messages[place])[0] for place in answers)
     if not unread.issubset(reading.ignored_keys):
         reading.ignored_keys = sorted(unread.union(reading.ignored_keys))
     reading.trimmed += messages[-1]["role"] != "assistant"

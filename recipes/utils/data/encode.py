@@ -3,7 +3,6 @@ Exactly each answer and its end-of-turn token carry loss, and each follows the v
 
 import re
 from functools import cached_property
-from itertools import chain, pairwise
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -11,9 +10,10 @@ from tokenizers import Tokenizer
 
 from recipes.utils.console import UserError
 from recipes.utils.data.chats import Chat
-from recipes.utils.data.shapes import BadRow
-from recipes.utils.data.template import ANSWER, USER, answer_spans, control_tokens, opens_chat, render
+from recipes.utils.data.shapes import BadRow, split_thought
+from recipes.utils.data.template import ANSWER, USER, answer_spans, control_tokens, opens_chat, read_thoughts, render
 
+HERMES = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 MARK = "\ufdd0"  # a code point that is no character, so it stands in no text
 
 
@@ -38,10 +38,16 @@ class Encoded(NamedTuple):
 
 class Encoder:
     """Renders, tokenises and labels chats by the template of `tokenizer`, of which it holds a copy: make one, keep it.
-    No text of a user may become a control token: a typed one is refused, or with `escape` encoded as plain text."""
+    No text of a user may become a control token: a typed one is refused, or with `escape` encoded as plain text.
+    `think` is what becomes of thoughts: "keep", "mask" (read, not learnt) or "drop"; by default as the template asks.
+    `template` is the tokenizer's, switched accordingly: the one to save. An answer without a thought is learnt after
+    the prompt that asks for none, so that no empty thought is learnt."""
 
-    def __init__(self, tokenizer, escape: bool = False):
-        self.tokenizer, self.escape = tokenizer, escape
+    def __init__(self, tokenizer, escape: bool = False, think: str | None = None):
+        self.tokenizer, self.escape, self.thoughts = tokenizer, escape, read_thoughts(tokenizer)
+        switched_off = tokenizer.chat_template == self.thoughts.off != self.thoughts.on
+        self.think = think or ("drop" if switched_off else "keep")
+        self.template = self.thoughts.off if self.think == "drop" else self.thoughts.on
         self.control_tokens = control_tokens(tokenizer)
         self.control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control_tokens)))
         self._typed = re.compile("|".join(map(re.escape, self.control_tokens)))
@@ -63,7 +69,7 @@ class Encoder:
 
     def documents(self, chat: Chat, train_on: str = "all") -> list[Document]:
         """The rows of a chat as text. Raises `BadRow` if the template cannot carry it or a control token is refused."""
-        messages, tools, escaped = self._guarded(chat.messages, chat.tools)
+        messages, tools, escaped = self._guarded(self._read(chat.messages), chat.tools)
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [place for place in answers if messages[place].get("weight") != 0 and not opens_chat(messages, place)]
         wanted = wanted[-1:] if train_on == "last" else wanted
@@ -74,20 +80,22 @@ class Encoder:
             _check_carried(text, messages, tools)
             here, straddled = [], False
             for index in wanted:
-                if spans[index] and not straddled:
-                    here.append(index)
+                together = spans[index] and self._mode(messages[: index + 1]) == self._mode(messages)
+                if together and not straddled and (cut := self._learnt(text, spans[index], messages[index])):
+                    here.append((index, cut))
                     # White space on both sides of an answer's beginning: cut apart here it is two tokens, and in the
                     # prompt of a later answer, where this one is history, it may be one.
-                    straddled = text[spans[index][0] - 1 : spans[index][0] + 1].isspace()
-            rows = [Document(_cut(text, [spans[index] for index in here]), chat.where, escaped, False)] if here else []
-            for index in sorted(set(wanted) - set(here)):
+                    straddled = text[cut[0] - 1 : cut[0] + 1].isspace()
+            rows = [Document(_cut(text, [cut for _, cut in here]), chat.where, escaped, False)] if here else []
+            for index in sorted(set(wanted) - {index for index, _ in here}):
                 text, spans = self._spans(messages[: index + 1], tools)
                 if not spans[index]:
-                    sent = render(self.tokenizer, messages[:index], tools, True)[0][-20:]
-                    raise TemplateError(
-                        f"answer {len(spans)} does not follow the prompt that inference sends, {sent!r}"
-                    )
-                rows.append(Document(_cut(text, [spans[index]]), chat.where, escaped, True))
+                    sent = self._prompt(messages[:index], tools, self._mode(messages[: index + 1]))[-20:]
+                    what = f"answer {len(spans)} does not follow the prompt that inference sends, {sent!r}"
+                    raise TemplateError(what)
+                if not (cut := self._learnt(text, spans[index], messages[index])):
+                    raise TemplateError("it leaves out a thought; --data.think drop leaves out all of them")
+                rows.append(Document(_cut(text, [cut]), chat.where, escaped, True))
         except TemplateError as error:
             what = f"the chat template cannot carry this conversation: {error.message}"
             if messages[0]["role"] == "system" and "system" in what.casefold():
@@ -114,10 +122,13 @@ class Encoder:
             encoded.append(Encoded(ids, labels, document.where, len(labels) - labels.count(-100), stops))
         return encoded
 
-    def prompt_ids(self, messages: list[dict], tools=None) -> list[int]:
-        """The token ids that inference sends where an answer to `messages` is due, escaped as for training."""
+    def prompt_ids(self, messages: list[dict], tools=None, answer: dict | None = None) -> list[int]:
+        """The token ids that inference sends where an answer to `messages` is due, escaped as for training; asking for
+        a thought as the template has it by default, or where the `answer` is known, if that has one."""
+        template = self._mode(self._read([answer])) if answer else self.template
+        messages = self._read(messages)
         messages, tools, escaped = self._guarded(messages, tools) if self.escape else (messages, tools, False)
-        text = render(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
+        text = self._prompt(messages, tools, template)
         plain = self.tokenizer.backend_tokenizer.encode
         return self._escaped_ids(text, first=True) if escaped else plain(text, add_special_tokens=False).ids
 
@@ -126,6 +137,60 @@ class Encoder:
         """The ids that end an answer: the template's end-of-turn token first, then the tokenizer's EOS."""
         learnt = [label for label in self.encode([Chat([USER, ANSWER], "")])[0].labels if label != -100]
         return list(dict.fromkeys([learnt[-1], self.tokenizer.eos_token_id]))
+
+    def prompts(self, chat: Chat) -> list[tuple[list[dict], str | None]]:
+        """(messages, template) of the prompt of each answer, as inference renders them; None for the saved template."""
+        messages = self._read(chat.messages)
+        asked = [n for n, turn in enumerate(messages) if turn["role"] == "assistant" and not opens_chat(messages, n)]
+        modes = [self._mode(messages[: place + 1]) for place in asked]
+        shown = [self.thoughts.shown(messages[:place]) for place in asked]
+        return list(zip(shown, [None if mode == self.template else mode for mode in modes], strict=True))
+
+    def _read(self, messages: list[dict]) -> list[dict]:
+        """The messages with thoughts apart from answers, where the template has a place for them, or without; and
+        results of tools without the tags that the template writes itself. Raises `BadRow` if it has no place."""
+        found, apart = [], self.thoughts.place or self.think == "drop"
+        for number, message in enumerate(messages, start=1):
+            if message["role"] == "assistant":
+                if "reasoning_content" in message and not apart:
+                    mend = "write it into the content as <think>...</think>, or --data.think drop"
+                    raise BadRow("thought", f"turn {number}: the chat template has no place for its thought; {mend}")
+                if apart and ("reasoning_content" in message or "</think>" in message["content"]):
+                    thought, answer = split_thought(message)
+                    message = {**message, "content": answer} | ({"reasoning_content": thought} if thought else {})
+                    if self.think == "drop":
+                        message.pop("reasoning_content", None)
+                    if not answer.strip() and "tool_calls" not in message:
+                        raise BadRow("empty answer", f"turn {number}: the answer is a thought alone; remove the row")
+            elif message["role"] == "tool" and "<tool_response>" in message["content"]:
+                parts = HERMES.findall(message["content"])
+                if "<tool_response>" in self.template and not HERMES.sub("", message["content"]):
+                    found += [{**message, "content": part} for part in parts]
+                    continue
+            found.append(message)
+        return found
+
+    def _mode(self, messages: list[dict]) -> str:
+        """The template for the last of `messages`, an answer: with its thinking on, or off where it has no thought."""
+        return self.thoughts.on if "reasoning_content" in messages[-1] else self.thoughts.off
+
+    def _prompt(self, messages: list[dict], tools, template: str) -> str:
+        return render(self.tokenizer, self.thoughts.shown(messages), tools, True, template)[0]
+
+    def _learnt(self, text: str, span: tuple[int, int], message: dict) -> tuple[int, int, int] | None:
+        """(start of an answer in the text, start of what is learnt of it, end); None if its thought is not there."""
+        start, end = span
+        thought = message.get("reasoning_content") or ("</think>" if "</think>" in message["content"] else "")
+        if (place := text.find(thought, start, end)) < 0:
+            return None
+        if not thought or self.think != "mask":
+            return start, start, end
+        place += len(thought) if thought != "</think>" else 0
+        closed = re.compile(r"\s*</think>\s*").match(text, place)
+        begins = closed.end() if closed else text.find(message["content"] or MARK, place, end)
+        if begins < 0:
+            raise TemplateError("where a thought ends cannot be told; --data.think keep learns it")
+        return start, begins, end
 
     def _guarded(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict] | None, bool]:
         """(messages, tools, whether one was escaped): control tokens typed in text are refused, or broken by `MARK`."""
@@ -163,19 +228,24 @@ class Encoder:
 
     def _spans(self, messages, tools) -> tuple[str, dict]:
         """What `answer_spans` finds, which renders each prompt to decide it, but once for a form of conversation (its
-        roles): where a row is the form's fixed text around its own messages, letter by letter, its answers begin and
-        end where those of the form did."""
+        roles, and which have thoughts): where a row is the form's fixed text around its own texts, letter by letter,
+        its answers begin and end where those of the form did."""
+        template, shown = self._mode(messages), self.thoughts.shown(messages)
         if tools or any("tool_calls" in message for message in messages):
-            return answer_spans(self.tokenizer, messages, tools)
-        form = tuple(message["role"] for message in messages)
+            return answer_spans(self.tokenizer, shown, tools, template)
+        texts = {f"{number}{key[0]}": message[key] for number, message in enumerate(messages)
+                 for key in ("content", "reasoning_content") if key in message}  # fmt: skip
+        form = tuple(message["role"] for message in messages), tuple(texts)
         if form not in self._forms:
-            probes = [{"role": role, "content": f"{MARK}{number}{MARK}"} for number, role in enumerate(form)]
-            self._forms[form] = answer_spans(self.tokenizer, probes)
+            probes = [{"role": message["role"]} | {
+                key: f"{MARK}{number}{key[0]}{MARK}" for key in ("content", "reasoning_content") if key in message
+            } for number, message in enumerate(messages)]  # fmt: skip
+            self._forms[form] = answer_spans(self.tokenizer, self.thoughts.shown(probes), None, template)
         probe, spans = self._forms[form]
-        text, pattern = render(self.tokenizer, messages)[0], f"{MARK}(\\d+){MARK}"
-        if text != re.sub(pattern, lambda number: messages[int(number[1])]["content"], probe):
-            return answer_spans(self.tokenizer, messages)
-        grown = [(m.end(), len(messages[int(m[1])]["content"]) - len(m[0])) for m in re.finditer(pattern, probe)]
+        text, pattern = render(self.tokenizer, shown, template=template)[0], f"{MARK}(\\d+[cr]){MARK}"
+        if text != re.sub(pattern, lambda mark: texts[mark[1]], probe):
+            return answer_spans(self.tokenizer, shown, None, template)
+        grown = [(mark.end(), len(texts[mark[1]]) - len(mark[0])) for mark in re.finditer(pattern, probe)]
 
         def moved(place: int) -> int:
             return place + sum(by for end, by in grown if end <= place)
@@ -183,9 +253,13 @@ class Encoder:
         return text, {index: span and (moved(span[0]), moved(span[1])) for index, span in spans.items()}
 
 
-def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
-    borders = [0, *chain.from_iterable(spans), len(text)]  # what lies between them is read and learnt in turn
-    return [(text[start:end], place % 2 == 1) for place, (start, end) in enumerate(pairwise(borders))]
+def _cut(text: str, spans: list[tuple[int, int, int]]) -> list[tuple[str, bool]]:
+    pieces, read = list[tuple[str, bool]](), 0
+    for start, learnt, end in spans:
+        thought = [(text[start:learnt], False)] * (learnt > start)
+        pieces += [(text[read:start], False), *thought, (text[learnt:end], True)]
+        read = end
+    return [*pieces, (text[read:], False)]
 
 
 def _check_carried(text: str, messages, tools) -> None:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,10 @@ from rensa import RMinHash
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError, find_data_files, say
-from recipes.utils.data.chats import Chat, DataOptions, Reading, held_out, stream_chats
+from recipes.utils.data.chats import Chat, DataOptions, Reading, Think, held_out, stream_chats
 from recipes.utils.data.encode import Document, Encoded, Encoder
 from recipes.utils.data.shapes import BadRow
-from recipes.utils.data.template import embedding_rows, opens_chat
+from recipes.utils.data.template import embedding_rows, read_thoughts
 from recipes.utils.files import file_hash, read_json, sync, sync_path, write_json
 
 BATCH = 1000  # rows
@@ -66,6 +67,9 @@ class Counts(Reading):
     lost_tokens: int = 0  # their tokens beyond it, or all of them where they are dropped
     dropped: int = 0  # rows, for their length or because no answer is left in them
     split: int = 0  # rows that are one answer of a chat
+    duplicates: int = 0  # rows that stand here before, to the letter
+    duplicate: str = ""  # the first of them, file:line
+    think: Think | None = None  # what became of thoughts: keep, mask, drop, or None where nothing was to be decided
     no_stop: int = 0  # rows with an answer whose last token is no control token
     largest_id: int = 0  # of a token
     all_tokens: int = 0  # of all rows, the dropped ones too
@@ -87,7 +91,8 @@ class Prepared:
 
 def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple[Prepared, Prepared | None]:
     """The train and the validation rows (or None), memory-mapped, by `max_length` and `seed` of the SFTConfig `args`.
-    `report` prints what was found. Raises `UserError` for bad rows, no rows, and with `report` what cannot be right."""
+    The chat template of `tokenizer` is switched to what was learnt: no thoughts, where no train row has one. `report`
+    prints what was found. Raises `UserError` for bad rows, no rows, and with `report` what cannot be right."""
     share = options.validation if isinstance(options.validation, float) else None
     if share is not None and not 0 < share < 1:
         raise UserError(f"data.validation: {share} is not a share between 0 and 1, nor a file")
@@ -95,19 +100,33 @@ def prepare(options: DataOptions, tokenizer, args, report: bool = True) -> tuple
     sources: dict = {("train",) if share is None else ("train", "validation"): train_paths(options.train)}
     if not isinstance(options.validation, float | None):
         sources["validation",] = options.validation
-    parts, signatures = {}, {}
+    parts, signatures, wrong = {}, {}, []
     for names, paths in sources.items():
         files = {str(path): file_hash(path) for path in find_data_files(paths)}
         key = _key(names, files, options, tokenizer, args)
-        for part, (prepared, signed) in _cached(key, files, names, paths, options, tokenizer, args).items():
+        try:
+            made = _cached(key, files, names, paths, options, tokenizer, args)
+        except UserError as error:  # all that is bad is told at once
+            wrong.append(str(error))
+            continue
+        for part, (prepared, signed) in made.items():
             found = [*_wrong_with(prepared, part, options, args, tokenizer), *prepared.findings]
             parts[part], signatures[part] = replace(prepared, files=files, findings=found), signed
+        if "train" in names:  # the other rows are treated as these are
+            options = replace(options, think=parts["train"].counts.think)
+            tokenizer.chat_template = Encoder(tokenizer, think=options.think).template
+    if wrong:
+        raise UserError("\n".join(wrong))
     train, validation = parts["train"], parts.get("validation")
     named = {entry for part in parts.values() for entries in part.counts.excluded.values() for entry in entries}
     named |= {row["where"] for part in parts.values() for row in part.counts.bad}
     for entry, line in read_excluded(options.exclude).items():
         if entry not in named:
             raise UserError(f"{options.exclude}:{line}: {entry} names no row of data.train and data.validation")
+    if report and (train.counts.think or train.counts.thoughts):
+        left_out = "left out; " * (train.counts.thoughts > 0) + "the template that is saved asks for none"
+        treated = {"mask": "read, not learnt", "drop": left_out}.get(train.counts.think or "", "learnt")
+        say(f"thoughts: {train.counts.thoughts:,} of {sum(train.counts.shapes.values()):,} rows have one; {treated}")
     if validation:
         validation = _without_copies(train, validation, signatures)
     if any(entry.get("repeat") != 1 for entry in entries):
@@ -191,6 +210,7 @@ class _Part:
         features = Features({"input_ids": ids, "labels": ids, "where": where, "fingerprint": text})
         self.writer = ArrowWriter(features=features, path=str(path))
         self.counts, self.findings, self.lengths = Counts(), list[Finding](), list[int]()  # of all rows, in tokens
+        self.seen = set[int]()  # hashes of the texts of rows
         self.signed: dict[str, list[int]] = {}  # file:line: [the row's number, its signature]
 
     def add(self, chat: Chat, document: Document, row: Encoded) -> Encoded | None:
@@ -213,6 +233,10 @@ class _Part:
             return None
         if self.options.validation is not None and len(self.signed) < ROWS_SIGNED and row.where not in self.signed:
             self.signed[row.where] = [counts.rows, *signature(chat)]
+        if (text := hash(tuple(document.pieces))) in self.seen:
+            counts.duplicates += 1
+            counts.duplicate = counts.duplicate or row.where
+        self.seen.add(text)
         counts.rows += 1
         counts.largest_id = max(counts.largest_id, max(row.input_ids))
         counts.tokens += len(row.input_ids)
@@ -221,11 +245,11 @@ class _Part:
         self.writer.write({**values, "fingerprint": fingerprint(chat)}, writer_batch_size=BATCH)
         return row
 
-    def finish(self, reading: Reading) -> list:
+    def finish(self, reading: Reading, think: Think | None) -> list:
         """Complete the files of the part; [its counts, what was found]."""
         self.writer.finalize()
         np.save(self.path.with_suffix(".npy"), np.array(list(self.signed.values()), np.uint32))
-        self.counts.all_tokens = sum(self.lengths)
+        self.counts.all_tokens, self.counts.think = sum(self.lengths), think
         self.counts.length_99 = int(np.percentile(self.lengths, 99, method="higher")) if self.lengths else 0
         rows, edges = np.histogram(self.lengths, 16)
         self.counts.length_histogram = {"rows": rows.tolist(), "edges": edges.tolist()}
@@ -234,7 +258,8 @@ class _Part:
 
 def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, tokenizer, args) -> dict:
     """Write the rows that `paths` hold to an Arrow file a part in `folder`, and return {part: [counts, findings]}."""
-    reading, encoder = Reading(), Encoder(tokenizer, options.control_tokens == "escape")
+    encoder = Encoder(tokenizer, options.control_tokens == "escape", think := _think(paths, options, tokenizer))
+    reading, tokenizer.chat_template = Reading(), encoder.template
     share = options.validation if isinstance(options.validation, float) else None
     parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length) for part in names}
     with tempfile.TemporaryDirectory() as saved:
@@ -246,13 +271,24 @@ def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, to
         kept = parts[part].add(chat, document, row)
         # a typed control token that was escaped is a real one to a server that reads text
         if kept and part == "train" and number <= ROWS_COMPARED and not parts[part].findings and not document.escaped:
-            parts[part].findings = _prompt_parity(chat, kept, served)
+            parts[part].findings = _prompt_parity(chat, kept, served, encoder)
         if number % BATCH == 0 and time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"prepared {number:,} rows, {number / (told - started):,.0f} a second")
     if options.on_bad_row == "error":
         reading.raise_if_bad()
-    return {name: part.finish(reading) for name, part in parts.items()}
+    return {name: part.finish(reading, think) for name, part in parts.items()}
+
+
+def _think(paths, options: DataOptions, tokenizer) -> Think | None:
+    """What becomes of thoughts: as asked for, else kept where any row has one; None where the template has no switch,
+    and a thought can only be kept."""
+    thoughts = read_thoughts(tokenizer)
+    if options.think or thoughts.on == thoughts.off:
+        return options.think
+    reading = Reading()
+    chats = stream_chats(paths, reading, options.system == "merge")
+    return "keep" if any(reading.thoughts for _ in chats) else "drop"
 
 
 def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple]:
@@ -278,16 +314,16 @@ def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) ->
             waiting = (batch, job) if batch else None
 
 
-def _prompt_parity(chat: Chat, row: Encoded, served) -> list[Finding]:
+def _prompt_parity(chat: Chat, row: Encoded, served, encoder: Encoder) -> list[Finding]:
     """A finding where a trained answer follows none of the prompts that inference sends, by the tokenizer `served`."""
-    places = [place for place, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
-    asked = [chat.messages[:place] for place in places if not opens_chat(chat.messages, place)]
-    settings = {"tools": chat.tools, "add_generation_prompt": True, "return_dict": False}
-    prompts = [served.apply_chat_template(prompt, **settings) for prompt in asked]
+    served_as = partial(served.apply_chat_template, tools=chat.tools, add_generation_prompt=True, return_dict=False)
+    prompts = [served_as(messages, chat_template=template) for messages, template in encoder.prompts(chat)]
     starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
+    masked = encoder.think == "mask"  # a thought stands between the two
+    found = all(any(row.input_ids[: len(ids) if masked else start] == ids for ids in prompts) for start in starts)
     odd = f"{chat.where}: the training row does not begin with the tokens that inference sends for its prompt"
     stop = Finding("stop", f"{odd}; the chat template and the saved tokenizer do not agree")
-    return [] if all(row.input_ids[:start] in prompts for start in starts) else [stop]
+    return [] if found else [stop]
 
 
 def signature(chat: Chat) -> list[int]:
@@ -328,6 +364,9 @@ def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, token
         beyond = f"{where}: {tokenizer.convert_ids_to_tokens(token)!r} is token {token} and the base has {size} of them"
         mend = "resize the model to its tokenizer (resize_token_embeddings) and save it, or take its own tokenizer"
         yield Finding("stop", f"{beyond}, counted from 0: {mend}")
+    if counts.duplicates and part == "train":
+        copies = f"{counts.duplicates:,} of {counts.rows:,} train rows are copies of others, to the letter"
+        yield Finding("warn", f"{copies}, such as {counts.duplicate}: each is learnt again; remove them if not meant")
     if counts.trained_tokens == counts.tokens:
         yield Finding("warn", f"every token of the {part} rows carries loss, prompts too; mark the answers alone")
     first, bos = prepared.rows[0], tokenizer.bos_token_id

@@ -13,19 +13,13 @@ from recipes.utils.console import near
 TURNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
 EXPECTED = (*TURNS[:2], "prompt", "completion", "instruction", "output")  # the commonest, of which one may be misspelt
 COLUMNS: dict[str, tuple[str, str | None, str]] = {  # shape: the columns of its question, its context, its answer
-    "prompt-completion": ("prompt", None, "completion"),
-    "alpaca": ("instruction", "input", "output"),
-    "dolly": ("instruction", "context", "response"),
-    "magpie": ("instruction", "input", "response"),
-    "openorca": ("question", None, "response"),
-    "question-answer": ("question", "context", "answer"),
-    "prompt-response": ("prompt", None, "response"),
-    "query-response": ("query", None, "response"),
-    "xlam": ("query", None, "answers"),
-    "input-output": ("input", None, "output"),
-    "user-assistant": ("user", None, "assistant"),
-    "flan": ("inputs", None, "targets"),
-}
+    "prompt-completion": ("prompt", None, "completion"), "alpaca": ("instruction", "input", "output"),
+    "dolly": ("instruction", "context", "response"), "magpie": ("instruction", "input", "response"),
+    "openorca": ("question", None, "response"), "question-answer": ("question", "context", "answer"),
+    "prompt-response": ("prompt", None, "response"), "query-response": ("query", None, "response"),
+    "xlam": ("query", None, "answers"), "input-output": ("input", None, "output"),
+    "user-assistant": ("user", None, "assistant"), "flan": ("inputs", None, "targets"),
+}  # fmt: skip
 SYSTEM = ("system", "system_prompt", "system_message")
 THOUGHT = ("reasoning_content", "reasoning", "thinking", "thought")
 ROLES = ("system", "user", "assistant", "tool")
@@ -226,15 +220,23 @@ def _message(turn, place: str, tools) -> tuple[list[dict], set[str]]:
         message["reasoning_content"] = thought.strip()
     if calls:
         message["tool_calls"] = [_tool_call(call, place, tools) for call in calls]
-    weight = _weight(given, role, place)
-    if weight is not None and role == "assistant":
+    if (weight := _weight(given, role, place)) is not None and role == "assistant":
         message["weight"] = weight
-    if role == "tool" and isinstance(given.get("name"), str):
-        message["name"] = given["name"]
-    if role == "tool" and isinstance(given.get("tool_call_id"), str):
-        message["tool_call_id"] = _call_id(given["tool_call_id"])
+    if role == "tool":
+        message |= {"name": given["name"]} if isinstance(given.get("name"), str) else {}
+        message |= {"tool_call_id": _call_id(key)} if isinstance(key := given.get("tool_call_id"), str) else {}
     results = parts.get("results", [])
     return results + ([message] if content or not results else []), {f"messages.{key}" for key in unread}
+
+
+def split_thought(message: dict) -> tuple[str, str]:
+    """(thought, answer) of an assistant's message; the thought is "" where it has none, or an empty one."""
+    content = message["content"]
+    if "reasoning_content" in message or "</think>" not in content:
+        return message.get("reasoning_content", ""), content
+    before, _, after = content.partition("</think>")
+    said, _, thought = before.partition("<think>") if "<think>" in before else ("", "", before)
+    return ("", content) if said.strip() else (thought.strip(), after.lstrip())
 
 
 def _loss_of(turn: dict) -> dict:
@@ -246,8 +248,7 @@ def _weight(turn: dict, role: str, place: str) -> int | None:
     found = set()
     for name, value in _loss_of(turn).items():
         if value not in (0, 1) or (name == "weight" and isinstance(value, bool)):
-            what = f"{place}: {name}: expected 0 (no loss on this turn) or 1; write one of them"
-            raise BadRow("wrong type", what)
+            raise BadRow("wrong type", f"{place}: {name}: expected 0 (no loss on this turn) or 1; write one of them")
         found.add(int(value) ^ (name == "masked"))
         if role != "assistant" and name != "weight" and found == {1}:
             raise BadRow("loss elsewhere", f"{place} ({role}): {name}: only answers are learnt; remove it")
@@ -339,15 +340,12 @@ def _schema(value):
 
 
 def _allows_null(schema) -> bool:
-    """Whether a JSON schema allows null: by its type, or by having none."""
+    """Whether a JSON schema says that null is allowed."""
     if not isinstance(schema, dict):
         return False
-    kind = schema.get("type")
-    if any(_allows_null(one) for name in ("anyOf", "oneOf", "allOf") for one in schema.get(name) or ()):
-        return True
-    if None in (schema.get("enum") or ()) or schema.get("nullable") is True:
-        return True
-    return kind == "null" or (isinstance(kind, list) and "null" in kind)
+    kinds, ways = schema.get("type"), [one for way in ("anyOf", "oneOf", "allOf") for one in schema.get(way) or ()]
+    allowed = "null" in (kinds if isinstance(kinds, list) else [kinds]) or None in (schema.get("enum") or ())
+    return allowed or schema.get("nullable") is True or any(map(_allows_null, ways))
 
 
 def _unpadded(value, schema: dict | None, place: str):

@@ -42,6 +42,7 @@ def print_data(name: str, report: dict) -> None:
     print_table(f"{name}: what would be trained on", {
         "chat template": report["chat_template"],
         "files": ", ".join(f"{n:,} {shape} rows" for shape, n in train["shapes"].items()),
+        "thoughts": f"{train['thoughts']:,} rows with one: {train['think'] or 'keep'}" if train["think"] else None,
         "ignored keys": ", ".join(train["ignored_keys"]) or None,
         "rows": f"{train['rows']:,} train, {validation['rows']:,} validation; "
                 f"left out: {left_out}; {train['blank']:,} blank lines",

@@ -2,10 +2,12 @@
 the answers stand."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from tokenizers import pre_tokenizers
@@ -23,6 +25,9 @@ HOW_TO = (
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 SECONDS = 10  # to render one chat, which takes milliseconds
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message: templates differ in the name
+SWITCH, NO_THOUGHT = "{{%- if {0} is not defined %}}{{%- set {0} = {1} %}}{{%- endif %}}", "{# without a thought #}"
+SWITCHED = r"^(\{%- if \w+ is not defined %\}\{%- set (enable_)?thinking = \w+ %\}\{%- endif %\})+"
 
 
 def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False):
@@ -81,7 +86,8 @@ def choose_chat_template(tokenizer, setting: str, model_type: str | None) -> tup
     why: str | None = ""
     for template, reason in _candidates(tokenizer, own):
         try:
-            return template, reason + _prove(tokenizer, template)
+            _prove(tokenizer, template)
+            return template, reason
         except UndefinedError as error:
             why = f"it does not take messages as plain text ({error.message})"
         except TemplateError as error:
@@ -93,6 +99,9 @@ def _candidates(tokenizer, own: str) -> Iterator[tuple[str, str]]:
     """(template, which and why) of what may stand for the model's `own`, the best first."""
     if marks_answers(own):
         yield own, "the model's own, which marks the answers"
+    own_alone = plain_template(own), "the model's own; an answer is what it renders after the prompt of inference"
+    if read_thoughts(tokenizer, own).place:  # TRL's twins keep the earlier thoughts, which a model's own leaves out
+        yield own_alone
     # TRL's come before ours: without an image, Qwen2.5-VL's text is Qwen2's.
     for file in _shipped_by_trl().values():
         twin = file.with_stem(f"{file.stem}_training")
@@ -102,14 +111,17 @@ def _candidates(tokenizer, own: str) -> Iterator[tuple[str, str]]:
         template = _named_template(name, tokenizer)
         if _same_text(tokenizer, own, template, name):
             yield template, f"{name}: the text of the model's own, with answers marked"
-    yield plain_template(own), "the model's own; an answer is what it renders after the prompt that inference sends"
+    yield own_alone
 
 
-def _prove(tokenizer, template: str) -> str:
+def _prove(tokenizer, template: str) -> None:
     """Raise a `TemplateError` with the reason unless, in chats of one and of two turns, each answer follows the very
-    prompt that inference sends, is all there, and ends with a control token. Returns what is to be said beside."""
+    prompt that inference sends, is all there, and ends with a control token."""
+    thoughts = read_thoughts(tokenizer, template)
+    template = thoughts.off
     for turns in (2, 4):
         messages = [USER, ANSWER, {**USER, "content": "How?"}, {**ANSWER, "content": "So."}][:turns]
+        messages = thoughts.shown(messages)
         text, spans = answer_spans(tokenizer, messages, template=template)
         prompt = render(tokenizer, messages[:-1], None, True, template)[0]
         if lost := [message["role"] for message in messages if message["content"] not in text]:
@@ -120,9 +132,8 @@ def _prove(tokenizer, template: str) -> str:
         if not learnt.endswith(control_tokens(tokenizer)):
             raise TemplateError(f"its answers end with {learnt[-20:]!r}, which is no control token: none would stop")
         head = learnt.partition(messages[-1]["content"])[0]
-        if re.sub("</?think>", "", head).strip() and not marks_answers(template):
+        if head.strip() and not marks_answers(template):
             raise TemplateError(f"it has no generation prompt: inference would not send {head!r} before an answer")
-    return "; an answer without a thought gets an empty one, since the prompt opens it" * _opens_thought(prompt)
 
 
 def marks_answers(template: str) -> bool:
@@ -157,8 +168,7 @@ def answer_spans(tokenizer, messages: list[dict], tools=None, template: str | No
     """(text, {index of an answer: its (start, end) in the text}) of a conversation: from the end of the prompt that
     inference sends up to and with the token that ends the turn; None where the answer does not follow that prompt, or
     opens the conversation. By the template's marks, or where it has none by what it renders of the conversation up to
-    each answer. Where the prompt opens a thought, a last answer that has none gets an empty one, as models that may
-    think write. Raises a `TemplateError` if it cannot carry the conversation, or an answer's end is not to be found."""
+    each answer. Raises a `TemplateError` if it cannot carry the conversation, or an answer's end is not to be found."""
     text, marked = render(tokenizer, messages, tools, template=template)
     unmarked = not marks_answers(template or tokenizer.chat_template)
     after = _after_answer(tokenizer, template) if unmarked else ("", "")
@@ -186,10 +196,59 @@ def answer_spans(tokenizer, messages: list[dict], tools=None, template: str | No
         end = start + len(learnt) if learnt.endswith(control) else end
         if text.startswith(prompt) and len(prompt) < end:
             spans[index] = max(start, len(prompt)), end
-        elif message is messages[-1] and _opens_thought(prompt) and "</think>" not in message["content"]:
-            thoughtful = {**message, "content": "<think>\n\n</think>\n\n" + message["content"]}
-            return answer_spans(tokenizer, [*messages[:-1], thoughtful], tools, template)
     return text, spans
+
+
+class Thoughts(NamedTuple):
+    """How a template treats the thoughts of answers, which stand in the message's `reasoning_content`."""
+
+    place: str | None  # where it reads them: in "fields" of the message, "inline" in its content, or nowhere
+    on: str  # the template for an answer with a thought, which is switched on where the template has a switch
+    off: str  # for one without: where it writes an empty one, that is part of the prompt
+    opens: bool  # a prompt ends within the thought
+
+    def shown(self, messages: list[dict]) -> list[dict]:
+        """The messages as the template reads them, thoughts where it does; earlier ones are its own to leave out."""
+        last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=0)
+        found = []
+        for place, message in enumerate(messages):
+            thought = message.get("reasoning_content")
+            if self.place == "fields" and thought:
+                message = {**message, **dict.fromkeys(THOUGHT_FIELDS, thought)}
+            elif self.place == "inline" and message["role"] == "assistant":
+                message = {key: value for key, value in message.items() if key != "reasoning_content"}
+                # R1 and its kin, whose prompts open a thought, lose the earlier ones; TRL's twin of R1 writes them.
+                here = place > last if self.opens else True
+                if here and (thought or (self.opens and place == len(messages) - 1)):
+                    message["content"] = f"<think>\n{thought or ''}\n</think>\n\n{message['content']}"
+            found.append(message)
+        return found
+
+
+def read_thoughts(tokenizer, template: str | None = None) -> Thoughts:
+    """What the template, by default the tokenizer's, makes of thoughts, found by what it renders. Where it has no
+    switch and writes an empty thought, `off` is the template with the empty thought added to its prompt."""
+    base = re.sub(SWITCHED, "", template or tokenizer.chat_template).partition(NO_THOUGHT)[0]
+    names = [name for name in ("enable_thinking", "thinking") if re.search(rf"(?<![.\w'\"]){name}(?![\w'\"])", base)]
+
+    def text(template: str, *messages: dict, prompt: bool = False) -> str:
+        with contextlib.suppress(TemplateError):
+            return render(tokenizer, list(messages), None, prompt, template)[0]
+        return ""
+
+    on, off = ("".join(SWITCH.format(name, value) for name in names) + base for value in ("true", "false"))
+    on = base if text(on, USER, prompt=True) == text(base, USER, prompt=True) else on
+    opens, thoughtful = _opens_thought(text(on, USER, prompt=True)), {**ANSWER, "reasoning_content": "Hm, hm."}
+    places = ("fields", "inline") if "</think>" in base else ("fields",)
+    ways = (Thoughts(place, on, off, opens) for place in places)
+    written = (way for way in ways if "Hm, hm." in text(on, *way.shown([USER, thoughtful])))
+    found = next(written, Thoughts(None, base, base, opens))
+    prompt, whole = text(off, USER, prompt=True), text(off, *found.shown([USER, ANSWER]))
+    gap = whole[len(prompt) :].partition(ANSWER["content"])[0] if whole.startswith(prompt) else ""
+    if "</think>" in gap:
+        off = f"{off}{NO_THOUGHT}{{% if add_generation_prompt %}}{{{{ {json.dumps(gap)} }}}}{{% endif %}}"
+    same = text(off, USER, prompt=True) == text(base, USER, prompt=True)
+    return found._replace(off=base if same else off) if found.place else found
 
 
 def opens_chat(messages: list[dict], index: int) -> bool:

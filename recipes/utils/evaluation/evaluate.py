@@ -71,16 +71,19 @@ def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_
         rows.append({"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)})
 
     asked = [chat._replace(messages=[{**turn, "weight": 1} for turn in chat.messages]) for chat in chats[:max_rows]]
-    wanted = [[label for label in row.labels if label != -100] for row in encoder.encode(asked, train_on="last")]
-    if max_new_tokens is None:  # room for the longest expected answer and some more, so that babble shows
-        max_new_tokens = min(1024, max(map(len, wanted)) + 16)
-    prompts = [encoder.prompt_ids(chat.messages[:-1], chat.tools) for chat in asked]
+    last = encoder.encode(asked, train_on="last")
+    wanted = [[label for label in row.labels if label != -100] for row in last]
+    prompts = [encoder.prompt_ids(chat.messages[:-1], chat.tools, chat.messages[-1]) for chat in asked]
+    if max_new_tokens is None:  # room for the longest expected answer, its thought and some more, so that babble shows
+        ends = [max(place for place, label in enumerate(row.labels) if label != -100) for row in last]
+        max_new_tokens = min(1024, max(end + 1 - len(ids) for end, ids in zip(ends, prompts, strict=True)) + 16)
     with _as_in_training(model):
         answers = generate_answers(model, encoder, prompts, max_new_tokens)
     for row, ids, answer in zip(rows, wanted, answers, strict=False):
         expected = encoder.tokenizer.decode(ids, skip_special_tokens=True)
         row |= {"expected": expected, "expected_tokens": len(ids), "answer": answer.text, "stopped": answer.stopped}
-        row |= {"answer_tokens": answer.tokens, **score_text(expected, answer.text)}
+        expected, said = (text.rpartition("</think>")[2].strip() for text in (expected, answer.text))  # not the thought
+        row |= {"answer_tokens": answer.tokens, **score_text(expected, said)}
     return rows
 
 

@@ -40,7 +40,7 @@ def compare_with_adapter(
     and return what `measure_drift` says. After a Q-LoRA run a second table is of the other kind of base, which is tried
     where there is room, and not kept; a line says which is nearer. The adapter's logits are kept within `merged`: in
     memory, those of a few long answers take more than a model, as two models do. Raises `UserError` without room."""
-    encoded = Encoder(tokenizer, escape=True).encode(rows)
+    encoded = Encoder(tokenizer, escape=True, think=record.get("data", {}).get("think")).encode(rows)
     size = sum(row.trained for row in encoded) * len(tokenizer) * getattr(torch, record["model"]["dtype"]).itemsize
     check_space(merged, size, "comparing with the adapter (less with fewer --rows)")
     with TemporaryDirectory(dir=merged, prefix=".logits-") as logits:

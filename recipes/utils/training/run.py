@@ -52,6 +52,7 @@ FREE = """
     save_total_limit torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache
 """.split()  # noqa: SIM905
 ON_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedulers that step when it evaluates
+DATA = ("over_length", "train_on", "system", "think", "control_tokens")  # of the section, what changes a row
 NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
 
 
@@ -249,7 +250,7 @@ def _describe(run: Run, config: Config, trainer, train: Prepared, validation: Pr
     description = {
         "data.train": _digest(" ".join([*train.files.values(), *map(repr, train.counts.mixture.items())])),
         "data.validation": validated, "data.exclude": _digest(json.dumps(train.counts.excluded)),
-        **{f"data.{key}": getattr(config.data, key) for key in ("over_length", "train_on", "system", "control_tokens")},
+        **{f"data.{key}": getattr(config.data, key) for key in DATA},
         "chat template": _digest(tokenizer.chat_template or ""), "base": _digest(json.dumps(run.base_sha256)),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))),
         **{f"model.{key}": getattr(config.model, key) for key in ("dtype", "adapter", "compile_layers")},
