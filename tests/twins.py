@@ -106,7 +106,7 @@ MORE = {
         "qwen2", lambda: tokenizer_for(
             shipped("deepseek_r1_distill"), "<｜end▁of▁sentence｜>", ["<｜User｜>", "<｜Assistant｜>"],
             ["<think>", "</think>"], "<｜begin▁of▁sentence｜>",
-        ), "<｜end▁of▁sentence｜>", {}, THOUGHT[7:],
+        ), "<｜end▁of▁sentence｜>", {}, THOUGHT[8:],
     ),
     "gemma2": ("gemma2", lambda: tokenizer_for(shipped("gemma"), "<end_of_turn>", GEMMA, bos="<bos>"),
                "<end_of_turn>", {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, ""),
