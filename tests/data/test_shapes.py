@@ -81,7 +81,7 @@ HONOURED = {
     "system beside a prompt": ({"system": "Be brief.", "prompt": "2+2?", "completion": "4"}, [SYSTEM, Q, A]),
     "a prompt whose answers are context": (
         {"prompt": [SYSTEM, Q, A, Q], "completion": [A]}, [SYSTEM, Q, CONTEXT, Q, A]),
-    "a prompt of turns and a text": ({"prompt": [Q, A, Q], "completion": "4"}, [Q, CONTEXT, Q, A]),
+    "a prompt of turns and a text": ({"prompt": [Q, {**A, "weight": None}, Q], "completion": "4"}, [Q, CONTEXT, Q, A]),
     "alpaca history": (
         {"instruction": "2+2?", "input": "", "output": "4", "history": [["2+2?", "4"]]}, [Q, A, Q, A]),
     "an export's nulls": (
@@ -179,6 +179,8 @@ REFUSED = {
     "settings of the template": (
         {"messages": [Q, A], "chat_template_kwargs": {"custom_instructions": "x"}}, "chat_template_kwargs: may change"),
     "tools in a turn": ({"messages": [{**SYSTEM, "tools": "[]"}, Q, A]}, "turn 1: tools: may change what is learnt"),
+    "a prompt that is answered already": (
+        {"prompt": [Q, A], "completion": "4"}, "prompt: ends with an answer; end it with a question"),
     "history that is none": ({"instruction": "a", "output": "b", "history": ["a"]}, "history: expected a list of"),
     "a null without a schema": (
         {"messages": [Q, call({"a": None}), result(), A]}, "turn 2: arguments of add: a is null, and no schema"),

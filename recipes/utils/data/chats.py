@@ -222,8 +222,7 @@ def _parsed(text: str) -> dict:
         return row
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} of it"
-        mend = "mend this line, or remove it"
-        raise BadRow("not JSON", f"not JSON: {error.msg} ({place}); {mend}") from error
+        raise BadRow("not JSON", f"not JSON: {error.msg} ({place}); mend this line, or remove it") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise BadRow("not JSON", f"not JSON that can be read: {error}; remove the line") from error
 

@@ -36,15 +36,15 @@ CHANGES = re.compile(  # how a field begins that nothing here reads and that cou
     "reason|think|thought|(.*_)?cot$|rationale|loss|train|mask|weight|image|video|audio|kto_|chat_template_kw|tools",
     re.IGNORECASE,
 )
-FOREIGN = {  # columns of rows that are known and cannot be read: what they are, and what to do
-    ("rejected",): "preferences; keep the chosen answer alone, such as `completion` beside `prompt`",
-    ("non_preferred_output",): "preferences; keep the preferred answer alone, as the last of `messages`",
-    ("conversation_a",): "preferences; keep the better conversation alone, as `messages`",
-    ("message_id", "parent_id"): "single messages of a tree (OASST); join each path from the root into `messages`",
-    ("chat",): "Glaive's, turns within one text (USER: ... ASSISTANT: ...); split it at these into `messages`",
-    ("contents",): "Gemini's; rename `contents` to `messages`, and `parts` to `content`",
-    ("text",): "text that is rendered already, in which nobody can tell the answers; give `messages`",
-    ("data",): "UltraChat's first form, texts without roles; give `messages`",
+FOREIGN = {  # a column of rows that are known and cannot be read: what they are, and what to do
+    "rejected": "preferences; keep the chosen answer alone, such as `completion` beside `prompt`",
+    "non_preferred_output": "preferences; keep the preferred answer alone, as the last of `messages`",
+    "conversation_a": "preferences; keep the better conversation alone, as `messages`",
+    "message_id": "single messages of a tree (OASST); join each path from the root into `messages`",
+    "chat": "Glaive's, turns within one text (USER: ... ASSISTANT: ...); split it at these into `messages`",
+    "contents": "Gemini's; rename `contents` to `messages`, and `parts` to `content`",
+    "text": "text that is rendered already, in which nobody can tell the answers; give `messages`",
+    "data": "UltraChat's first form, texts without roles; give `messages`",
 }
 
 
@@ -83,8 +83,8 @@ def _shape(row: dict) -> tuple[str, tuple]:
             first, last = (turns[0], turns[-1]) if isinstance(turns, list) and turns else ({}, {})
             if row.get("rejected") is None or (isinstance(last, dict) and last.get("role") == "assistant"):
                 return "sharegpt" if isinstance(first, dict) and "from" in first else "messages", (name,)
-    for keys, what in FOREIGN.items():
-        here = all(key in row for key in keys) and not isinstance(row.get("chat"), list)
+    for name, what in FOREIGN.items():
+        here = name in row and not (name == "chat" and isinstance(row[name], list))
         if here and (row.get("rejected") is not None or not _in_columns(row)):
             raise BadRow("other format", f"these rows are {what}")
     if found := _in_columns(row):
@@ -115,7 +115,10 @@ def _turns(row: dict, shape: str) -> list:
     if isinstance(question, str):
         question = [{"role": "user", "content": question}]
     else:  # what the model said there is what it is asked about
-        question = [{"weight": 0, **turn} if type(turn) is dict and not _loss_of(turn) else turn for turn in question]
+        question = [{**turn, "weight": 0} if type(turn) is dict and not _loss_of(turn) else turn for turn in question]
+        last = question[-1] if question and type(question[-1]) is dict else {}
+        if SPEAKERS.get(str(last.get("role", last.get("from")))) == "assistant":
+            raise BadRow("prompt answered", f"{asked}: ends with an answer; end it with a question, or give `messages`")
     if shape == "xlam":
         answer = [{"from": "function_call", "value": answer if isinstance(answer, str) else json.dumps(answer)}]
     if isinstance(answer, str):
@@ -129,8 +132,7 @@ def _history(row: dict) -> list[dict]:
     rounds = row.get("history") or []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in rounds):
         raise BadRow("wrong type", "history: expected a list of [question, answer]; write it as such")
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for pair in rounds for role, text in zip(roles, pair, strict=True)]
+    return [{"role": role, "content": text} for pair in rounds for role, text in zip(ROLES[1:3], pair, strict=True)]
 
 
 def _system(row: dict, messages: list[dict]) -> list[dict]:
@@ -199,8 +201,7 @@ def _message(turn, place: str, tools) -> tuple[list[dict], set[str]]:
     thought = next((given[key] for key in THOUGHT if given.get(key)), parts.get("thought"))
     content = parts.get("content", "" if calls else None)
     if content is None:
-        missing = "is null; fill it in, or remove the row" if name in turn else _missing(name, turn)
-        raise BadRow("missing field", f"{said}: {missing}")
+        raise BadRow("missing field", f"{said}: {_missing(name, turn)}")
     if role == "assistant" and not content.strip() and not calls:
         teaches = "the answer is empty; it would teach the model to stop at once"
         raise BadRow("empty answer", f"{place}: {teaches}: fill it in, or remove the row")
@@ -394,8 +395,7 @@ def check_characters(value, path: str = "") -> None:
 
 def _typed(row: dict, name: str, *kinds: type):
     if row.get(name) is None:
-        missing = "is null; fill it in, or remove the row" if name in row else _missing(name, row)
-        raise BadRow("missing field", f"{name}: {missing}")
+        raise BadRow("missing field", f"{name}: {_missing(name, row)}")
     if not isinstance(row[name], kinds):
         expected = " or ".join("a string" if kind is str else "a list" for kind in kinds)
         raise BadRow("wrong type", f"{name}: expected {expected}, found {type(row[name]).__name__}; write it as such")
@@ -403,6 +403,8 @@ def _typed(row: dict, name: str, *kinds: type):
 
 
 def _missing(name: str, row: dict) -> str:
+    if name in row:
+        return "is null; fill it in, or remove the row"
     return "missing; " + (f"did you write `{slip}` for it?" if (slip := near(name, row)) else "add it")
 
 
