@@ -218,8 +218,8 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path):
 
 def test_what_is_no_text_is_told_by_what_it_is(tmp_path):
     files = {
-        "a.jsonl": (b"PK\x03\x04", "a zip archive, or a workbook of Excel"),
-        "b.jsonl": (b"\x28\xb5\x2f\xfd", "packed by zstd"),
+        "a.jsonl": (b"PK\x03\x04", "packed, and not by gzip; unpack it"),
+        "b.jsonl": (b"\x28\xb5\x2f\xfd", "packed, and not by gzip; unpack it"),
         "c.jsonl": (json.dumps(chat("a", "b")).encode("utf-16"), "UTF-16; save it as UTF-8"),
     }
     for name, (content, said) in files.items():

@@ -21,15 +21,7 @@ MOST_KEPT, LONGEST_KEPT = 10_000, 500  # bad rows that are listed in bad_rows.js
 LONGEST_LINE, LONGEST_ARRAY = 16 << 20, 256 << 20  # bytes; a .gz of a few megabytes may hold gigabytes
 MOST_ERRORS = 20  # kinds of bad rows that are told one by one
 MOST_PLACES = 3  # of one of them
-NO_TEXT = {  # how files begin that are something else
-    b"PK": "a zip archive, or a workbook of Excel; unpack it, or save it as CSV",
-    b"BZh": "packed by bzip2; unpack it, or pack it by gzip",
-    b"\xfd7zXZ": "packed by xz; unpack it, or pack it by gzip",
-    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it, or pack it by gzip",
-    b"\xff\xfe": "UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8",
-    b"ARROW1": "an Arrow file; save it as Parquet: Dataset.to_parquet",
-}
+PACKED = (b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"ARROW1")  # zip, bzip2, xz, zstd, Arrow: how they begin
 
 
 @dataclass(frozen=True)
@@ -146,8 +138,10 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes | dict]]:
     as the bytes of a JSON object, or where a table holds it as its columns."""
     with open(path, "rb") as file:
         start = file.read(8)
-    if what := next((what for magic, what in NO_TEXT.items() if start.startswith(magic)), None):
-        raise UserError(f"{path}: is {what}")
+    if start.startswith(PACKED):
+        raise UserError(f"{path}: is packed, and not by gzip; unpack it, or save it as JSON lines, CSV or Parquet")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}: is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
     if start[:4] == b"PAR1":
         from datasets import load_dataset
 
