@@ -448,7 +448,6 @@ def test_more_processes_than_gpus_are_refused_with_the_number_before_one_asks_fo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match=rf"^8 processes and {number} GPUs?: --num_processes {number}; torchrun: --npr"):
         load(tmp_path, BASE)
-    assert load(tmp_path, BASE, {"training.use_cpu": True}).training["use_cpu"]
 
 
 def test_a_process_that_has_died_is_given_up_after_ten_minutes(tmp_path):
