@@ -1,8 +1,20 @@
 """What to give a run: the rule that chooses, and the names of GPUs."""
 
 import pytest
+from conftest import ROOT
+from transformers import AutoConfig
 
-from recipes.utils.planning.fit import choose, is_gpu
+from recipes.utils.config import load_config
+from recipes.utils.planning.fit import choose, is_gpu, memory_of_steps, on_gpu
+
+
+def test_a_model_without_sdpa_is_planned_by_the_attention_that_it_has():
+    """Gemma 2, whose softcapping neither sdpa nor torch's own kernel computes."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320, "head_dim": 16}
+    gemma = AutoConfig.for_model("gemma2", num_attention_heads=4, num_key_value_heads=2, **shape)
+    config, attention, _ = on_gpu(load_config(ROOT / "configs" / "qwen2.yaml", {}, "lora"), gemma, "A10", "A10")
+    assert attention == "eager"
+    assert all(memory.total > 0 for memory in memory_of_steps(config, gemma, attention, [1]).values())
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ class LiveBytes(TorchDispatchMode):
         hidden.register_hook(lambda gradient: setattr(self, "paused", False))
 
 
-def on_meta(model_config, lora: LoraConfig, dtype: str, layers: int | None = None, attention: str = "sdpa"):
+def on_meta(model_config, lora: LoraConfig, dtype: str, layers: int | None = None, attention: str = "eager"):
     """The model with its adapter as SFTTrainer would have it, without memory; with `layers` layers if that is given."""
     register_varlen()
     model_config, lora = copy.deepcopy(model_config), copy.deepcopy(lora)
