@@ -12,16 +12,16 @@ from injector import ACTIONS, Injector
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the shim is compiled with cc")
 
-# A scenario, a fault, and the operation that it comes at: the last whose kind and path these are the ends of, plus so
-# many.
+# A scenario, a fault, and the operation that it comes at: of those of this kind on such a path the first or the last
+# (0 or -1), or so many later.
 STATES = [
-    ("a run", "kill", "rename", "run/checkpoint-4", 0),
-    ("a run", "full disk", "create", "tokenizer.json", 0),
-    ("a run", "power: zeros", "rename", "run/run.json", 1),
-    ("a resume", "kill", "write", ".metrics.jsonl.tmp", 0),
-    ("row cache", "power: zeros", "rename", "", 1),
-    ("a merge", "short write", "write", "model.safetensors", 0),
-    ("an evaluation", "kill", "rename", "run/evaluation", 0),
+    ("a run", "kill", "rename", "run/checkpoint-4", -1, 0),
+    ("a run", "full disk", "create", "tokenizer.json", -1, 0),
+    ("a run", "power: zeros", "rename", "run/run.json", -1, 1),
+    ("a resume", "kill", "write", "metrics.jsonl", 0, 0),
+    ("row cache", "power: zeros", "rename", "lora-recipes/", -1, 1),
+    ("a merge", "short write", "write", "model.safetensors", -1, 0),
+    ("an evaluation", "kill", "rename", "run/evaluation", -1, 0),
 ]
 
 
@@ -38,10 +38,14 @@ def journals(injector):
     return {name: injector.journal(injector.scenarios()[name]) for name in dict.fromkeys(name for name, *_ in STATES)}
 
 
-@pytest.mark.parametrize(("name", "action", "kind", "path", "later"), STATES, ids=lambda value: str(value))
-def test_what_a_fault_leaves_is_taken_up_to_the_very_same_result(injector, journals, name, action, kind, path, later):
-    at = [number for number, found, where in journals[name] if found == kind and where.endswith(path)]
-    verdict, why = injector.try_state(injector.scenarios()[name], at[-1] + later, ACTIONS.index(action))
+@pytest.mark.parametrize(
+    ("name", "action", "kind", "path", "which", "later"), STATES, ids=[" - ".join(state[:4]) for state in STATES]
+)
+def test_what_a_fault_leaves_is_taken_up_to_the_very_same_result(
+    injector, journals, name, action, kind, path, which, later
+):
+    at = [number for number, found, where in journals[name] if found == kind and path in where][which] + later
+    verdict, why = injector.try_state(injector.scenarios()[name], at, ACTIONS.index(action))
     assert verdict == "equal", why
 
 
