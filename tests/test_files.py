@@ -16,6 +16,7 @@ from recipes.utils.files import (
     file_hash,
     keep_steps,
     locked,
+    own_file,
     read_json,
     read_jsonl,
     replace_folder,
@@ -23,7 +24,6 @@ from recipes.utils.files import (
     write_json,
     write_jsonl,
 )  # fmt: skip
-from recipes.utils.merge.export import own_file
 
 ROWS = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2, "text": "ü 🙂"}, {"step": 3, "text": ""}]
 

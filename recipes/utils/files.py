@@ -54,6 +54,16 @@ def is_within(name: object) -> bool:
     return isinstance(name, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
+def own_file(path: Path) -> Path:
+    """`path`, to be copied into what is given away. Raises `UserError` for a link out of its folder, to whatever its
+    maker wished; a snapshot of the hub's cache links to its own blobs."""
+    real, folder = path.resolve(), path.parent.resolve()
+    own_blob = real.parent.name == "blobs" and real.parents[1:2] == folder.parents[1:2]
+    if real.parent != folder and not own_blob:
+        raise UserError(f"{path}: is a link out of its folder, so it is not copied; put the file itself there")
+    return path
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
     """Yield a text file that takes the place of `path` once it is on the disk; after an error, `path` is as it was."""

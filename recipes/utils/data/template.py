@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from recipes.utils.console import UserError, near, say, time_limit
-from recipes.utils.files import read_json
+from recipes.utils.files import own_file, read_json
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "configs" / "chat_templates"
 HOW_TO = (
@@ -40,6 +40,8 @@ def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
 def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False) -> tuple:
     """(the tokenizer in the folder `base` with its chat template, why it is that one). Raises a `UserError` if it
     cannot be loaded or is no fast one, and as `choose_chat_template` does."""
+    for path in Path(base).glob("*.model"):  # a vocabulary, which the library copies beside each adapter
+        own_file(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
     except (MemoryError, ImportError):

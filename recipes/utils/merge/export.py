@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError, disk_error, say, visible
 from recipes.utils.data import bounded, plain_template
-from recipes.utils.files import adapter_sha256, evaluation_of, locked, read_json, sync, sync_path, write_json
+from recipes.utils.files import adapter_sha256, evaluation_of, locked, own_file, read_json, sync, sync_path, write_json
 from recipes.utils.model import commit_of, read_adapter_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"  # <name>.modelfile, chat_templates/<name>.jinja
@@ -64,16 +64,6 @@ def staged(output: Path) -> Iterator[Path]:
                 mend = "name another folder with --output"
                 raise UserError(f"{output}: {why}; nothing is left there. Mend that, or {mend}") from error
             raise
-
-
-def own_file(path: Path) -> Path:
-    """`path`, to be copied into what is given away. Raises `UserError` for a link out of its folder, to whatever its
-    maker wished; a snapshot of the hub's cache links to its own blobs."""
-    real, folder = path.resolve(), path.parent.resolve()
-    own_blob = real.parent.name == "blobs" and real.parents[1:2] == folder.parents[1:2]
-    if real.parent != folder and not own_blob:
-        raise UserError(f"{path}: is a link out of its folder, so it is not copied; put the file itself there")
-    return path
 
 
 def check_space(folder: Path, size: int, what: str = "the merged model") -> None:
