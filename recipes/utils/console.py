@@ -107,13 +107,13 @@ def disk_error(error: BaseException) -> str | None:
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
     """Raise `error` in a body that takes longer: what a file brings (a template, a regular expression) may never end.
     A signal ends it, which reaches the main thread alone; in another one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def end(*_):
         raise error
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGALRM, end)
     others = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -124,8 +124,8 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
 
 
 class _Lasting:
-    """A standard stream whose reader may go away (`| head`, a closed terminal) or whose disk may be full: what cannot
-    be written is dropped from there on, and the work goes on."""
+    """A standard stream that may go away (`| head`, a closed terminal, a full disk): from there on what is written to
+    it is dropped, and the work goes on."""
 
     def __init__(self, stream):
         self.stream, self.lost = stream or open(os.devnull, "w"), None  # noqa: SIM115
@@ -170,8 +170,7 @@ def near(name: object, names: Iterable[str]) -> str | None:
 def run_main(main: Callable[[CommandLine], int | None], given: CommandLine) -> int:
     """Call `main(given)` and return the exit status: what it returns, 0 for None; where it raises, 2 for a `UserError`,
     3 diverged, 75 stopped after a checkpoint, 1 failed, by a disk too (launchers make 1 of all of them: see run.json).
-    Any other exception is a defect of ours, and goes on. With --traceback, those named show where they arose. An
-    output that cannot be written to ends nothing; where its disk is at fault, the last line says so."""
+    Any other exception is a defect of ours, and goes on. With --traceback, those named show where they arose."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = lasting = [_Lasting(stream) for stream in streams]
     try:
@@ -357,8 +356,7 @@ def find_data_files(paths: str | list[str]) -> list[Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` and 2024-01-31 are words (1.1 reads false
-    and a date)."""
+    """YAML as people write it: 2e-4 is a number (1.1 reads a string), `no` and 2024-01-31 are words (false, a date)."""
 
 
 # Added last, it is asked last: whole numbers match it too, and stay whole.
@@ -385,12 +383,11 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {error.problem}") from error
-    except yaml.reader.ReaderError as error:
-        line = content.decode().count("\n", 0, error.position) + 1
-        raise UserError(f"{path}:{line}: not YAML: {error.reason}") from error
+    except yaml.YAMLError as error:
+        mark, place = getattr(error, "problem_mark", None), getattr(error, "position", 0)  # the latter of odd letters
+        line = mark.line + 1 if mark else content.decode().count("\n", 0, place) + 1
+        why = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise UserError(f"{path}:{line}: not YAML: {why}") from error
     except RecursionError as error:
         raise UserError(f"{path}:{loader.line + 1}: not YAML that can be read: nested too deeply") from error
     if not isinstance(root, yaml.MappingNode):
@@ -422,9 +419,9 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
 def _count_nodes(node: yaml.Node | None, known: dict[int, int]) -> int:
     """The values within `node`, each as often as aliases repeat it: a few lines can stand for billions. Raises
     `yaml.MarkedYAMLError` for too many, one that is within itself, and text that no file name or tokenizer takes."""
-    if node is None or (id(node) in known and known[id(node)]):
+    if node is None or known.get(id(node)):
         return known[id(node)] if node else 0
-    mark = getattr(node, "start_mark", None)
+    mark = node.start_mark
     if id(node) in known:
         raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=mark)
     known[id(node)] = 0  # until it is counted

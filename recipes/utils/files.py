@@ -50,13 +50,12 @@ def read_json(path: Path, kinds: Mapping[str, Any] = MappingProxyType({})) -> di
 
 
 def is_within(name: object) -> bool:
-    """True for a file's path that leads nowhere out of its folder, the only kind that an index or a manifest gives."""
+    """True for a path that leads nowhere out of its folder, the only kind that an index or a manifest gives."""
     return isinstance(name, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def own_file(path: Path) -> Path:
-    """`path`, to be copied into what is given away. Raises `UserError` for a link out of its folder, to whatever its
-    maker wished; a snapshot of the hub's cache links to its own blobs."""
+    """`path`, to be copied. Raises `UserError` for a link out of its folder, but to the own blobs of a hub snapshot."""
     real, folder = path.resolve(), path.parent.resolve()
     own_blob = real.parent.name == "blobs" and real.parents[1:2] == folder.parents[1:2]
     if real.parent != folder and not own_blob:
@@ -108,8 +107,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def keep_steps(path: Path, last: int, again: Callable[[dict], bool] = lambda line: False) -> None:
-    """Begin a run's JSONL file, or after a resume keep its lines up to the step `last`, but for those that are written
-    `again`: what comes later is done again."""
+    """Begin a run's JSONL file, or keep its lines up to the step `last`, but for those that are written `again`."""
     steps = ((line, line.get("step")) for line in read_jsonl(path))
     write_jsonl(path, (line for line, step in steps if isinstance(step, int) and step <= last and not again(line)))
 
@@ -138,8 +136,7 @@ def adapter_sha256(folder: Path) -> str | None:
 
 
 def evaluation_of(run_folder: Path) -> Path | None:
-    """RUN/evaluation, if it is there and of the adapter that RUN holds now: a run that is taken up again gives
-    another one. A line says where it is of another."""
+    """RUN/evaluation, if it is there and of the adapter that RUN holds now; a line says where it is of another."""
     folder = Path(run_folder) / "evaluation"
     if not (folder / "metrics.json").is_file():
         return None

@@ -44,8 +44,6 @@ def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: b
         own_file(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (MemoryError, ImportError):
-        raise
     except Exception as error:  # files that are no tokenizer's fail in any way
         why = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(f"{base}: its tokenizer cannot be loaded: {why}") from error

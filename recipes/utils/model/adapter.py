@@ -136,12 +136,13 @@ def read_adapter_config(folder: Path) -> dict:
     kinds |= dict.fromkeys(("target_modules", "modules_to_save"), str | list | None)
     kinds |= dict.fromkeys(("rank_pattern", "alpha_pattern"), dict | None)
     config = read_json(path, kinds | {"peft_type": str, "r": int | None, "lora_alpha": int | float | None})
-    ranks, alphas = ([config.get(one), *(config.get(many) or {}).values()]
-                     for one, many in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")))  # fmt: skip
-    if any(rank is not None and (type(rank) is not int or rank < 1) for rank in ranks):
-        raise UserError(f"{path}: r and rank_pattern are whole numbers above 0")
-    if any(alpha is not None and (type(alpha) not in (int, float) or not abs(alpha) < 1e9) for alpha in alphas):
-        raise UserError(f"{path}: lora_alpha and alpha_pattern are numbers")
+    ranks = [1 if config.get("r") is None else config["r"], *(config.get("rank_pattern") or {}).values()]
+    alphas = [config.get("lora_alpha") or 0, *(config.get("alpha_pattern") or {}).values()]
+    whole = all(type(rank) is int and rank > 0 for rank in ranks)
+    if not whole or not all(type(alpha) in (int, float) and abs(alpha) < 1e9 for alpha in alphas):
+        raise UserError(
+            f"{path}: r and rank_pattern are whole numbers above 0, lora_alpha and alpha_pattern are numbers"
+        )
     targets = config.get("target_modules")
     patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
     for pattern in [*patterns, *([targets] if isinstance(targets, str) else ())]:

@@ -141,10 +141,9 @@ def base_hashes(base: Path) -> dict[str, str]:
         found = list(pool.map(look, [(base / name).resolve() for name in names]))
     # what was changed a moment ago may be changed again without another time
     old = {path: entry for path, entry in found if time.time_ns() - max(entry[2:4]) > 2e9}
-    if any(known.get(path) != entry for path, entry in old.items()):
-        with contextlib.suppress(OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, known | old)
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known | old)
     return {name: entry[-1] for name, (_, entry) in zip(names, found, strict=True)}
 
 

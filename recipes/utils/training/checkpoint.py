@@ -92,11 +92,10 @@ def newest_complete(folder: Path) -> Path | None:
 def clear(folder: Path, step: int) -> None:
     """Remove what a killed process has left in `folder`, and set aside the checkpoints beyond `step`, damaged or of a
     course that was given up: they would pass for the newest ones."""
-    for left in (*folder.glob(".*.tmp"), folder / ".saving", folder / ".adapter", *folder.glob(".old-checkpoint-*")):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    for left in folder.glob(".*.tmp"):
+        left.unlink()
+    for left in (folder / ".saving", folder / ".adapter", *folder.glob(".old-checkpoint-*")):
+        shutil.rmtree(left, ignore_errors=True)
     for later in [path for path in folder.glob("checkpoint-*") if step_of(path) > step]:
         unused = later.with_name(f"unused-{later.name}")
         shutil.rmtree(unused, ignore_errors=True)

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
 import platform
 import signal
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from recipes.utils.model import (
 )
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
 from recipes.utils.training.table import device_name
-from recipes.utils.training.trainer import signals_to
+from recipes.utils.training.trainer import signals_to, tell
 
 FORMAT = 3  # of run folders: what a resume can go on from
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -82,8 +81,7 @@ def begin(config: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as held:
         folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
         record, model = folder / "run.json", config.model
-        kinds = {"model": dict, "commit": str | None}
-        before = read_json(record, kinds) if checkpoint and record.is_file() else {"model": {}}
+        before = read_json(record, {"model": dict}) if checkpoint and record.is_file() else {"model": {}}
         same = all(before["model"].get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
         commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
         base = find_base(model, commit)
@@ -293,8 +291,7 @@ def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Pre
     """Keep run.json true: `running` while the body runs, then how it ended: `finished`, `stopped`, `diverged` or
     `failed`. Yields a dict for the results to be written at the end. What the body raises goes on; running out of
     memory, or a disk that fails, becomes a `RunEnded` that says what to do. Rows that were skipped go to
-    bad_rows.jsonl. A stop signal that comes when no step is left to take waits for the last save, a second Ctrl-C not.
-    """
+    bad_rows.jsonl. A stop signal in the last save waits for it, a second Ctrl-C does not."""
     record = _record(run, config, trainer, train, validation)
     results: dict = {}
 
@@ -312,8 +309,7 @@ def recorded(run: Run, config: Config, trainer, train: Prepared, validation: Pre
         if not trainer.state.global_step or (number == signal.SIGINT and number in asked):
             raise KeyboardInterrupt  # there is nothing to save yet, or somebody insists
         asked.append(number)
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nall steps are taken: ending when the adapter is saved; Ctrl-C again ends at once\n")
+        tell("all steps are taken: ending when the adapter is saved; Ctrl-C again ends at once")
 
     try:
         with signals_to(wait):

@@ -87,8 +87,6 @@ class Resumable(_Trainer):
         checkpoint = str(found) if found else None
         if self.args.should_save:
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
-        if checkpoint and self.args.train_sampling_strategy == "group_by_length":
-            raise UserError("training.train_sampling_strategy: the order of group_by_length is drawn anew at a resume")
         events = self._events = _Events(self, checkpoint)
         self.control.should_evaluate = bool(events.manifest.get("evaluation_due"))  # its lines will be written again
         self.add_callback(events)  # the last one: it knows what the others have asked for
@@ -287,9 +285,7 @@ class _Events(TrainerCallback):
             raise KeyboardInterrupt
         name = signal.Signals(number).name
         if not self.asked_by and is_main_process():  # not through rich, which may hold its lock just now
-            text = f"\n{name}: stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
-            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-                os.write(2, text.encode())
+            tell(f"{name}: stopping after this step, with a checkpoint; Ctrl-C again ends at once")
         self.asked_by = self.asked_by or name
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -349,12 +345,17 @@ class _Events(TrainerCallback):
         return stops
 
 
+def tell(text: str) -> None:
+    """Print a line from within a signal's handler: after SIGHUP there may be no terminal."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
 @contextlib.contextmanager
 def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Have `handler` called at each of `SIGNALS`, which reach the main thread alone; nohup's SIGHUP stays ignored."""
-    main_thread = threading.current_thread() is threading.main_thread()
     with contextlib.ExitStack() as afterwards:
-        for number in SIGNALS if main_thread else ():
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 afterwards.callback(signal.signal, number, signal.signal(number, handler) or signal.SIG_DFL)
         yield
