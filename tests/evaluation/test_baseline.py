@@ -1,7 +1,7 @@
 """The base as a good prompt would have it: whole train rows as examples, none of them among the rows held out."""
 
 import pytest
-from conftest import TINY, chat, read_jsonl, write_jsonl
+from conftest import ROOT, TINY, chat, read_jsonl, write_jsonl
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError
@@ -11,7 +11,9 @@ from recipes.utils.evaluation.baseline import choose_examples, prompted, prompts
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder(AutoTokenizer.from_pretrained(TINY / "base"), escape=True)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer.chat_template = (ROOT / "configs" / "chat_templates" / "qwen2.jinja").read_text()
+    return Encoder(tokenizer, escape=True)
 
 
 def record_of(tmp_path, rows: list, seed=42, **data) -> dict:
