@@ -1,6 +1,7 @@
 """One pass from files to training rows: what is learnt, what is counted, what is found again."""
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -18,11 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import recipes.utils.data
-import recipes.utils.data.prepare as recipes_prepare
 from recipes.utils.console import UserError
 from recipes.utils.data import Chat, DataOptions, Encoder, Prepared, document_hash, locate, prepare
 from recipes.utils.data.prepare import fingerprint
 from recipes.utils.data.template import choose_chat_template
+
+recipes_prepare = importlib.import_module("recipes.utils.data.prepare")  # `prepare` of the package is the function
 
 
 def both_parts(path, tokenizer, max_length=512, **options):

@@ -136,18 +136,18 @@ def held_out(chat: Chat, share: float, seed: int) -> bool:
 def _rows(path: Path) -> Iterator[tuple[int, bytes | dict]]:
     """(number, row) of each row of a file: its line, of a JSON array or Parquet its place, which counts from 1; the row
     as the bytes of a JSON object, or where a table holds it as its columns."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start.startswith(PACKED):
-        raise UserError(f"{path}: is packed, and not by gzip; unpack it, or save it as JSON lines, CSV or Parquet")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
-    if start[:4] == b"PAR1":
-        from datasets import load_dataset
+    with open(path, "rb") as opened:
+        start = opened.peek(8)[:8]
+        if start.startswith(PACKED):
+            raise UserError(f"{path}: is packed, and not by gzip; unpack it, or save it as JSON lines, CSV or Parquet")
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{path}: is UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8")
+        if start[:4] == b"PAR1":
+            from datasets import load_dataset
 
-        yield from enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), start=1)
-        return
-    with (gzip.open if start[:2] == b"\x1f\x8b" or path.suffix == ".gz" else open)(path, "rb") as file:
+            yield from enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), start=1)
+            return
+        file: Any = gzip.GzipFile(fileobj=opened) if path.suffix == ".gz" or start[:2] == b"\x1f\x8b" else opened
         if (suffix := Path(path.name.removesuffix(".gz")).suffix) in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
