@@ -280,7 +280,7 @@ def spread(operations: int, states: int) -> list[int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", type=int, default=0, help="how many states in all, 0 for none")
-    parser.add_argument("--scenario", help="only this one")
+    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--at", type=int, help="only this operation")
     parser.add_argument("--action", choices=ACTIONS, help="only this kind of fault")
     parser.add_argument("--seed", type=int, default=0)
@@ -290,7 +290,7 @@ def main() -> int:
     fell, table, end = [], {}, time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as work:
         injector = Injector(Path(work))
-        every = [one for one in injector.scenarios().values() if given.scenario in (None, one.name)]
+        every = [one for one in injector.scenarios().values() if one.name in (given.scenario or [one.name])]
         shares = {one.name: 1 / 60 if one.name == "a sweep" else 1 for one in every}
         plan = []
         for one in every if given.states or given.at else []:

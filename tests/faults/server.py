@@ -20,7 +20,7 @@ from forks import run_recipe
 for name in ("sft_lora", "merge_adapter", "evaluate_adapter", "sweep"):
     importlib.import_module(f"recipes.{name}")
 
-SHIM, SECONDS = ctypes.CDLL(None), 120
+SHIM, SECONDS = ctypes.CDLL(None), 600  # for a job
 SHIM.faults_count.restype = ctypes.c_long
 
 
