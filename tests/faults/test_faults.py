@@ -3,6 +3,7 @@
 import shutil
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,18 @@ def injector():
 
 
 @pytest.fixture(scope="module")
-def journals(injector):
-    return {name: injector.journal(injector.scenarios()[name]) for name in dict.fromkeys(name for name, *_ in STATES)}
+def journal(injector):
+    """A function: the operations of a scenario, by its name."""
+    return cache(lambda name: injector.journal(injector.scenarios()[name]))
 
 
 @pytest.mark.parametrize(
     ("name", "action", "kind", "path", "which", "later"), STATES, ids=[" - ".join(state[:4]) for state in STATES]
 )
 def test_what_a_fault_leaves_is_taken_up_to_the_very_same_result(
-    injector, journals, name, action, kind, path, which, later
+    injector, journal, name, action, kind, path, which, later
 ):
-    at = [number for number, found, where in journals[name] if found == kind and path in where][which] + later
+    at = [number for number, found, where in journal(name) if found == kind and path in where][which] + later
     verdict, why = injector.try_state(injector.scenarios()[name], at, ACTIONS.index(action))
     assert verdict == "equal", why
 
