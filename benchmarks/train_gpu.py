@@ -130,11 +130,20 @@ def make_lora(rung: dict):
     from peft import LoraConfig
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS[rung["targets"]], task_type="CAUSAL_LM")
-    if rung["fast_lora"]:  # not the others: Unsloth's packages stand in the place of the recipes'
-        from recipes.utils.model import ModelOptions, fast_lora
+    if rung["kind"] == "ours":
+        from recipes.utils.model import fast_lora
 
-        fast_lora(lora, ModelOptions())
+        fast_lora(lora, options_of(rung))
     return lora
+
+
+def options_of(rung: dict):
+    """The recipes' section `model` of a rung."""
+    from recipes.utils.model import ModelOptions  # here: Unsloth has other packages in the place of the recipes'
+
+    return ModelOptions(
+        adapter_input_cast=rung["cast"], compile_layers=rung["compile"], fast_lora=rung["fast_lora"]
+    )  # fmt: skip
 
 
 def build_model(rung: dict, model: Path, use_cpu: bool, lora):
@@ -183,8 +192,9 @@ def measure(
     from trl import SFTConfig, SFTTrainer
 
     if rung["kind"] == "ours":
-        from recipes.utils.model import ModelOptions, prepare_adapter
+        from recipes.utils.model import prepare_adapter
 
+        options = options_of(rung)
     use_cpu, shape = not torch.cuda.is_available(), SHAPES[name]
     scale = TINY_SCALE if name == "tiny" else 1
     warm_up, timed = (min(WARM_UP, 2), min(TIMED, 4)) if rung["kind"] == "trl" else (WARM_UP, TIMED)
@@ -206,7 +216,7 @@ def measure(
     )  # fmt: skip
     trainer = SFTTrainer(model=loaded, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     if rung["kind"] == "ours":
-        prepare_adapter(trainer.model, ModelOptions(adapter_input_cast=rung["cast"], compile_layers=rung["compile"]))
+        prepare_adapter(trainer.model, options)
     ready = time.perf_counter()
 
     counts, losses, clock, batch = [], [], [], {}

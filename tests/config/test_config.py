@@ -444,7 +444,6 @@ def test_more_processes_than_gpus_are_refused_with_the_number_before_one_asks_fo
     tmp_path, gpus, monkeypatch, number
 ):
     gpus(number)
-    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match=rf"^8 processes and {number} GPUs?: --num_processes {number}; torchrun: --npr"):
         load(tmp_path, BASE)

@@ -121,7 +121,8 @@ def test_a_run_under_fsdp2_learns_what_one_process_does_and_goes_on_to_the_bit(c
     assert record["description"]["sharded"] is True
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-8")
-    assert "step 5/8" in sharded(tmp_path, method, path, tmp_path / "again", "--resume")
+    sharded(tmp_path, method, path, tmp_path / "again", "--resume")
+    assert (tmp_path / "again" / "checkpoint-8").is_dir()
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "whole", "again")]
     assert all(torch.equal(adapters[1][name], adapters[2][name]) for name in adapters[1])
     assert {name: weight.shape for name, weight in adapters[0].items()} == {

@@ -122,7 +122,7 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
     }
     # Mixed precision follows the base's dtype: the adapter stays in float32 and is stepped there.
     training |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16", "report_to": "none"}
-    if not training["use_cpu"]:
+    if torch.cuda.is_available() and not training["use_cpu"]:
         _check_gpus()  # here already: SFTConfig connects the processes, each to its GPU
     if training["bf16"] and not training["use_cpu"] and not torch.cuda.is_bf16_supported(including_emulation=False):
         mend = "use --model.dtype float16, or float32 for Qwen2, which gives NaN in float16"

@@ -109,7 +109,7 @@ class AddsIntoBase(torch.autograd.Function):
         output = base(x)
         narrow = (x.reshape(-1, x.shape[-1]) @ a.t()).mul_(scaling)
         output.view(-1, output.shape[-1]).addmm_(narrow, b.t())
-        ctx.save_for_backward(x, narrow, a, b)
+        ctx.save_for_backward(x, narrow, a if ctx.needs_input_grad[0] else None, b)
         # The weight is looked up backward: where it is spread over processes, it lies elsewhere by then.
         ctx.scaling, ctx.base, ctx.state = scaling, base, getattr(base.weight, "quant_state", None)
         return output
@@ -188,7 +188,7 @@ def for_one_graph(module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
     for name in {"cu_seq_lens_q", "cu_seq_lens_k"} & inputs.keys():
         torch._dynamo.maybe_mark_dynamic(inputs[name], 0)
     for name in {"max_length_q", "max_length_k"} & inputs.keys():
-        inputs[name] = max(4096, 1 << (inputs[name] - 1).bit_length())
+        inputs[name] = max(4096, 1 << (int(inputs[name]) - 1).bit_length())
     return args, inputs
 
 
