@@ -5,12 +5,12 @@ import pytest
 import torch
 from conftest import ROOT, chat, read_jsonl, run_recipe, write_jsonl
 from families import trained_texts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from twins import MORE, TWINS, make_twin
 
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
-from recipes.utils.data import Chat, Encoder, read_tokenizer
+from recipes.utils.data import Chat, Encoder
 
 ROWS = [chat(f"Say {number}", "Yes.") for number in range(24)]
 
@@ -30,7 +30,7 @@ def all_the_way(name, config, folder, *flags):
 
     # What carries loss, after the very ids that inference sends.
     _, _, end, _, begins = {**TWINS, **MORE}[name]
-    tokenizer, _ = read_tokenizer(twin)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run")  # its template asks for no thoughts, as no row has one
     for messages in (ROWS[0]["messages"], chat("Say 1", "Yes.", "And 2?", "No.\n\nNo.")["messages"]):
         for row in (encoder := Encoder(tokenizer)).encode([Chat(messages, "f:1")]):
             for place, text in enumerate(texts := trained_texts(tokenizer, row)):
