@@ -1,6 +1,7 @@
 """A Modelfile's Go template renders what the chat template of its name does: read here, and by Go's text/template."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -63,6 +64,45 @@ CHATS = [
     [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")],
 ]  # fmt: skip
 NAMES = ["mistral_v1", "mistral_v3", "qwen2"]
+
+
+PIECES = [
+    "Why",
+    " ",
+    "\n",
+    "\n\n",
+    '"',
+    "{{",
+    "}}",
+    "{{ .System }}",
+    "\\",
+    "é",
+    "日本",
+    "🚀",
+    "[INST]",
+    "\t",
+    "<b>",
+    "%",
+    "a-b",
+    "`",
+    "$1",
+]
+
+
+def random_chats(number: int) -> list[list[tuple[str, str]]]:
+    """Conversations that end with a question: with and without a system message, of one to five turns, of odd text."""
+    draw = random.Random(0)
+
+    def text() -> str:
+        return draw.choice("abc") + "".join(draw.choices(PIECES, k=draw.randint(0, 12))) + draw.choice("xyz")
+
+    chats = []
+    for _ in range(number):
+        turns = [("user", text())]
+        for _ in range(draw.randint(0, 4)):
+            turns += [("assistant", text()), ("user", text())]
+        chats.append([("system", text())] * draw.randint(0, 1) + turns)
+    return chats
 
 
 def with_template(name: str):
@@ -218,10 +258,12 @@ def test_go_renders_what_jinja_renders(tmp_path: Path, name):
     tokenizer = with_template(name)
     (tmp_path / "main.go").write_text(PROGRAM)
     template = template_in((CONFIGS / f"{name}.modelfile").read_text())
-    chats = [*CHATS, [("user", "a"), ("assistant", "b")]]
+    chats = [*CHATS, *random_chats(200), [("user", "a"), ("assistant", "b")]]
     cases = json.dumps([{"Template": template, "Messages": messages_of(chat)} for chat in chats])
     command = ["go", "run", "main.go"]
     result = subprocess.run(command, cwd=tmp_path, input=cases, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout)
-    assert [(tokenizer.bos_token or "") + text for text in found[:-1]] == [by_jinja(tokenizer, chat) for chat in CHATS]
+    assert len(found) == len(chats) > 200
+    for text, chat in zip(found[:-1], chats[:-1], strict=True):
+        assert (tokenizer.bos_token or "") + text == by_jinja(tokenizer, chat), chat
     assert found[-1] == Go(template).render(messages_of(chats[-1]))
