@@ -99,7 +99,8 @@ def _candidates(tokenizer, own: str) -> Iterator[tuple[str, str]]:
     """(template, which and why) of what may stand for the model's `own`, the best first."""
     if marks_answers(own):
         yield own, "the model's own, which marks the answers"
-    own_alone = plain_template(own), "the model's own; an answer is what it renders after the prompt of inference"
+    reason = "the model's own; an answer is what it renders after the prompt that inference sends"
+    own_alone = plain_template(own), reason
     if read_thoughts(tokenizer, own).place:  # TRL's twins keep the earlier thoughts, which a model's own leaves out
         yield own_alone
     # TRL's come before ours: without an image, Qwen2.5-VL's text is Qwen2's.
