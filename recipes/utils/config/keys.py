@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from peft import LoraConfig
+from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, Trainer, get_scheduler
 from trl import SFTConfig
 
@@ -77,7 +78,8 @@ RANGES = {  # 1e-12 stands for above zero
     "training.gradient_accumulation_steps": (1, 1_000_000), "training.max_length": (2, 10_000_000),
     "training.learning_rate": (1e-12, 1e3), "training.num_train_epochs": (1e-12, 1e6),
     "lora.r": (1, 100_000), "lora.lora_dropout": (0, 0.999), "data.max_over_length": (0, 1), "data.samples": (0, 64),
-    "run.early_stopping_patience": (1, 10_000),
+    "run.early_stopping_patience": (1, 10_000), "training.eval_accumulation_steps": (1, 1_000_000),
+    "training.weight_decay": (0, 100), "training.seed": (0, 2**32 - 1),
 }  # fmt: skip
 CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "metric_for_best_model": ("loss", "eval_loss")}  # not told by classes
 
@@ -178,6 +180,9 @@ def _check_steps(args: SFTConfig, given: dict[str, tuple[object, str]], path: Pa
         if args.use_cpu:  # those of a GPU can be built without one
             layer(torch.ones(1, 32)).sum().backward()
             optimizer.step()
+        key, value = "gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs
+        if args.gradient_checkpointing:
+            checkpoint(layer, torch.ones(1, 32), **{"use_reentrant": False, **(value or {})})
         key, value, warmup = "lr_scheduler_type", args.lr_scheduler_type, args.get_warmup_steps(total)
         schedule = get_scheduler(value, optimizer, warmup, total, args.lr_scheduler_kwargs)
         for rate in getattr(schedule, "lr_lambdas", ()):
