@@ -1,10 +1,10 @@
-# demo · test · slow · faults · lint · bench · clean: each makes its own .venv when there is none.
+# demo · test · slow · real · faults · lint · bench · clean: each makes its own .venv when there is none.
 PYTHON ?= python3
 VENV := .venv/bin
 # One thread: several times faster for models this small, and no slower where the cores are shared.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow faults lint bench clean
+.PHONY: demo test slow real faults lint bench clean
 
 demo: .venv/installed
 	$(VENV)/python recipes/sft_lora.py configs/tiny.yaml --training.output_dir runs/tiny-lora
@@ -17,6 +17,9 @@ test: .venv/installed-dev
 
 slow: .venv/installed-dev
 	$(VENV)/python -m pytest -m slow
+
+real: .venv/installed-dev
+	OMP_NUM_THREADS=2 $(VENV)/python -m pytest -m real tests/test_real_base.py
 
 # Hours: each kind of fault at STATES file operations, MIXES random ones from SEED on, each fuzzer for five minutes.
 SEED ?= 0

@@ -27,6 +27,8 @@ from recipes.utils.console import (
 def command_line() -> ArgumentParser:
     parser = recipe_parser(__doc__)
     parser.add_argument("path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest run")
+    elsewhere = "where the adapter's base lies now: a folder, or a name on the hub"
+    parser.add_argument("--base-model", metavar="PATH_OR_NAME", help=elsewhere)
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
@@ -45,14 +47,14 @@ from recipes.utils.evaluation import load_adapter, load_adapter_tokenizer, newes
 from recipes.utils.model import loading
 
 
-def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None) -> list[dict]:
+def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None, base_model=None) -> list[dict]:
     """Answer each of `lines` (standard input without it) on standard output as the answer is generated. `temperature` 0
     takes the most likely token each time. Returns the conversation since the last /reset. Raises `UserError` if `path`
     holds neither an adapter nor a model with a chat template, or a setting cannot be."""
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise UserError("--temperature is 0 or more, and --max-new-tokens 1 or more")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
-        model, encoder, stops = _load(Path(path or newest_run()))
+        model, encoder, stops = _load(Path(path or newest_run()), base_model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling)
     opening = [{"role": "system", "content": system}] if system else []
@@ -89,14 +91,16 @@ class Shown(TextStreamer):
         super().on_finalized_text(visible(text), stream_end)
 
 
-def _load(folder: Path) -> tuple:
+def _load(folder: Path, base_model: str | None) -> tuple:
     """(model, `Encoder`, the ids that end an answer) of an adapter folder or of a whole model's."""
     if (folder / "adapter_config.json").is_file():
-        record = read_adapter(folder)
+        record = read_adapter(folder, base_model)
         encoder = Encoder(load_adapter_tokenizer(folder, record))
         return load_adapter(folder, record).eval(), encoder, encoder.stop_ids
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no adapter (adapter_config.json) and no model (config.json)")
+    if base_model:
+        raise UserError(f"--base-model: {folder} is a whole model, which has no base")
     with loading(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:

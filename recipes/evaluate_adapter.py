@@ -39,6 +39,8 @@ from recipes.utils.console import (
 def command_line() -> ArgumentParser:
     parser = recipe_parser(__doc__)
     parser.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder; the newest finished one without it")
+    elsewhere = "where the adapter's base lies now: a folder, or a name on the hub"
+    parser.add_argument("--base-model", metavar="PATH_OR_NAME", help=elsewhere)
     parser.add_argument("--model", metavar="DIR", help="score this plain (merged) model as well")
     parser.add_argument("--data", metavar="FILE", help="a JSONL file to score instead of the run's test rows")
     answers = "how many answers to generate (200); losses use all rows"
@@ -67,13 +69,13 @@ from transformers import AutoModelForCausalLM
 
 import recipes.utils.evaluation as scoring
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.model import loading
+from recipes.utils.model import load_onto, loading
 from recipes.utils.monitoring import refresh_report
 
 
 def evaluate_adapter(
     run_folder=None, model=None, data=None, max_rows=200, max_new_tokens=None, scales=None, forgetting=None, shots=0,
-    system=None, gate=None, metric=None, against=None,
+    system=None, gate=None, metric=None, against=None, base_model=None,
 ) -> dict:  # fmt: skip
     """Score a run's base and adapter and, if given, the plain model in the folder `model`, on the run's test rows.
     Returns what `write_evaluation` says: {"base": {...}, "adapter": {...}, "merged": {...}, "differences": {...},
@@ -84,7 +86,7 @@ def evaluate_adapter(
     (the folder of an older run) what `score_against` says."""
     # 1. The run, the rows to score, and what they are held against; a slip is found before anything is loaded.
     run_folder = Path(run_folder or scoring.newest_run())
-    record = scoring.read_run(run_folder)
+    record = scoring.read_run(run_folder, base_model)
     if max_rows < 1:
         raise UserError("--max-rows: at least one answer must be generated")
     if shots < 0:
@@ -102,10 +104,13 @@ def evaluate_adapter(
     if model and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: is no model folder (it has no config.json)")
     metrics_of_user, system = scoring.read_metrics(metric or []), scoring.read_system(system)
-    chats, settings = scoring.rows_to_score(record, data), (max_rows, max_new_tokens)
+    learnt = record["data"]["train_on"]
+    chats, settings = scoring.rows_to_score(record, data), (max_rows, max_new_tokens, learnt)
     parts = {"predictions": chats} | ({"forgetting": read_chats(forgetting)} if forgetting else {})
     tokenizer = scoring.load_adapter_tokenizer(run_folder, record)
     encoder = Encoder(tokenizer, escape=True, think=record["data"].get("think"))
+    parts = {name: scoring.within_limit(encoder, rows, record) for name, rows in parts.items()}
+    chats = parts["predictions"]
     say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
     for scale in scales or ():
         scoring.check_linear(run_folder, scale)
@@ -115,24 +120,26 @@ def evaluate_adapter(
     known = [*baselines, "best"], [*metrics_of_user], [*dict.fromkeys(fields)], bool(forgetting)
     gates = [scoring.read_gate(text, *known) for text in gate or []]
     digests = {part: scoring.rows_digest(rows) for part, rows in parts.items()}
-    of_runs = scoring.rows_of_runs(gates, digests, lambda part: sum(row.trained for row in encoder.encode(parts[part])))
+    count = lambda part: sum(row.trained for row in encoder.encode(parts[part], learnt))  # noqa: E731
+    of_runs = scoring.rows_of_runs(gates, digests, count)
     prompts, prompted = scoring.prompts_of(record, encoder, chats, shots, system, max_new_tokens)
 
-    # 2. Base and adapter are one model in memory: the adapter is switched off for the base's turn, or scaled.
-    live = scoring.load_adapter(run_folder, record)
+    # 2. Base and adapter are one model in memory, and the base comes first: with the adapter switched off, what was
+    # trained beside it (biases) would stay.
+    base = scoring.load_adapters_base(run_folder, record)
     if scales:
+        live = load_onto(base, run_folder)
         figures = scoring.score_scales(run_folder, live, encoder, chats, scales, parts.get("forgetting", []), *settings)
         best = min(figures, key=lambda scale: figures[scale]["loss"])
         say(f"\nlowest loss at scale {best}; next: {command('merge_adapter', run_folder, '--scale', best)}")
         return figures
-    scored: dict[str, dict[str, list[dict]]] = {}
+    scored = {name: {"base": scoring.evaluate(base, encoder, rows, *settings)} for name, rows in parts.items()}
+    for baseline, asked in prompts.items():
+        scored["predictions"][baseline] = scoring.evaluate(base, encoder, asked, *settings)
+    live = load_onto(base, run_folder)
     for name, rows in parts.items():
-        with live.disable_adapter():
-            scored[name] = {"base": scoring.evaluate(live, encoder, rows, *settings)}
-            for baseline, asked in prompts.items() if name == "predictions" else ():
-                scored[name][baseline] = scoring.evaluate(live, encoder, asked, *settings)
         scored[name]["adapter"] = scoring.evaluate(live, encoder, rows, *settings)
-    del live
+    del base, live
     if model:
         how = {"dtype": "auto", "device_map": "auto", "use_safetensors": True, "local_files_only": True}
         with loading(str(model)):

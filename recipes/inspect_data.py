@@ -57,7 +57,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
     # 1. The rows as the recipes prepare them, and what is found in them; what would stop a run does not stop here.
     args = SFTConfig(**config.training)
     base, model = find_base(config.model, weights=False), config.model
-    tokenizer, template_reason = read_tokenizer(base, model.chat_template, model.trust_remote_code)
+    tokenizer, template_reason = read_tokenizer(base, model.chat_template, model.trust_remote_code, model.adapter)
     train, validation = prepare(config.data, tokenizer, args, report=False)
 
     # 2. Packed and counted at this config.

@@ -22,6 +22,8 @@ def command_line() -> ArgumentParser:
     add = parser.add_argument
     add("run_folder", nargs="?", metavar="RUN", help="a run or adapter folder; the newest finished run")
     add("--output", metavar="DIR", help="where the merged model goes (RUN/merged)")
+    elsewhere = "where the adapter's base lies now: a folder, or a name on the hub"
+    add("--base-model", metavar="PATH_OR_NAME", help=elsewhere)
     add("--base", choices=["original", "dequantized"], default="original", help="after Q-LoRA: which form of the base")
     add("--scale", type=float, default=1.0, help="the adapter's share: 1 as trained, 0.5 half of it")
     add("--data", metavar="FILE", help="compare on a JSONL file instead of the validation rows")
@@ -41,15 +43,16 @@ from recipes.utils.evaluation import base_of, check_linear, load_adapter_tokeniz
 
 
 def merge_adapter(
-    run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None
-) -> Path:
+    run_folder=None, output=None, base="original", scale=1.0, data=None, rows=16, max_kl=0.5, verify=True, ollama=None,
+    base_model=None,
+) -> Path:  # fmt: skip
     """Merge an adapter into its base; returns the merged model's folder. The arguments are the flags: see --help.
     Raises `UserError` and leaves nothing: a target in use, no room, weights not finite or unchanged, over `max_kl`."""
     # 1. The adapter, its base, and a target that holds nothing yet.
     if rows < 1:
         raise UserError("--rows: at least one is needed; --no-verify compares nothing")
     adapter = Path(run_folder or newest_run())
-    record = read_adapter(adapter)
+    record = read_adapter(adapter, base_model)
     base_folder, output = base_of(record), Path(output or adapter / "merged")
     tokenizer = load_adapter_tokenizer(adapter, record)
     modelfile = merge.make_modelfile(tokenizer, ollama) if ollama else None

@@ -16,13 +16,13 @@ from recipes.utils.console import CommandLine, command, first_look, run_main, sa
 if __name__ == "__main__":
     given = first_look(training_parser(__doc__))  # --help and slips are answered before the imports, which take seconds
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
 from recipes.utils.config import Config, read_config
 from recipes.utils.data import load_tokenizer, prepare
-from recipes.utils.model import choose_attention, fast_lora, load_base, prepare_adapter, save_adapter
+from recipes.utils.model import choose_attention, fast_lora, load_base, load_onto, prepare_adapter, save_adapter
 from recipes.utils.monitoring import Ledger, Progress, Report, Samples, Trackers
 from recipes.utils.training import Deadline, EarlyStopping, ResumableTrainer, begin, check_same_run, print_run, recorded
 
@@ -45,7 +45,8 @@ def train_qlora(config: Config) -> Path:
         quantization_config = BitsAndBytesConfig(**quantization)
 
         # 2. Data: JSONL files -> checked chats -> token ids, labels on answers alone. What cannot be right stops here.
-        tokenizer = load_tokenizer(run.base, config.model.chat_template, config.model.trust_remote_code)
+        trusted, adapter = config.model.trust_remote_code, config.model.adapter
+        tokenizer = load_tokenizer(run.base, config.model.chat_template, trusted, adapter)
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
@@ -53,10 +54,9 @@ def train_qlora(config: Config) -> Path:
         model = load_base(run.base, config.model, attention, quantization_config, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.
-        if config.model.adapter:
-            lora_config = fast_lora(LoraConfig.from_pretrained(config.model.adapter), config.model)
-            model = PeftModel.from_pretrained(model, config.model.adapter, config=lora_config, is_trainable=True)
-            lora_config = None
+        if adapter:
+            lora_config = fast_lora(LoraConfig.from_pretrained(adapter), config.model)
+            model, lora_config = load_onto(model, adapter, lora_config), None
 
         # 5. Trainer: TRL's SFTTrainer, which packs the rows and whose fused head computes the loss without holding all
         # logits. Another loss: override `compute_loss` in a subclass, as docs/make_it_yours.md shows. ResumableTrainer

@@ -129,7 +129,8 @@ def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
     seen = {}
     monkeypatch.setattr(recipe, "chat", lambda **options: seen.update(options))
     assert run_recipe("chat", "runs/x", "--system", "Be brief.", "--temperature", "0.7") == 0
-    assert seen == {"path": "runs/x", "system": "Be brief.", "temperature": 0.7, "max_new_tokens": 512}
+    assert seen == {"path": "runs/x", "base_model": None, "system": "Be brief.", "temperature": 0.7,
+                    "max_new_tokens": 512}  # fmt: skip
 
 
 def test_in_a_pipe_only_the_answer_is_printed(adapter):

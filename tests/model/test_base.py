@@ -178,3 +178,22 @@ def test_control_tokens_that_a_base_never_learnt_are_named(tmp_path):
     assert "<|im_end|>" in finding.message
     assert "<|im_start|>" not in finding.message
     assert "--lora.modules_to_save '[lm_head]'" in finding.message
+
+
+def test_a_control_token_among_those_that_nobody_has_used_is_named_whatever_its_norm():
+    """Never trained, such rows keep the direction that the vocabulary's common drift has given them, at its norm."""
+    model = load_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float32"), "sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    rows = Dataset.from_list([{"input_ids": [start, 5, end], "labels": [-100, 5, end]}])
+    weight = model.get_input_embeddings().weight.data
+    torch.manual_seed(0)
+    common = torch.nn.functional.normalize(torch.randn(weight.shape[1]), dim=0)
+    middle = weight.norm(dim=1).median()
+    unused = torch.arange(280, 320)  # no token has these ids
+    weight[unused] = middle * torch.nn.functional.normalize(common + 0.005 * torch.randn(40, weight.shape[1]), dim=1)
+    assert check_tokens(model, rows, tokenizer) == []
+    weight[end] = middle * common
+    (finding,) = check_tokens(model, rows, tokenizer)
+    assert "<|im_end|> (as 40 others, cosine over 0.99): the embedding row looks untrained" in finding.message
+    assert "<|im_start|>" not in finding.message

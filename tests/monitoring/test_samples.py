@@ -1,15 +1,18 @@
 """Samples at each evaluation: the model's own greedy answers, and a run that is the same without them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TINY, read_jsonl
+from datasets import Dataset
 from peft import PeftModel
 from trained import adapter_of, same, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.utils.data import Encoder, read_chats
+from recipes.utils.data import Encoder, load_tokenizer, read_chats
 from recipes.utils.model import generate_answers
-from recipes.utils.monitoring.samples import split_prompt
+from recipes.utils.monitoring.samples import Samples, split_prompt
 
 SHORT = {"max_steps": 6, "eval_steps": 3, "save_steps": 3}
 
@@ -52,6 +55,25 @@ def test_an_answer_that_runs_away_is_marked(config_file, monkeypatch, capsys):
     folder = train(config_file(data={"samples": 1}, training=SHORT))
     assert not any(sample["stopped"] for sample in read_jsonl(folder / "samples.jsonl"))
     assert capsys.readouterr().out.count("(did not stop)") == 2
+
+
+def test_it_is_said_in_the_end_where_no_answer_ends_by_itself(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    tokenizer = load_tokenizer(TINY / "base")
+    args = SimpleNamespace(bf16=False, fp16=False)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    words = [tokenizer.encode(text) for text in ("hello", "good day")]
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for expected, told in ((1, True), (200, False)):  # of the latter, 128 tokens say nothing
+        labels = [[-100] * len(ids) + [stop] * expected for ids in words]
+        rows = [{"input_ids": ids + [stop] * expected, "labels": its} for ids, its in zip(words, labels, strict=True)]
+        samples = Samples(tmp_path, Dataset.from_list(rows), tokenizer, 2)
+        samples.on_evaluate(args, state, None, model)
+        assert not any(sample["stopped"] for sample in read_jsonl(tmp_path / "samples.jsonl"))
+        capsys.readouterr()
+        samples.on_train_end(args, state, None)
+        warning = "warning: none of the 2 sampled answers ends by itself"
+        assert (warning in capsys.readouterr().out) == told
 
 
 def test_the_last_trained_answer_is_what_is_asked_for():

@@ -26,6 +26,10 @@ NORMAL = [chat(f"What is {number} and {number}?", f"It is {2 * number}, of cours
         ({"warmup_steps": 50}, "--training.warmup_steps 0.03"),
         ({}, "few steps: 2"),
         ({"save_strategy": "no", "load_best_model_at_end": False}, "--training.save_strategy steps"),
+        (
+            {"max_length": 8192},
+            "max_length 8,192 is over the 4,096 tokens that this model was made for: --training.max",
+        ),
     ],
 )
 def test_unwise_settings_are_warned_of_with_a_flag(config_file, capsys, training, warning):
@@ -121,7 +125,7 @@ def test_a_control_token_that_the_base_never_saw_is_warned_of(untrained_stop, co
         train_lora(load_config(path, {}, "lora", dry_run=True))
         found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         assert len(found) == warnings
-        assert all("<|im_end|> (norm 0)" in line and "--lora.modules_to_save '[lm_head]'" in line for line in found)
+        assert all("<|im_end|> (norm 0, " in line and "--lora.modules_to_save '[lm_head]'" in line for line in found)
 
 
 def test_the_mend_for_an_untrained_stop_token_trains_merges_and_makes_the_model_stop(

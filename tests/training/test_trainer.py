@@ -44,6 +44,7 @@ PUBLIC = {
     "log": "(self, logs: dict[str, float], start_time: float | None = None) -> None",
     "training_step": "(*args, **kwargs)",
     "evaluation_loop": None,
+    "prediction_step": "(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None)",
 }
 
 
@@ -229,9 +230,9 @@ def test_a_stop_is_asked_for_last(config_file, monkeypatch):
 
 
 def test_settings_that_the_libraries_alone_can_judge_are_user_errors(config_file, tmp_path, capsys):
-    path = config_file(lora={"target_modules": ["no_such_module"]})
+    path = config_file(lora={"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]})
     assert run_recipe("sft_lora", path) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("error: the settings cannot be used: Target modules")
+    assert errors.startswith("error: the settings cannot be used: No modules were targeted")
     assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()

@@ -77,9 +77,10 @@ RANGES = {  # 1e-12 stands for above zero
     "training.per_device_train_batch_size": (1, 100_000), "training.per_device_eval_batch_size": (1, 100_000),
     "training.gradient_accumulation_steps": (1, 1_000_000), "training.max_length": (2, 10_000_000),
     "training.learning_rate": (1e-12, 1e3), "training.num_train_epochs": (1e-12, 1e6),
-    "lora.r": (1, 100_000), "lora.lora_dropout": (0, 0.999), "data.max_over_length": (0, 1), "data.samples": (0, 64),
-    "run.early_stopping_patience": (1, 10_000), "training.eval_accumulation_steps": (1, 1_000_000),
-    "training.weight_decay": (0, 100), "training.seed": (0, 2**32 - 1),
+    "lora.r": (1, 100_000), "lora.lora_alpha": (1e-12, 1e6), "lora.lora_dropout": (0, 0.999),
+    "data.max_over_length": (0, 1), "data.samples": (0, 64), "run.early_stopping_patience": (1, 10_000),
+    "training.eval_accumulation_steps": (1, 1_000_000), "training.weight_decay": (0, 100),
+    "training.seed": (0, 2**32 - 1),
 }  # fmt: skip
 CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "metric_for_best_model": ("loss", "eval_loss")}  # not told by classes
 
@@ -120,6 +121,8 @@ def check_value(section: str, name: str, value):
         raise UserError(f"{key}: needs a value; leave the key out for the default")
     if key in RANGES and isinstance(value, (int, float)) and not RANGES[key][0] <= value <= RANGES[key][1]:
         raise UserError(f"{key}: {value} is not between {RANGES[key][0]} and {RANGES[key][1]}")
+    if name in ("rank_pattern", "alpha_pattern") and any(not number > 0 for number in (value or {}).values()):
+        raise UserError(f"{key}: {value}: each number is above zero; lora.exclude_modules leaves a module out")
     if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
         return value  # declared as a Literal that spells out a placeholder
     if name.endswith(("_dtype", "_storage")) and not isinstance(getattr(torch, str(value), None), torch.dtype):

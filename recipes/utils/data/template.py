@@ -28,25 +28,41 @@ SECONDS = 10  # to render one chat, which takes milliseconds
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message: templates differ in the name
 SWITCH, NO_THOUGHT = "{{%- if {0} is not defined %}}{{%- set {0} = {1} %}}{{%- endif %}}", "{# without a thought #}"
 SWITCHED = r"^(\{%- if \w+ is not defined %\}\{%- set (enable_)?thinking = \w+ %\}\{%- endif %\})+"
+MARKS = r"\{%-?\s*(end)?generation\s*-?%\}"
 
 
-def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False):
-    """The tokenizer in the folder `base`, with the chat template that will be trained and saved; says which and why."""
-    tokenizer, reason = read_tokenizer(base, chat_template, trust_remote_code)
+def load_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False, adapter=None):
+    """The tokenizer that `read_tokenizer` gives, with the chat template that will be trained and saved; says why."""
+    tokenizer, reason = read_tokenizer(base, chat_template, trust_remote_code, adapter)
     say(f"chat template: {reason}")
     return tokenizer
 
 
-def read_tokenizer(base: Path, chat_template: str = "auto", trust_remote_code: bool = False) -> tuple:
-    """(the tokenizer in the folder `base` with its chat template, why it is that one). Raises a `UserError` if it
-    cannot be loaded or is no fast one, and as `choose_chat_template` does."""
-    for path in Path(base).glob("*.model"):  # a vocabulary, which the library copies beside each adapter
-        own_file(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # files that are no tokenizer's fail in any way
-        why = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(f"{base}: its tokenizer cannot be loaded: {why}") from error
+def read_tokenizer(base: Path, chat_template="auto", trust_remote_code=False, adapter=None) -> tuple:
+    """(the tokenizer in the folder `base` with its chat template, why it is that one). What the folder of an `adapter`
+    of that base has of the two goes first, and a line says where they differ. Raises a `UserError` if it cannot be
+    loaded or is no fast one, and as `choose_chat_template` does."""
+
+    def load(folder: Path):
+        for path in Path(folder).glob("*.model"):  # a vocabulary, which the library copies beside each adapter
+            own_file(path)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        except Exception as error:  # files that are no tokenizer's fail in any way
+            why = (str(error).splitlines() or [repr(error)])[0]
+            raise UserError(f"{folder}: its tokenizer cannot be loaded: {why}") from error
+
+    tokenizer = its_base = load(base)
+    if adapter and Path(adapter, "tokenizer_config.json").is_file():
+        tokenizer = load(Path(adapter))
+        if tokenizer.get_vocab() != its_base.get_vocab():
+            say(f"tokenizer: the adapter's own, of {len(tokenizer):,} tokens; its base's has {len(its_base):,}")
+    if adapter and (own := Path(adapter, "chat_template.jinja")).is_file():
+        tokenizer.chat_template = own.read_text(encoding="utf-8")
+    tokenizer.chat_template = tokenizer.chat_template or its_base.chat_template
+    theirs, ours = (re.sub(MARKS, "", str(each.chat_template)) for each in (its_base, tokenizer))
+    if ours != theirs:
+        say("chat template: the adapter's own; its base has another one")
     if not tokenizer.is_fast:
         raise UserError(f"{base}: has no fast tokenizer (tokenizer.json)")
     if prepends_blanks(tokenizer):
@@ -139,7 +155,7 @@ def _prove(tokenizer, template: str) -> None:
 
 def marks_answers(template: str) -> bool:
     """True if the template holds loss marks."""
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+    return re.search(MARKS, template) is not None
 
 
 def render(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, template: str | None = None):

@@ -1,5 +1,6 @@
 """Scores on answer tokens and greedy answers, for any causal LM: base, adapter or merged; row by row and summed up."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ from recipes.utils.evaluation.scores import FIELD, METRIC, SCORES, score_names, 
 from recipes.utils.evaluation.statistics import compare, compare_score, figures, mark_luck
 from recipes.utils.evaluation.verdicts import BEST, in_short, note_of, sentence, show, show_interval
 from recipes.utils.files import adapter_sha256, read_jsonl, replace_folder, write_json, write_jsonl
-from recipes.utils.model import generate_answers, in_batches
+from recipes.utils.model import NEVER_STOPS, generate_answers, in_batches
 
 MODELS = (*BASELINES, "adapter", "merged")
 SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered
@@ -39,7 +40,7 @@ SHOWN_PAIRS = (f"adapter against {BEST}", "adapter against base", "merged agains
 WORST_FIELDS, MOST_TAGS_SHOWN = 8, 20  # on the terminal
 FIELDS, MOST_FIELDS = "fields of the JSON answers", 100  # in the report
 MOST_TAGS = 100
-TOKENS_A_HEAD = 1024  # 1k positions of a 152k vocabulary are 0.6 GB of float32 logits
+TOKENS_COMPARED = 64  # of the fused head's with the model's own logits
 
 
 def rows_to_score(record: dict, data: str | list[str] | None = None) -> list[Chat]:
@@ -58,11 +59,30 @@ def rows_to_score(record: dict, data: str | list[str] | None = None) -> list[Cha
     return [chat for chat in chats if share == 1 or held_out(chat, share, record["seed"])]
 
 
-def evaluate(model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_tokens=None) -> list[dict]:
-    """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on all its answer tokens,
-    and their number `tokens`. The first `max_rows` have also the greedy `answer` to their last prompt, whether it ended
-    by itself (`stopped`), its `answer_tokens`, what was `expected`, `expected_tokens`, and what `score_text` gives."""
-    encoded = encoder.encode(chats)
+def within_limit(encoder: Encoder, chats: list[Chat], record: dict) -> list[Chat]:
+    """Those of `chats` that the run with that `record` would have trained on: they fit in its max_length, and have an
+    answer that carries loss. Says how many have not. Raises `UserError` if none is left."""
+    limit = record["training"].get("max_length") or 1024  # SFTConfig's
+    lengths: dict[str, int] = {}
+    for row in encoder.encode(chats, record["data"]["train_on"]):  # a chat may be several rows
+        lengths[row.where] = max(lengths.get(row.where, 0), len(row.input_ids))
+    kept = [chat for chat in chats if 0 < lengths.get(chat.where, 0) <= limit]
+    if not kept:
+        raise UserError(f"no row fits in the run's training.max_length of {limit:,} tokens")
+    if len(kept) < len(chats):
+        over = f"{len(chats) - len(kept):,} of {len(chats):,} rows are over the run's max_length of {limit:,} tokens"
+        say(f"left out: {over}, or no answer of them carries loss")
+    return kept
+
+
+def evaluate(
+    model, encoder: Encoder, chats: list[Chat], max_rows: int, max_new_tokens=None, train_on: str = "all"
+) -> list[dict]:
+    """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on its answer tokens (of
+    the last answer alone, if the run was to `train_on` it), and their number `tokens`. The first `max_rows` have also
+    the greedy `answer` to their last prompt, whether it ended by itself (`stopped`), its `answer_tokens`, what was
+    `expected`, `expected_tokens`, and what `score_text` gives."""
+    encoded = encoder.encode(chats, train_on)
     losses = score_rows(model, encoder, encoded)
     rows: list[dict] = []
     # A chat may have been split into several rows; they follow each other.
@@ -96,28 +116,23 @@ def score_answers(model, encoder: Encoder, encoded: list[Encoded]) -> tuple[floa
 @torch.no_grad()
 def score_rows(model, encoder: Encoder, encoded: list[Encoded]) -> np.ndarray:
     """(rows, 3): of each row's labelled tokens the summed loss in nats, how many were predicted right, how many they
-    are. Only these go through the LM head, some at a time, so no full logits are held."""
-    model.eval()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    are; by the fused head that training has too, so no full logits are held. Raises as `fused` does."""
     scores = np.zeros((len(encoded), 3))
 
     def score(batch: list[int]) -> None:
         rows = [torch.tensor(encoded[index].input_ids, device=model.device) for index in batch]
         ids = pad_sequence(rows, batch_first=True, padding_value=encoder.tokenizer.pad_token_id or 0)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        labels = [torch.tensor(encoded[index].labels[1:], device=model.device) for index in batch]
+        labels = [torch.tensor(encoded[index].labels, device=model.device) for index in batch]
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-        hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-        learnt, by_token = labels != -100, []
-        parts = (part.split(TOKENS_A_HEAD) for part in (hidden[learnt], labels[learnt]))
-        for states, wanted in zip(*parts, strict=True):
-            logits = base.lm_head(states).float()
-            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-            by_token.append(torch.stack([loss, (logits.argmax(-1) == wanted).float(), torch.ones_like(loss)], 1))
-        row_of, found = learnt.nonzero()[:, 0].cpu(), torch.cat(by_token).double().cpu()
-        scores[batch] = torch.zeros(len(batch), 3).double().index_add_(0, row_of, found).numpy()
+        found = head(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        by_token = torch.stack([-found.log_probs, found.is_top1, found.label_mask], -1)  # 0 where there is no label
+        scores[batch] = by_token.double().sum(1).cpu().numpy()
 
+    if not encoded:
+        return scores
     with _as_in_training(model):
+        head = fused(model, encoded[0].input_ids)
         in_batches([len(row.input_ids) for row in encoded], score)
     return scores
 
@@ -126,6 +141,26 @@ def _as_in_training(model):
     """What was trained is float32 beside a base in 16 bit: autocast joins them as it did in a step, and for samples."""
     dtype = model.config.dtype
     return torch.autocast(model.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+def fused(model, ids: list[int]):
+    """A model that shares all with `model`, or with the base that its adapter is on, and has TRL's fused LM head, which
+    knows what an architecture does to its logits after the head (a scale, a soft cap). Raises `UserError` where it does
+    not give the model's own log-probabilities of `ids`, at the first `TOKENS_COMPARED` positions."""
+    from trl.trainer.utils import add_fused_lm_head  # here: a merge and a chat, which import this package, can spare it
+
+    model.eval()
+    shared = copy.copy(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    add_fused_lm_head(shared, outputs=("log_probs", "is_top1"))
+    head = torch.tensor([ids[: TOKENS_COMPARED + 1]], device=model.device)
+    own = model(input_ids=head, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    own = own.gather(-1, head[:, 1:, None].to(own.device))[..., 0]
+    apart = (own - shared(input_ids=head, labels=head, fused_lm_head=True).log_probs).abs().mean().item()
+    limit = 1e-3 if model.dtype == torch.float32 else 0.1  # in 16 bit, a scale or a cap rounds the logits again
+    if not apart <= limit:
+        why = f"TRL's fused head gives other log-probabilities than the model itself, {apart:.2g} nats a token apart"
+        raise UserError(f"{type(shared).__name__}: {why}, so its losses would be wrong; it cannot be scored here")
+    return shared
 
 
 def score_scales(run_folder: Path, live, encoder: Encoder, chats, scales: list[float], old_chats, *settings) -> dict:
@@ -353,6 +388,10 @@ def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
     if "forgetting" in metrics:
         say(f"\nlost: {_lost(metrics) or 'nothing that these rows can show'}")
     _print_slices(metrics)
+    for name in [name for name in scored if name in ("adapter", "merged")]:
+        answered = [row for row in scored[name] if "answer" in row]
+        if all(not row["stopped"] and row["expected_tokens"] < row["answer_tokens"] for row in answered):
+            say(f"\nwarning: none of the {len(answered):,} answers of the {name} ends by itself; {NEVER_STOPS}")
     for index in range(min(3, metrics["base"]["generated_rows"])):
         say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
         for name, rows in scored.items():

@@ -15,12 +15,16 @@ from recipes.utils.model import (
     ModelOptions,
     attention_and_reason,
     base_hashes,
+    check_fit,
     commit_of,
     find_base,
+    fit_vocabulary,
     load_base,
+    load_onto,
     loading,
     model_config,
     read_adapter_config,
+    stored_shapes,
 )
 
 SECONDS = 60  # to find an adapter's layers by a regular expression, which may never end
@@ -46,11 +50,11 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def read_run(folder: Path) -> dict:
+def read_run(folder: Path, base_model: str | None = None) -> dict:
     """The record (run.json) of the run in `folder`. Raises `UserError` where there is none, or no adapter of it."""
     if not (Path(folder) / "run.json").is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
-    return read_adapter(folder)
+    return read_adapter(folder, base_model)
 
 
 def newest_run(root: Path | str = "runs") -> Path:
@@ -62,9 +66,10 @@ def newest_run(root: Path | str = "runs") -> Path:
     return max(finished)[1]
 
 
-def read_adapter(folder: Path) -> dict:
+def read_adapter(folder: Path, base_model: str | None = None) -> dict:
     """The record (run.json) of an adapter, which may be a run's checkpoint; of another tool's adapter, what its
-    adapter_config.json says in the same form, without `data`. Raises `UserError` if there is none, or a broken one."""
+    adapter_config.json says in the same form, without `data`; with `base_model` (a folder, or a name on the hub) in the
+    place of the base that they name. Raises `UserError` if there is no adapter, a broken one, or one without a base."""
     folder, config = Path(folder), Path(folder) / "adapter_config.json"
     of_a_run = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
     path = next((place / "run.json" for place in of_a_run if (place / "run.json").is_file()), None)
@@ -80,15 +85,28 @@ def read_adapter(folder: Path) -> dict:
         record = read_record(path)
         if record["status"] != "finished" and (folder / "run.json").is_file():
             say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
-        return record
+        return _on_another_base(record, base_model) if base_model else record
     adapter = read_adapter_config(folder)
-    if not adapter.get("base_model_name_or_path"):
-        raise UserError(f"{config}: names no base (base_model_name_or_path); write there which one it was trained on")
-    model = dataclasses.asdict(ModelOptions(adapter["base_model_name_or_path"], adapter.get("revision")))
+    name = base_model or adapter.get("base_model_name_or_path")
+    revision = None if base_model else adapter.get("revision")
+    if not name:
+        raise UserError(f"{config}: names no base (base_model_name_or_path); name it: --base-model PATH_OR_NAME")
+    model = dataclasses.asdict(ModelOptions(name, revision))
     base = base_of({"model": model})
     shape = read_json(base / "config.json")
     model["dtype"] = shape.get("dtype") or shape.get("torch_dtype") or "float32"
     return {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base), "model": model}
+
+
+def _on_another_base(record: dict, base_model: str) -> dict:
+    """The `record` of a run with another base, which is checked by its shapes; says where its files are other ones."""
+    model = record["model"] | {"name_or_path": base_model, "revision": None, "adapter": None}
+    other = {**record, "commit": None, "model": model, "base_sha256": None}
+    before = record.get("base_sha256") or {}
+    now = base_hashes(base_of(other)) if before else {}
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        say(f"--base-model: {base_model} is not the very base of its training: {', '.join(changed)}")
+    return other
 
 
 def base_of(record: dict) -> Path:
@@ -104,7 +122,20 @@ def base_of(record: dict) -> Path:
         if not isinstance(error.__cause__, (LocalEntryNotFoundError, HFValidationError)):
             raise
         mend = "the folder of the adapter's base is not there; a relative path is one from where the command runs"
-        raise UserError(f"{options.name_or_path}: {mend}") from error
+        raise UserError(f"{options.name_or_path}: {mend}. If it lies elsewhere: --base-model PATH_OR_NAME") from error
+
+
+def load_adapters_base(folder: Path, record: dict):
+    """The base of the adapter in `folder`, as the adapter's training had it: after Q-LoRA in 4 bit; with the adapter's
+    vocabulary. Raises `UserError` for a base that the adapter does not fit, before its weights are read."""
+    options, base = ModelOptions(**record["model"]), base_of(record)
+    with time_limit(SECONDS, UserError(f"{folder}: a regular expression of its adapter_config.json does not end")):
+        check_fit(Path(folder), base, options)
+    quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
+    attention, _ = attention_and_reason(model_config(base, options), options, not torch.cuda.is_available())
+    model = load_base(base, options, attention, quantization)
+    fit_vocabulary(model, stored_shapes(Path(folder)))
+    return model
 
 
 def check_same_base(base: Path, record: dict) -> None:
@@ -117,26 +148,17 @@ def check_same_base(base: Path, record: dict) -> None:
 
 
 def load_adapter(folder: Path, record: dict):
-    """The adapter of `folder` on its base, in the precision of its training: after Q-LoRA, in 4 bit."""
-    from peft import PeftModel
-
-    options = ModelOptions(**record["model"])
-    quantization = BitsAndBytesConfig(**record["quantization"]) if record["method"] == "qlora" else None
-    folder_of_base = base_of(record)
-    attention, _ = attention_and_reason(model_config(folder_of_base, options), options, not torch.cuda.is_available())
-    read_adapter_config(Path(folder))
-    base = load_base(folder_of_base, options, attention, quantization)
-    late = UserError(f"{folder}: a regular expression of its adapter_config.json does not end")
-    with loading(str(folder)), time_limit(SECONDS, late):
-        return PeftModel.from_pretrained(base, folder)
+    """The adapter of `folder` on its base. Raises as `load_adapters_base` does."""
+    return load_onto(load_adapters_base(folder, record), folder)
 
 
 def load_adapter_tokenizer(folder: Path, record: dict):
-    """The tokenizer and template that the adapter was trained with; for another tool's adapter, its base's."""
+    """The tokenizer and template that the adapter was trained with: its folder's own; another tool's adapter may lack
+    one or both, and then has its base's. Says where they are not the base's."""
     if "data" in record:
         with loading(f"{folder}: its tokenizer"):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return read_tokenizer(base_of(record), record["model"]["chat_template"])[0]
+    return read_tokenizer(base_of(record), record["model"]["chat_template"], adapter=folder)[0]
 
 
 def check_linear(adapter: Path, scale: float) -> None:

@@ -75,8 +75,13 @@ def check_space(folder: Path, size: int, what: str = "the merged model") -> None
 
 
 def write_config(base: Path, output: Path, dtype: str, untied: bool) -> None:
-    """The base's config.json with the weights' dtype, without the path that it was once saved from."""
+    """The base's config.json with the weights' dtype, without the path that it was once saved from; with the size of
+    the vocabulary in the config that PEFT's merge has left in `output`, if it has: it may be the adapter's."""
     config = read_json(own_file(base / "config.json"), {"rope_parameters": dict | None})
+    merged = output / "config.json"
+    if merged.is_file():
+        size = read_json(merged).get("text_config", read_json(merged))["vocab_size"]
+        config.get("text_config", config)["vocab_size"] = size
     config.pop("_name_or_path", None)
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the key of transformers 5, and the one that others know
     if untied:
@@ -100,14 +105,16 @@ def write_generation_config(base: Path, output: Path, stop_ids: list[int]) -> No
 
 def write_tokenizer(base: Path, output: Path, tokenizer) -> None:
     """The base's own tokenizer files, which every runtime knows, with the trained `tokenizer`'s chat template; where
-    they do not give the ids that were trained on (a legacy form was mended), the trained tokenizer's."""
+    they do not give the ids that were trained on (a legacy form was mended, tokens were added), the trained one's."""
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(own_file(base / name), output / name)
     template = plain_template(tokenizer.chat_template)
     _write_tokenizer_config(output, template)
     probe = f"a  b\n{tokenizer.eos_token}c é {tokenizer.decode([100, 200])} [INST] d[/INST] <|im_start|>e"
-    if AutoTokenizer.from_pretrained(output, local_files_only=True).encode(probe) != tokenizer.encode(probe):
+    written = AutoTokenizer.from_pretrained(output, local_files_only=True)
+    found, wanted = ((one.encode(probe), one.get_vocab(), one.eos_token) for one in (written, tokenizer))
+    if found != wanted:
         say("tokenizer: the trained one is written, since the base's own files give other ids")
         for name in TOKENIZER_FILES:
             (output / name).unlink(missing_ok=True)

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from recipes.utils.console import UserError, out, say, time_limit
 from recipes.utils.files import read_json, sync_path, write_json
 from recipes.utils.merge.export import check_space
-from recipes.utils.model import CHANGE_THE_BASE, ModelOptions, model_config, read_adapter_config
+from recipes.utils.model import (
+    CHANGE_THE_BASE,
+    ModelOptions,
+    check_fit,
+    load_onto,
+    model_config,
+    peft_key,
+    read_adapter_config,
+)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -86,7 +95,7 @@ def merge_weights(record: dict, base: Path, adapter: Path, output: Path, kind: s
 
 def merge_in_memory(record: dict, base: Path, adapter: Path, output: Path) -> tuple[bool, str]:
     """As `stream_merge`, with the whole base in memory; `output` holds configs too, which are to be written anew."""
-    from peft import PeftModel  # here: importing it takes longer than streaming a model of a billion parameters
+    check_fit(adapter, base, ModelOptions(**record["model"]))
 
     def sums(model) -> dict[str, float]:  # a change moves them, and where something is not finite, neither are they
         return {name: tensor.sum(dtype=torch.float64).item() for name, tensor in model.state_dict().items()}
@@ -98,7 +107,7 @@ def merge_in_memory(record: dict, base: Path, adapter: Path, output: Path) -> tu
     if tied and not settings.get("trainable_token_indices") and not settings.get("ensure_weight_tying"):
         model.config.tie_word_embeddings = False  # what the adapter does to the embedding it does not do to the head
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=False).to(dtype)
+    merged = load_onto(model, adapter).merge_and_unload(safe_merge=False).to(dtype)
     untied = tied and not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
     merged.config.tie_word_embeddings = tied and not untied
     merged.tie_weights()
@@ -129,7 +138,8 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
     base_config, config = read_json(base / "config.json"), read_adapter_config(adapter)
     if "quantization_config" in base_config:
         needed = "the model that it was made from is needed as base"
-        raise UserError(f"{base}: its weights are quantised, and merging there would round the adapter away; {needed}")
+        why = "its weights are quantised, and merging there would round the adapter away"
+        raise UserError(f"{base}: {why}; {needed}: --base-model PATH_OR_NAME")
     if config["peft_type"] != "LORA":
         raise NotStreamable(f"the adapter is {config['peft_type']}, not LoRA")
     if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
@@ -151,18 +161,27 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
         files[shard]["lm_head.weight"] = files[shard][embedding]
         if index:
             index["weight_map"]["lm_head.weight"] = shard
+    targets = config.get("target_modules") or ""
+    by_choice = config.get("layers_to_transform") or config.get("exclude_modules") or isinstance(targets, str)
+    by_choice = by_choice or any("." in name for name in targets)
+    if not by_choice and _some_layers_only(changes, shard_of):
+        raise NotStreamable("the adapter has nothing for some of the base's layers")  # PEFT knows whether it has to
     for name, parts in changes.items():
         if name not in shard_of:
             raise NotStreamable(f"the base's file has no {name}")
+        if ("lora_A" in parts) != ("lora_B" in parts):
+            raise NotStreamable(f"the adapter has half of what belongs to {name}")
         source = files[shard_of[name]][name]
         if source.dtype not in DTYPES:
             raise UserError(f"{base}: {name} is {source.dtype}; a base in 16 or 32 bit is needed")
         if "lora_A" in parts and [parts["lora_B"].shape[0], parts["lora_A"].shape[1]] != source.shape:
-            part = f"{parts['lora_B'].shape} · {parts['lora_A'].shape}: the adapter belongs to another base"
-            raise UserError(f"{base}: {name} is {source.shape} and the adapter's part for it {part}")
+            product = f"{parts['lora_B'].shape} · {parts['lora_A'].shape}: the adapter belongs to another base"
+            raise UserError(f"{base}: {name} is {source.shape} and the adapter's part for it {product}")
         if "full" in parts and parts["full"].shape != source.shape:
-            resized = f"{parts['full'].shape} in the adapter and {source.shape} in the base"
-            raise UserError(f"{name}: {resized}; a vocabulary that was resized cannot be merged")
+            if parts["full"].shape[1:] == source.shape[1:]:
+                raise NotStreamable("its vocabulary was resized")
+            other = f"{name} is {source.shape} and the adapter's {parts['full'].shape}"
+            raise UserError(f"{base}: {other}: the adapter belongs to another base")
     with time_limit(SECONDS, UserError(f"{adapter}: a regular expression of its patterns does not end")):
         scaled = {name: (parts, _scaling(config, name, parts, scale)) for name, parts in changes.items()}
     every = [stored for tensors in files.values() for stored in tensors.values()]
@@ -217,12 +236,22 @@ def _changes(adapter: Path) -> dict[str, dict[str, Stored]]:
     """Base tensor name -> what the adapter holds for it, by part: lora_A, ..., or `full` for a whole tensor."""
     changes: dict[str, dict[str, Stored]] = {}
     for key, stored in read_header(adapter / "adapter_model.safetensors").items():
-        name, part = key.removeprefix("base_model.model.").replace(".base_layer.", "."), "full"
+        name, part = peft_key(key).removeprefix("base_model.model.").replace(".base_layer.", "."), "full"
         if match := re.fullmatch(rf"(.*)\.({PARTS})", name):
             module, part = match.groups()
             name = f"{module}.bias" if part == "lora_B.bias" else f"{module}.weight"
         changes.setdefault(name, {})[part.removesuffix(".weight")] = stored
     return changes
+
+
+def _some_layers_only(changes: Iterable[str], weights: Iterable[str]) -> bool:
+    """Whether some layers of the base have `weights` of the kinds that are changed, and are not changed."""
+
+    def numbers(names) -> dict[str, int]:
+        return Counter(re.sub(r"\.\d+\.", ".N.", name) for name in names)
+
+    own, there = numbers(changes), numbers(weights)
+    return any(own[kind] < there[kind] for kind in own)
 
 
 def _scaling(config: dict, name: str, parts: dict[str, Stored], scale: float) -> float:

@@ -1,21 +1,28 @@
 """A LoRA adapter: where it may begin, what is trained and in which precision, and how it is saved: whole or not."""
 
+import contextlib
 import re
 import shutil
+from collections.abc import Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.autograd.function import once_differentiable
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
 from recipes.utils.files import read_json, sync, sync_path, write_json
-from recipes.utils.model.base import ModelOptions, commit_of, name_of
+from recipes.utils.model.base import ModelOptions, commit_of, loading, name_of, skeleton
 
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin: not linear in their scale
 SETS = ("target_modules", "exclude_modules", "modules_to_save")
 NO_PLAIN_START = (*CHANGE_THE_BASE, "eva")
+# Keys of other versions of PEFT, and of state dicts that were saved as they are, to those of today.
+OTHER_KEYS = {r"\.modules_to_save(\.default)?(?=\.)": "", r"(\.lora_(?:embedding_)?[AB])\.(?!weight|bias)\w+": r"\1"}
 
 
 def check_initialisation(lora: dict) -> None:
@@ -43,6 +50,89 @@ def check_adapter(folder: str | None) -> None:
     if start.startswith(NO_PLAIN_START):
         mend = "convert it with PEFT's path_initial_model_for_weight_conversion first"
         raise UserError(f"model.adapter: {folder} began with {start} and is no plain LoRA; {mend}")
+
+
+def check_lora(base: Path, options: ModelOptions, lora: Mapping) -> None:
+    """Raise `UserError`, before weights are read, where `options.adapter` does not fit the base, or the section `lora`
+    of a new adapter has a name or a layer that the base has not: PEFT is content if one of several is there."""
+    if options.adapter:
+        return check_fit(Path(options.adapter), base, options)
+    model = skeleton(base, options)
+    modules = {name: module for name, module in model.named_modules() if name}
+    linear = [name for name, one in modules.items() if isinstance(one, (torch.nn.Linear, torch.nn.Embedding, Conv1D))]
+    layers = [number[1] for name in modules if (number := re.fullmatch(r"\D*\.(\d+)", name))]
+    there = dict.fromkeys(("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"), linear)
+    there |= {"modules_to_save": [name for name in modules if not name[-1].isdigit()], "layers_to_transform": layers}
+    there |= {"target_parameters": [name for name, _ in model.named_parameters()]}
+    there |= {"layers_pattern": [name.rpartition(".")[0] for name in modules if name[-1].isdigit()]}
+    for key, names in there.items():
+        given = lora.get(key) if lora.get(key) != "all-linear" else None
+        given = [given] if key == "layers_pattern" and isinstance(given, str) else given
+        one = isinstance(given, (str, int))  # a string is a regular expression, as the keys of a pattern are
+        for name in map(str, [given] if one else given or ()):
+            pattern = name if one else rf"(.*\.)?({name if isinstance(given, dict) else re.escape(name)})"
+            with contextlib.suppress(re.error):
+                if any(re.fullmatch(pattern, each) for each in names):
+                    continue
+            ends = {each.rpartition(".")[2] for each in names}
+            near = sorted(ends, key=lambda end: (-SequenceMatcher(None, name, end).ratio(), end))[:9]
+            form = "; all-linear, without brackets, is every one but the head" * name.startswith("all")
+            form += f"; several are written [{name.replace(',', ', ')}]" * (one and set(name.split(",")) <= ends)
+            raise UserError(f"lora.{key}: {name!r} matches nothing in this model, which has {', '.join(near)}{form}")
+    return None
+
+
+def check_fit(folder: Path, base: Path, options: ModelOptions) -> None:
+    """Raise `UserError`, before weights are read, unless the keys of the adapter in `folder` are, by name and shape,
+    those that PEFT looks for in this base: it drops the ones that do not fit, and goes on without those that lack."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    read_adapter_config(folder)
+    try:
+        model, stored = skeleton(base, options), stored_shapes(folder)
+    except SafetensorError as error:
+        raise UserError(f"{folder}/adapter_model.safetensors: is not whole ({error}); copy it again") from error
+    fit_vocabulary(model, stored)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.init_lora_weights = False  # none are computed
+    try:
+        model = PeftModel(model, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: cannot be put on {options.name_or_path}: {str(error).splitlines()[0]}") from error
+    wanted = {key: list(it.shape) for key, it in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    known = {key: list(it.shape) for key, it in model.state_dict().items()} | wanted  # embeddings may be saved beside
+    odd = [key for key in stored if known.get(key) != stored[key]] + [key for key in wanted if key not in stored]
+    if not odd:
+        return
+    fitting, key = sum(known.get(key) == shape for key, shape in stored.items()), odd[0]
+    why = "has no place there: is it of another architecture, or saved by a version that names layers otherwise?"
+    if key in known:
+        why = f"is {stored.get(key, 'not in its file')}, and {known[key]} there: is it of another base, or cut?"
+    count = f"{fitting} of {len(stored)} keys of the adapter fit {options.name_or_path}, which takes {len(wanted)}"
+    raise UserError(f"{folder}: {count}; the first that does not, {key}, {why}")
+
+
+def fit_vocabulary(model, shapes: dict[str, list[int]]) -> None:
+    """Resize the vocabulary of `model` to that of an adapter with these `shapes`, if it has an embedding or a head."""
+    parts = [id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
+    for name in [f"base_model.model.{name}" for name, module in model.named_modules() if id(module) in parts]:
+        sizes = shapes.get(f"{name}.weight") or shapes.get(f"{name}.lora_embedding_A", [])[::-1]
+        if sizes and sizes[0] != (before := model.get_input_embeddings().num_embeddings):
+            model.resize_token_embeddings(sizes[0], mean_resizing=False)  # all rows will be the adapter's
+            if model.device.type != "meta":
+                say(f"vocabulary: {sizes[0]:,} rows, as the adapter has it, in the place of the base's {before:,}")
+
+
+def load_onto(model, folder: Path | str, config=None):
+    """The adapter in `folder` on `model`, a base that `check_fit` has let pass, with the adapter's vocabulary; to be
+    trained further, with its `config`."""
+    from peft import PeftModel
+
+    fit_vocabulary(model, stored_shapes(Path(folder)))
+    how = {"config": config, "is_trainable": config is not None}
+    how["key_mapping"] = {**getattr(model, "_checkpoint_conversion_mapping", {}), **OTHER_KEYS}
+    with loading(str(folder)):
+        return PeftModel.from_pretrained(model, folder, **how)
 
 
 def fast_lora(config, options: ModelOptions):
@@ -177,8 +267,9 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
     if options.compile_layers:
         backbone = model.get_base_model().base_model
         backbone.register_forward_pre_hook(for_one_graph, with_kwargs=True)
-        for layer in backbone.layers:
-            layer.compile(backend=backend)  # in place: no name in a checkpoint changes
+        for layer in backbone.modules():
+            if isinstance(layer, GradientCheckpointingLayer):  # what transformers calls a decoder layer, by any name
+                layer.compile(backend=backend)  # in place: no name in a checkpoint changes
         say("speed: decoder layers compiled, which the first steps pay for")
 
 
@@ -202,13 +293,20 @@ def adapter_shapes(model) -> dict[str, list[int]]:
     """{name in the adapter's file: shape} of the adapter of `model`."""
     from peft import get_peft_model_state_dict
 
-    return {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    return {peft_key(name): list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """{name: shape} of the adapter file in `folder`."""
+    """{name, as PEFT has it now: shape} of the adapter file in `folder`."""
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        return {peft_key(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def peft_key(name: str) -> str:
+    """The `name` of a tensor in an adapter's file, as PEFT has it now."""
+    for pattern, now in OTHER_KEYS.items():
+        name = re.sub(pattern, now, name)
+    return name
 
 
 def save_adapter(trainer, folder: Path) -> None:

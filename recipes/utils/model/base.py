@@ -22,11 +22,14 @@ from recipes.utils.files import file_hash, is_within, read_json, write_json
 
 VARLEN = "varlen"  # attention.py; with "flash" in it, transformers would look for that package
 ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
+SAME_WAY, MANY = 0.99, 10  # the cosine of two rows, and how many rows of never-used tokens point the same way
 SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.txt", "*.py"]  # all of a model but its weights
 PICKLED = (
     "has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: transformers' "
     "from_pretrained and save_pretrained, on a machine that you can spare"
 )
+# What the hub's cache calls a model's folder, and a snapshot in it: adapters name their base so, and people copy it.
+CACHED = re.compile(r"(?:.*/)?models--([^/]+?)(?:/snapshots/([0-9a-f]{40}))?/?")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
         if not (folder / "config.json").is_file():
             raise UserError(f"{name}: is no model folder (it has no config.json)")
         return folder
+    if snapshot := CACHED.fullmatch(name):  # of another machine's cache
+        name, commit = snapshot[1].replace("--", "/"), snapshot[2]
     if (cached := Path(name).name).startswith("models--"):
         there = "there is no such folder here; by its name it is one of the hub's cache, whose model is called"
         raise UserError(f"{name}: {there} {cached.removeprefix('models--').replace('--', '/')}")
@@ -205,22 +210,55 @@ def model_config(base: Path, options: ModelOptions):
         return AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code, local_files_only=True)
 
 
-def check_base(base: Path, options: ModelOptions, use_cpu_asked: bool) -> None:
+def skeleton(base: Path, options: ModelOptions):
+    """The model of `base` without its weights, on torch's device `meta`: no memory is taken."""
+    config = model_config(base, options)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+
+
+def check_base(base: Path, options: ModelOptions, use_cpu_asked: bool, method: str = "lora", max_length: int = 0):
     """Raise `UserError` for a base that cannot be trained here: Qwen2 in float16; billions of parameters without a GPU,
-    unless `use_cpu_asked` for. Says that code of the model's own is run, where it is."""
+    unless `use_cpu_asked` for; weights that are quantised, but for 4 bit and the `method` qlora; fewer positions than
+    `max_length`, each with an embedding. Says that code of the model's own is run, where it is."""
     if options.trust_remote_code and is_main_process():
         out.print(f"[bold red]model.trust_remote_code: code that comes with {options.name_or_path} is run here[/]")
     config = model_config(base, options)
     if options.dtype == "float16" and config.model_type.startswith("qwen2"):
         raise UserError("model.dtype: Qwen2 gives NaN in float16; use bfloat16, or float32 on a GPU without bfloat16")
-    if use_cpu_asked or torch.cuda.is_available():
-        return
-    with torch.device("meta"):  # no memory is taken
-        billions = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) / 1e9
-    if billions > 1:
+    if quantised := read_json(base / "config.json").get("quantization_config"):
+        _check_quantised(options.name_or_path, quantised, method)
+    model, positions = skeleton(base, options), context_of(config) or max_length
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    if max_length > positions and {positions, positions + 2} & set(tables):  # OPT's has two more, for padding
+        only = f"{options.name_or_path} has an embedding for each of {positions:,} positions and no more"
+        raise UserError(f"training.max_length: {max_length:,}, and {only}: --training.max_length {positions}")
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    if billions > 1 and not use_cpu_asked and not torch.cuda.is_available():
         why = "this machine has no GPU that torch sees (nvidia-smi shows whether there is one)"
         mend = "--training.use_cpu true trains on the CPU all the same"
         raise UserError(f"{options.name_or_path} has {billions:.1f} billion parameters and {why}; {mend}")
+
+
+def context_of(config) -> int | None:
+    """How many tokens a model was made for, by its `config`, also where YaRN stretches it; None if it does not say."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    stretched = int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0))
+    return max(getattr(text, "max_position_embeddings", None) or 0, stretched) or None
+
+
+def _check_quantised(name: str, settings: dict, method: str) -> None:
+    of = re.sub("[-_](unsloth-)?bnb-4bit$", "", name)  # as they are named on the hub
+    whole, flag = (of, of) if of != name else ("the 16-bit model that it was made from", "NAME")
+    if not settings.get("load_in_4bit"):
+        kind = settings.get("quant_method")
+        raise UserError(f"{name}: its weights are quantised already ({kind}); adapters are trained here on {whole}")
+    if method == "lora":
+        why = "its weights are in 4 bit already, and LoRA wants them in 16 or 32 bit"
+        raise UserError(f"{name}: {why}: recipes/sft_qlora.py takes it; or train on {whole}")
+    say(f"base: in 4 bit already, whatever the section `quantization` says. A merge will want {whole}:")
+    say(f"      python recipes/merge_adapter.py RUN --base-model {flag}")
 
 
 def choose_attention(base: Path, options: ModelOptions, use_cpu: bool, packing: bool = False) -> str:
@@ -316,7 +354,8 @@ def load_base(base: Path, options: ModelOptions, attention: str, quantization_co
 
 def check_tokens(model, rows, tokenizer) -> list[Finding]:
     """Control tokens of `rows` (a Dataset with `input_ids` and `labels`) whose embedding or head row looks untrained in
-    this base, by its norm against the vocabulary's: the head row decides when the model stops."""
+    this base: by its norm, a third of the vocabulary's median or less, or because it is one of many rows that point the
+    same way, as those of tokens that were never used do. The head row decides when the model stops."""
     sample = rows.select(range(min(len(rows), 200)))  # enough to see which control tokens are used
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     read = special & {token for ids in sample["input_ids"] for token in ids}
@@ -327,12 +366,23 @@ def check_tokens(model, rows, tokenizer) -> list[Finding]:
         if name == "head" and head is embedding:  # tied, and told already
             continue
         norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
-        middle = norms.median().item()
-        if odd := [index for index in sorted(used) if norms[index] < middle / 3 or not torch.isfinite(norms[index])]:
-            named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} (norm {norms[i]:.2g})" for i in odd)
-            looks = f"looks untrained in this base (the vocabulary's median norm is {middle:.2g})"
+        middle, odd = norms.median().item(), {}
+        for index in sorted(used):
+            if norms[index] < middle / 3 or not torch.isfinite(norms[index]):
+                odd[index] = f"norm {norms[index]:.2g}, the vocabulary's median is {middle:.2g}"
+            elif (alike := _alike(weight.detach(), norms, index)) >= MANY:
+                odd[index] = f"as {alike:,} others, cosine over {SAME_WAY}"
+        if odd:
+            named = ", ".join(f"{tokenizer.convert_ids_to_tokens(index)} ({why})" for index, why in odd.items())
             cost = head.numel() * 16 / 1e9  # a trained copy in float32, its gradient, and Adam's two moments
             mend = f"train the head: --lora.modules_to_save '[lm_head]' ({cost:.1f} GB more)"
             so = f"so the model may not learn to stop. Start from the Instruct model, or {mend}"
-            findings.append(Finding("warn", f"{named}: the {name} row {looks}, {so}"))
+            findings.append(Finding("warn", f"{named}: the {name} row looks untrained in this base, {so}"))
     return findings
+
+
+def _alike(weight: torch.Tensor, norms: torch.Tensor, index: int) -> int:
+    """How many other rows of `weight`, with these `norms`, point the way of row `index`."""
+    row = weight[index].float() / norms[index]
+    cosines = torch.cat([part.float() @ row for part in weight.split(1 << 15)]) / norms
+    return int((cosines > SAME_WAY).sum()) - 1

@@ -9,6 +9,10 @@ from transformers import GenerationConfig
 
 from recipes.utils.data import Encoder
 
+NEVER_STOPS = (
+    "if longer training does not change that, the base never learnt the token that ends a turn: start from its "
+    "Instruct model, or train the head: --lora.modules_to_save '[lm_head]'"
+)
 TOKENS_A_BATCH, ROWS_A_BATCH = 16384, 64  # keys and values of 16k tokens: 2 GB for Mistral-7B (0.13 MB a token)
 
 

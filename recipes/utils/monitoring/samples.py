@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from recipes.utils.console import say
 from recipes.utils.data import Encoder
 from recipes.utils.files import append_jsonl, keep_steps
-from recipes.utils.model import generate_answers
+from recipes.utils.model import NEVER_STOPS, generate_answers
 
 MOST_TOKENS = 128  # of an answer
 SHOWN = 100  # characters of an answer on the terminal
@@ -26,6 +26,7 @@ class Samples(TrainerCallback):
 
     def __init__(self, folder: Path, validation, tokenizer, count: int):
         self.path, self.encoder, self.prompts = Path(folder) / "samples.jsonl", Encoder(tokenizer), []
+        self.endless = False  # at the last evaluation, each answer ran on past the length of the expected one
         rows: Any = getattr(validation, "rows", validation) if count else None
         if {"input_ids", "labels"} <= set(getattr(rows, "column_names", None) or ()):
             count = min(count, len(rows))
@@ -42,6 +43,10 @@ class Samples(TrainerCallback):
         elif self.prompts and state.is_world_process_zero:
             keep_steps(self.path, state.global_step - control.should_evaluate)  # of an evaluation that comes again
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.endless:
+            say(f"warning: none of the {len(self.prompts)} sampled answers ends by itself; {NEVER_STOPS}")
+
     def on_evaluate(self, args, state, control, model, **kwargs):
         if not self.prompts or not state.is_world_process_zero:
             return
@@ -52,6 +57,8 @@ class Samples(TrainerCallback):
         with torch.random.fork_rng(devices), autocast:
             answers = generate_answers(model, self.encoder, [prompt for _, prompt, _ in self.prompts], MOST_TOKENS)
         model.train(was_training)
+        pairs = zip(answers, self.prompts, strict=True)
+        self.endless = all(not answer.stopped and len(row[2]) < answer.tokens for answer, row in pairs)
         decode = self.encoder.tokenizer.decode
         for (where, prompt, expected), answer in zip(self.prompts, answers, strict=True):
             sample = {"step": state.global_step, "where": where, "prompt": decode(prompt)}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import BitsAndBytesConfig
+from trl import SFTConfig
 
 from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
@@ -27,6 +28,7 @@ from recipes.utils.model import (
     adapter_shapes,
     base_hashes,
     check_base,
+    check_lora,
     commit_of,
     find_base,
     has_fast_lora,
@@ -86,7 +88,9 @@ def begin(config: Config) -> Iterator[Run]:
         commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
         base = find_base(model, commit)
         hashes = _on_first(config, lambda: base_hashes(base))  # until each machine has it
-        check_base(base, model, config.use_cpu_asked)
+        longest = config.training.get("max_length", SFTConfig.max_length)
+        check_base(base, model, config.use_cpu_asked, config.method, longest)
+        check_lora(base, model, config.lora)
         run = Run(folder, base, commit, hashes, checkpoint)
         yield run
 

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from recipes.utils.config import Config
 from recipes.utils.console import UserError, print_table
 from recipes.utils.data import Counts, Finding, Prepared, report_findings
-from recipes.utils.model import check_tokens
+from recipes.utils.model import check_tokens, context_of
 from recipes.utils.training.trainer import checkpoint_bytes
 
 
@@ -51,6 +51,10 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
     print_table(f"{config.name} · {config.method}", table)
     run.findings = check_settings(args, packed, len(train.rows))
     run.findings += check_capacity(counts.trained_tokens, trainable, lora.r, config.lora.get("target_modules"))
+    context, longest = context_of(trainer.model.config), getattr(args, "max_length", None) or 0
+    if context and longest > context:
+        over = f"max_length {longest:,} is over the {context:,} tokens that this model was made for"
+        run.findings.append(Finding("warn", f"{over}: --training.max_length {context}"))
     if {"input_ids", "labels"} <= set(train.rows.column_names):
         run.findings += check_tokens(trainer.model, train.rows, trainer.processing_class)
     report_findings(run.findings)

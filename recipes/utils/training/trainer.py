@@ -54,6 +54,7 @@ class Resumable(_Trainer):
         self._rows = {"train": kwargs.get("train_dataset"), "validation": kwargs.get("eval_dataset")}
         self._step: list[tuple[dict, torch.Tensor]] = []  # its micro-batches, each with its loss
         self._odd: list[np.ndarray] = []  # their documents with a loss that is not finite
+        self._validated: list[torch.Tensor] = []  # [rows, 2] of each batch: tokens times loss, tokens
         self._counted = False  # this micro-batch, by the throughput
         try:
             super().__init__(*args, **kwargs)
@@ -184,12 +185,24 @@ class Resumable(_Trainer):
         self._step, self._odd = [], []
         return grad_norm
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        tokens = (inputs["labels"][:, 1:] != -100).sum(1) if "labels" in inputs else None
+        loss, *outputs = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if tokens is not None:
+            sums = torch.stack([tokens.to(loss.device) * loss, tokens.to(loss.device)], 1)
+            self._validated.append(self.accelerator.gather_for_metrics(sums))
+        return loss, *outputs
+
     def evaluation_loop(self, *args, **kwargs):
-        """An evaluation that draws no random number of the training's: its loader does, for each pass over the rows."""
-        self._step, self._odd = [], []
+        """An evaluation that draws no random number of the training's: its loader does, for each pass over the rows.
+        The library's mean over batches, however few answer tokens one has, becomes the mean over answer tokens."""
+        self._step, self._odd, self._validated = [], [], []
         device = self.args.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             result = super().evaluation_loop(*args, **kwargs)
+        if self._validated:
+            loss, tokens = torch.cat(self._validated).double().sum(0).tolist()
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1, tokens)
         fine = all(math.isfinite(value) for name, value in result.metrics.items() if name.endswith("_loss"))
         self._end_unless(fine, f"step {self.state.global_step}: the validation loss is not finite", "validation")
         return result
