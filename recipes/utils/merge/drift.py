@@ -41,7 +41,7 @@ def compare_with_adapter(
     where there is room, and not kept; a line says which is nearer. The adapter's logits are kept within `merged`: in
     memory, those of a few long answers take more than a model, as two models do. Raises `UserError` without room."""
     encoded = Encoder(tokenizer, escape=True, think=record.get("data", {}).get("think")).encode(rows)
-    limit = record.get("training", {}).get("max_length", 1024)  # SFTConfig's; training left out what is longer
+    limit = (record.get("training") or {}).get("max_length") or 1024  # SFTConfig's; training left out what is longer
     encoded = [row for row in encoded if len(row.input_ids) <= limit] or encoded[:1]
     size = sum(row.trained for row in encoded) * len(tokenizer) * getattr(torch, record["model"]["dtype"]).itemsize
     check_space(merged, size, "comparing with the adapter (less with fewer --rows)")
