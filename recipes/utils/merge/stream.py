@@ -180,8 +180,8 @@ def plan_merge(base: Path, adapter: Path, scale: float = 1.0) -> Plan:
         if "full" in parts and parts["full"].shape != source.shape:
             if parts["full"].shape[1:] == source.shape[1:]:
                 raise NotStreamable("its vocabulary was resized")
-            other = f"{name} is {source.shape} and the adapter's {parts['full'].shape}"
-            raise UserError(f"{base}: {other}: the adapter belongs to another base")
+            shapes = f"{name} is {source.shape} and the adapter's {parts['full'].shape}"
+            raise UserError(f"{base}: {shapes}: the adapter belongs to another base")
     with time_limit(SECONDS, UserError(f"{adapter}: a regular expression of its patterns does not end")):
         scaled = {name: (parts, _scaling(config, name, parts, scale)) for name, parts in changes.items()}
     every = [stored for tensors in files.values() for stored in tensors.values()]
