@@ -229,7 +229,8 @@ def check_base(base: Path, options: ModelOptions, use_cpu_asked: bool, method: s
     if quantised := read_json(base / "config.json").get("quantization_config"):
         _check_quantised(options.name_or_path, quantised, method)
     model, positions = skeleton(base, options), context_of(config) or max_length
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    vocabulary = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not vocabulary]
     if max_length > positions and {positions, positions + 2} & set(tables):  # OPT's has two more, for padding
         only = f"{options.name_or_path} has an embedding for each of {positions:,} positions and no more"
         raise UserError(f"training.max_length: {max_length:,}, and {only}: --training.max_length {positions}")
