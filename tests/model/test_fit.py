@@ -356,8 +356,15 @@ def test_a_length_that_a_model_has_no_positions_for_is_refused_and_one_over_its_
     config = AutoConfig.for_model("qwen2", max_position_embeddings=32768)
     assert context_of(config) == 32768
     check_base(BASE, OPTIONS, True, "lora", 10**6)  # which a rotary embedding can count to
-    many = Qwen2Config(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                       intermediate_size=32, max_position_embeddings=256)  # as many tokens: Mistral-7B-v0.3 has 32,768
+    many = Qwen2Config(
+        vocab_size=256,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=256,
+    )  # as many tokens: Mistral-7B-v0.3 has 32,768
     small(tmp_path / "as-many", many)
     check_base(tmp_path / "as-many", ModelOptions(str(tmp_path / "as-many")), True, "lora", 257)
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
