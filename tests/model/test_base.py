@@ -195,5 +195,5 @@ def test_a_control_token_among_those_that_nobody_has_used_is_named_whatever_its_
     assert check_tokens(model, rows, tokenizer) == []
     weight[end] = middle * common
     (finding,) = check_tokens(model, rows, tokenizer)
-    assert "<|im_end|> (as 40 others, cosine over 0.99): the embedding row looks untrained" in finding.message
+    assert "<|im_end|> (as 40 others, cosine over 0.95): the embedding row looks untrained" in finding.message
     assert "<|im_start|>" not in finding.message

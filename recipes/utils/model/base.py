@@ -22,7 +22,7 @@ from recipes.utils.files import file_hash, is_within, read_json, write_json
 
 VARLEN = "varlen"  # attention.py; with "flash" in it, transformers would look for that package
 ATTENTIONS = ("sdpa", "eager", VARLEN, "flash_attention_2", "flash_attention_3", "flex_attention")
-SAME_WAY, MANY = 0.99, 10  # the cosine of two rows, and how many rows of never-used tokens point the same way
+SAME_WAY, MANY = 0.95, 20  # the cosine of two rows, and how many rows of never-used tokens point the same way
 SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "*.txt", "*.py"]  # all of a model but its weights
 PICKLED = (
     "has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: transformers' "
