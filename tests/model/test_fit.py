@@ -1,6 +1,7 @@
 """An adapter belongs to a base, and its settings to a model: what does not fit is told before weights are read."""
 
 import json
+import os
 import re
 import shutil
 
@@ -329,7 +330,7 @@ def test_a_base_that_is_in_4_bit_already_is_for_qlora_which_says_what_a_merge_wi
     found = capsys.readouterr().err
     assert "in 4 bit already, and LoRA wants them in 16 or 32 bit: recipes/sft_qlora.py takes it" in found
     assert run_recipe("sft_qlora", path) == 0
-    whole = str(in_4_bit).removesuffix("-bnb-4bit")
+    whole = os.path.relpath(in_4_bit).removesuffix("-bnb-4bit")
     assert f"python recipes/merge_adapter.py RUN --base-model {whole}" in capsys.readouterr().out
     assert run_recipe("merge_adapter", tmp_path / "run", "--rows", 2) == 2
     assert "--base-model PATH_OR_NAME" in capsys.readouterr().err
