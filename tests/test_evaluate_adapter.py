@@ -364,7 +364,7 @@ def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
     assert run_recipe("evaluate_adapter", "runs/x", "--scales", "0,0.5,1.25", "--max-rows", "7") == 0
     assert seen == {"run_folder": "runs/x", "model": None, "data": None, "max_rows": 7, "max_new_tokens": None,
                     "scales": [0, 0.5, 1.25], "forgetting": None, "shots": 0, "system": None, "gate": None,
-                    "metric": None, "base_model": None}  # fmt: skip
+                    "metric": None, "against": None, "base_model": None}  # fmt: skip
 
 
 def test_the_script_runs_and_imports_no_trainer(trained, tmp_path):

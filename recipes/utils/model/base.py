@@ -28,8 +28,8 @@ PICKLED = (
     "has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: transformers' "
     "from_pretrained and save_pretrained, on a machine that you can spare"
 )
-# What the hub's cache calls a model's folder, and a snapshot in it: adapters name their base so, and people copy it.
-CACHED = re.compile(r"(?:.*/)?models--([^/]+?)(?:/snapshots/([0-9a-f]{40}))?/?")
+# A snapshot of the hub in a cache, as adapters of another machine name their base.
+CACHED = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([0-9a-f]{40})/?")
 
 
 @dataclass(frozen=True)
