@@ -29,8 +29,10 @@ if alpha == float(os.environ.get("FAIL", -1)):
     sys.exit("out of memory")
 assert resumed == (folder / "checkpoint-1").exists()
 folder.mkdir(parents=True, exist_ok=True)
-record = {"status": "running", "method": "lora", "model": {}, "lora": {"lora_alpha": alpha}, "training": {},
-          "quantization": {}, "data": {"train": "t", "validation": "v"}, "data_sha256": {},
+model = {"name_or_path": "b", "dtype": "float32", "chat_template": "auto", "attn_implementation": "auto",
+         "revision": None, "trust_remote_code": False}
+record = {"name": "c", "status": "running", "method": "lora", "model": model, "lora": {"lora_alpha": alpha},
+          "training": {}, "quantization": {}, "data": {"train": "t", "validation": "v"}, "data_sha256": {},
           "rows": {"train": {"rows": 1, "trained_tokens": 1}}, "seed": 0, "device": "CPU"}
 (folder / "run.json").write_text(json.dumps(record))
 for step in range(2 if resumed else 1, 4):
