@@ -20,7 +20,8 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.console import UserError
 from recipes.utils.data import Chat, Encoder, read_chats
-from recipes.utils.evaluation import SCORES, evaluate, read_gate, score_answers, sum_up
+from recipes.utils.evaluation import SCORES, evaluate, read_gate, sum_up
+from recipes.utils.evaluation.evaluate import score_answers
 from recipes.utils.files import evaluation_of, file_hash
 from recipes.utils.merge.export import _scores
 

@@ -16,7 +16,7 @@ from recipes import sft_lora, sft_qlora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
 from recipes.utils.data import Encoder, read_chats
-from recipes.utils.evaluation import score_answers
+from recipes.utils.evaluation.evaluate import score_answers
 
 RECIPES = {"lora": sft_lora.train_lora, "qlora": sft_qlora.train_qlora}
 

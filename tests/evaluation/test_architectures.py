@@ -14,8 +14,7 @@ from recipes.evaluate_adapter import evaluate_adapter
 from recipes.merge_adapter import merge_adapter
 from recipes.utils.console import UserError
 from recipes.utils.data import DataOptions, Encoder, load_tokenizer, prepare, read_chats
-from recipes.utils.evaluation import score_answers
-from recipes.utils.evaluation.evaluate import score_rows
+from recipes.utils.evaluation.evaluate import score_answers, score_rows
 from recipes.utils.training import ResumableTrainer
 
 SMALL = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

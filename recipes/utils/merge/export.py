@@ -159,7 +159,8 @@ def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict,
     on_hub = not Path(name).is_dir()
     name = name if on_hub else Path(name).resolve().name
     revision = commit_of(base) or record["model"]["revision"]
-    merged = {"adapter": record["name"], **how, "base_model": name, "revision": revision}
+    of = {"adapter": record["name"], "adapter_sha256": adapter_sha256(adapter)}
+    merged = {**of, **how, "base_model": name, "revision": revision}
     write_json(output / "merge.json", {**merged, **(drift or {})})
     quoted = name if re.fullmatch(r"[\w./-]+", name) else json.dumps(name)
     lines = ["---", *([f"base_model: {quoted}"] if on_hub else []), "library_name: transformers"]
