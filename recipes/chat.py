@@ -1,7 +1,8 @@
-"""Talk to an adapter or a merged model, with the chat template that it was trained with.
+"""Talk to an adapter or a merged model, with the chat template that it was trained with; or to one that is served.
 
     python recipes/chat.py                                  the newest finished run
     python recipes/chat.py runs/mistral-lora/merged --system "Answer in one sentence." --temperature 0.7
+    python recipes/chat.py --url http://localhost:8000/v1   any OpenAI-compatible endpoint
     echo "Why is the sky blue?" | python recipes/chat.py runs/mistral-lora
 
 /reset forgets the conversation, /quit or Ctrl-C ends it. Each line is a message; in a pipe only answers are printed.
@@ -10,6 +11,7 @@
 import contextlib
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from recipes.utils.console import (
@@ -29,6 +31,9 @@ def command_line() -> ArgumentParser:
     parser.add_argument("path", nargs="?", metavar="PATH", help="a run, adapter or merged folder; the newest run")
     elsewhere = "where the adapter's base lies now: a folder, or a name on the hub"
     parser.add_argument("--base-model", metavar="PATH_OR_NAME", help=elsewhere)
+    parser.add_argument("--url", help="an endpoint, in the place of PATH")
+    parser.add_argument("--model", metavar="NAME", help="which one to ask there, where it lists several")
+    parser.add_argument("--api-key-env", metavar="NAME", help="the environment variable that holds the endpoint's key")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
@@ -45,18 +50,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from recipes.utils.data import Encoder
 from recipes.utils.evaluation import load_adapter, load_adapter_tokenizer, newest_run, read_adapter
 from recipes.utils.model import loading
+from recipes.utils.serving import Endpoint
 
 
-def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None, base_model=None) -> list[dict]:
+def chat(
+    path=None, url=None, model=None, api_key_env=None, system=None, temperature=0.0, max_new_tokens=512, lines=None,
+    base_model=None,
+) -> list[dict]:  # fmt: skip
     """Answer each of `lines` (standard input without it) on standard output as the answer is generated. `temperature` 0
     takes the most likely token each time. Returns the conversation since the last /reset. Raises `UserError` if `path`
-    holds neither an adapter nor a model with a chat template, or a setting cannot be."""
+    holds neither an adapter nor a model with a chat template, `url` cannot be asked, or a setting cannot be."""
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise UserError("--temperature is 0 or more, and --max-new-tokens 1 or more")
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
-        model, encoder, stops = _load(Path(path or newest_run()), base_model)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling)
+    if (url and (path or base_model)) or (not url and (model or api_key_env)):
+        raise UserError("PATH is a folder here; --url, --model and --api-key-env are of an endpoint: give one")
+    settings = max_new_tokens, temperature
+    if url:
+        answer = _answer_there(Endpoint(url, model, api_key_env), *settings)
+    else:
+        answer = _answer_here(path, base_model, *settings)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     for line in _typed() if lines is None else lines:
@@ -68,6 +80,36 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
         if not text or text == "/reset":
             continue
         messages.append({"role": "user", "content": text})
+        text = answer(messages)
+        if text.strip():
+            messages.append({"role": "assistant", "content": text})
+        else:
+            messages.pop()  # templates refuse an empty answer in a conversation
+    return messages
+
+
+def _answer_there(endpoint: Endpoint, max_new_tokens: int, temperature: float) -> Callable[[list[dict]], str]:
+    """A function that prints the endpoint's answer to messages as it comes, and returns it."""
+
+    def answer(messages: list[dict]) -> str:
+        pieces = []
+        for piece in endpoint.stream(messages, max_new_tokens, temperature):
+            print(visible(piece), end="", flush=True)
+            pieces.append(piece)
+        print()
+        return "".join(pieces)
+
+    return answer
+
+
+def _answer_here(path, base_model, max_new_tokens: int, temperature: float) -> Callable[[list[dict]], str]:
+    """The same of the model in the folder `path`."""
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
+        model, encoder, stops = _load(Path(path or newest_run()), base_model)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling)
+
+    def answer(messages: list[dict]) -> str:
         try:
             prompt = encoder.prompt_ids(messages)
         except TemplateError as error:
@@ -75,13 +117,10 @@ def chat(path=None, system=None, temperature=0.0, max_new_tokens=512, lines=None
         ids = torch.tensor([prompt], device=model.device)
         streamer = Shown(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
-        answer = [token for token in output[0, len(prompt) :].tolist() if token not in stops]
-        text = encoder.tokenizer.decode(answer, skip_special_tokens=True)
-        if text.strip():
-            messages.append({"role": "assistant", "content": text})
-        else:
-            messages.pop()  # templates refuse an empty answer in a conversation
-    return messages
+        ids = [token for token in output[0, len(prompt) :].tolist() if token not in stops]
+        return encoder.tokenizer.decode(ids, skip_special_tokens=True)
+
+    return answer
 
 
 class Shown(TextStreamer):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, copy_run, run_recipe
+from served import Served, serving
 from transformers import AutoTokenizer
 
 from recipes import chat as recipe
@@ -47,6 +48,30 @@ def test_each_answer_is_the_adapters_to_the_whole_conversation(adapter, merged, 
     for folder in (adapter, merged):
         assert chat(folder, max_new_tokens=40, lines=["Two apples, please.\n", "\n", "One more\n"]) == expected
         assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_an_endpoint_answers_as_the_folder_does_with_the_same_commands(merged, capsys, monkeypatch):
+    lines = ["Hello", "/reset", "Two apples, please.", "", "One more", "/quit", "never asked"]
+    here = chat(merged, system="Be brief.", max_new_tokens=20, lines=lines)
+    printed = capsys.readouterr().out
+    monkeypatch.setenv("SERVER_KEY", "s3cret")
+    served = Served(merged)
+    served.names = ["base", "mine"]
+    with serving(served) as url:
+        how = {"url": url, "model": "mine", "api_key_env": "SERVER_KEY", "system": "Be brief.", "max_new_tokens": 20}
+        assert chat(lines=lines, **how) == here
+        with pytest.raises(UserError, match="name one with --model: base, mine"):
+            chat(url=url, lines=lines)
+    assert capsys.readouterr().out == printed
+    asked = served.asked[-1]
+    assert (asked["max_tokens"], asked["temperature"], asked["model"]) == (20, 0.0, "mine")
+    assert served.headers[-2]["Authorization"] == "Bearer s3cret"
+
+
+def test_a_folder_or_an_endpoint_is_talked_to_and_not_both(merged):
+    for wrong in ({"path": merged, "url": "http://localhost:1/v1"}, {"model": "mine"}, {"api_key_env": "HOME"}):
+        with pytest.raises(UserError, match="give one of the two"):
+            chat(lines=["Hello"], **wrong)
 
 
 def test_reset_forgets_all_but_the_system_message_and_quit_ends(merged):
@@ -129,8 +154,8 @@ def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
     seen = {}
     monkeypatch.setattr(recipe, "chat", lambda **options: seen.update(options))
     assert run_recipe("chat", "runs/x", "--system", "Be brief.", "--temperature", "0.7") == 0
-    assert seen == {"path": "runs/x", "base_model": None, "system": "Be brief.", "temperature": 0.7,
-                    "max_new_tokens": 512}  # fmt: skip
+    own = {"path": "runs/x", "system": "Be brief.", "temperature": 0.7, "max_new_tokens": 512}
+    assert seen == own | {"url": None, "model": None, "api_key_env": None, "base_model": None}
 
 
 def test_in_a_pipe_only_the_answer_is_printed(adapter):

@@ -34,6 +34,7 @@ from recipes.utils.model import (
     save_adapter,
     stored_shapes,
 )
+from recipes.utils.model.adapter import KNOWN_TO_ALL
 
 
 def adapted(model, checkpointing=False):
@@ -210,7 +211,7 @@ def test_a_snapshot_of_the_hub_is_named_as_the_hub_does(tmp_path):
     plain = json.dumps({"base_model_name_or_path": "examples/tiny/base", "revision": None})
     (tmp_path / "adapter_config.json").write_text(plain)
     publish_base(tmp_path)
-    assert (tmp_path / "adapter_config.json").read_text() == plain
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == json.loads(plain)
 
 
 @pytest.mark.parametrize(
@@ -310,15 +311,21 @@ def test_a_checkpoint_is_read_by_its_runs_record(lora_run):
     assert read_adapter(lora_run / "checkpoint-8") == read_adapter(lora_run) == read_run(lora_run)
 
 
+MODEL = {"name_or_path": "b", "dtype": "float32", "chat_template": "auto", "attn_implementation": "auto",
+         "trust_remote_code": False}  # fmt: skip
+RECORD = {"name": "small", "method": "lora", "model": MODEL, "data": {"train": "t"}}
+
+
 def test_a_run_that_has_not_finished_is_a_user_error(tmp_path, capsys):
     with pytest.raises(UserError, match=r"is no run folder \(it has no run.json\)"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text('{"status": "stopped"}')
+    record = RECORD | {"status": "stopped"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="holds no adapter yet"):
         read_run(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
-    assert read_run(tmp_path) == {"status": "stopped"}
+    assert read_run(tmp_path) == record
     assert "its run was taken up again and is stopped" in capsys.readouterr().out
 
 
@@ -329,5 +336,25 @@ def test_without_a_path_the_newest_finished_run_is_taken(tmp_path, monkeypatch):
     finished = {"a": ("finished", "2026-01-02"), "b": ("finished", "2026-01-03"), "c": ("running", None)}
     for name, (status, date) in finished.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"status": status, "finished": date}))
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps(RECORD | {"status": status, "finished": date}))
     assert str(newest_run()) == "runs/b"
+
+
+def test_a_saved_adapter_has_no_key_that_says_nothing_and_older_readers_do_not_know(lora_run):
+    """Those of PEFT 0.6 (2023), and none that is left out of the defaults."""
+    config = json.loads((lora_run / "adapter_config.json").read_text())
+    assert set(config) == set(KNOWN_TO_ALL)
+    again = LoraConfig.from_pretrained(lora_run)
+    assert (again.r, again.lora_alpha, again.use_dora, again.qalora_group_size) == (4, 8, False, 16)
+
+
+def test_a_key_that_says_something_is_written(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(
+            {"base_model_name_or_path": "b", "r": 8, "use_rslora": True, "use_dora": False, "rank_pattern": {"q": 2}}
+        )
+    )
+    publish_base(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config == {"base_model_name_or_path": "b", "r": 8, "use_rslora": True, "rank_pattern": {"q": 2}}

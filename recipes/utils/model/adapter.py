@@ -23,6 +23,11 @@ SETS = ("target_modules", "exclude_modules", "modules_to_save")
 NO_PLAIN_START = (*CHANGE_THE_BASE, "eva")
 # Keys of other versions of PEFT, and of state dicts that were saved as they are, to those of today.
 OTHER_KEYS = {r"\.modules_to_save(\.default)?(?=\.)": "", r"(\.lora_(?:embedding_)?[AB])\.(?!weight|bias)\w+": r"\1"}
+# Keys of adapter_config.json that every reader has known for years; a newer one is written where it says something,
+# since older versions of PEFT end at a key that they do not know.
+KNOWN_TO_ALL = """
+    auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform lora_alpha lora_dropout modules_to_save peft_type r revision target_modules task_type""".split()  # noqa: SIM905
 
 
 def check_initialisation(lora: dict) -> None:
@@ -335,11 +340,15 @@ def save_adapter(trainer, folder: Path) -> None:
 def publish_base(folder: Path) -> None:
     """Make a saved adapter fit to be given away: safetensors leaves its file to its owner alone, PEFT writes sets in an
     order of each process's own, and a base from the hub is named as this machine's cache keeps it; here as the hub
-    does, with its commit."""
+    does, with its commit. Keys that say nothing go."""
+    from peft import LoraConfig
+
+    says_nothing = vars(LoraConfig())
     path = Path(folder) / "adapter_config.json"
     path.with_name("adapter_model.safetensors").chmod(path.stat().st_mode)
     config: dict[str, Any] = read_json(path)
     config |= {key: sorted(config[key]) for key in SETS if isinstance(config.get(key), list)}
+    config = {key: value for key, value in config.items() if key in KNOWN_TO_ALL or value != says_nothing.get(key)}
     base = Path(config["base_model_name_or_path"] or "")
     if commit_of(base):
         config |= {"base_model_name_or_path": name_of(base), "revision": commit_of(base)}
