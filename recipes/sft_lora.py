@@ -40,7 +40,7 @@ def train_lora(config: Config) -> Path:
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, in the dtype that the config names (left to itself, a model loads in float32).
-        attention = choose_attention(run.base, config.model, args.use_cpu, args.packing)
+        attention = choose_attention(run.base, config.model, args.use_cpu, bool(config.training.get("packing")))
         model = load_base(run.base, config.model, attention, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.

@@ -50,7 +50,7 @@ def train_qlora(config: Config) -> Path:
         train, validation = prepare(config.data, tokenizer, args)
 
         # 3. Base model: frozen, its linear layers in 4 bit, the rest in the dtype that the config names.
-        attention = choose_attention(run.base, config.model, args.use_cpu, args.packing)
+        attention = choose_attention(run.base, config.model, args.use_cpu, bool(config.training.get("packing")))
         model = load_base(run.base, config.model, attention, quantization_config, use_cpu=args.use_cpu)
 
         # 4. Adapter: a new one, which the trainer makes of `lora_config`, or one to go on from, with its own settings.

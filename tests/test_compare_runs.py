@@ -140,7 +140,7 @@ def test_runs_scored_on_other_numbers_of_rows_are_held_against_each_other_on_tho
     assert row["test loss"].endswith("†")
     assert "it is held against that on the 25 rows in common" in capsys.readouterr().out
     first, second = (read_jsonl(run / "evaluation" / "predictions.jsonl") for run in (runs[1], other))
-    pairs = list(zip(second[:4:-1], first[5:], strict=True))
+    pairs = list(zip(second[5:], first[:4:-1], strict=True))
     rows = ([{**pair[place]["adapter"], "tokens": pair[place]["tokens"]} for pair in pairs] for place in (0, 1))
     found = compare(*rows)["loss"]
     assert row["against alpha-32"].startswith(f"loss {found['verdict']} ({show_interval('loss', found)})")

@@ -136,12 +136,13 @@ def adapter_sha256(folder: Path) -> str | None:
 
 
 def evaluation_of(run_folder: Path) -> Path | None:
-    """RUN/evaluation, if it is there and of the adapter that RUN holds now; a line says where it is of another."""
+    """RUN/evaluation, if it is there and of the adapter that RUN holds, if any; a line says where it is of another."""
     folder = Path(run_folder) / "evaluation"
     if not (folder / "metrics.json").is_file():
         return None
-    of = read_json(folder / "metrics.json", {"of": dict, "report": dict})["of"]
-    if of.get("adapter_sha256") in (None, adapter_sha256(run_folder)):  # None: written by an older version
+    of = read_json(folder / "metrics.json", {"of": dict | None, "report": dict | None}).get("of") or {}
+    now = adapter_sha256(run_folder)
+    if now is None or of.get("adapter_sha256") in (None, now):  # None: an older version wrote it
         return folder
     say(f"{folder}: is of another adapter than the one in {run_folder}, so it is not shown; evaluate again")
     return None

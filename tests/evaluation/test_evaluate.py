@@ -17,11 +17,12 @@ from recipes.utils.evaluation import (
     read_rows,
     read_run,
     rows_to_score,
-    score_answers,
     score_scales,
     sum_up,
     write_evaluation,
 )
+from recipes.utils.evaluation.evaluate import score_answers
+from recipes.utils.files import file_hash
 from recipes.utils.model import generate_answers
 
 
@@ -149,7 +150,7 @@ def test_what_the_report_shows_stands_ready_in_metrics_json(base, tmp_path):
     for _, own_figures, cells in whole["rows"]:
         assert len(own_figures) == 2
         assert [verdict for _, verdict, _ in cells] == ["too few rows to say"], "of four rows"
-    assert sum_up(scored, own)["of"] == metrics["of"]
+    assert sum_up(scored, own)["of"] | {"adapter_sha256": None} == metrics["of"]
 
 
 def test_the_rows_to_score_are_the_test_rows_else_the_validation_rows_else_their_share(tmp_path):
@@ -191,7 +192,9 @@ def test_scales_are_the_adapter_turned_down(base, lora_run, tmp_path):
         plain = figures(evaluate(live, encoder, chats[:6], 2, 8))
     trained = figures(evaluate(live, encoder, chats[:6], 2, 8))
     found = score_scales(folder, live, encoder, chats[:6], [0, 0.5, 1], chats[6:9], 2, 8)
-    assert json.loads((folder / "evaluation" / "scales.json").read_text()) == found
+    written = json.loads((folder / "evaluation" / "scales.json").read_text())
+    assert written.pop("of") == {"adapter_sha256": file_hash(folder / "adapter_model.safetensors")}
+    assert written == found
     assert list(found) == ["0", "0.5", "1"]
     for scale, expected in (("0", plain), ("1", trained)):
         assert {name: found[scale][name] for name in expected} == pytest.approx(expected, rel=1e-5)

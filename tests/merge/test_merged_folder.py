@@ -124,7 +124,7 @@ def test_the_card_of_a_scaled_merge_has_the_scores_of_that_scale(run, tmp_path):
     assert "| score | base | adapter at scale 0.5 |" in card
     assert f"| loss | {scores['0']['loss']:.4g} | {scores['0.5']['loss']:.4g} |" in card
     card = (merge_adapter(run, tmp_path / "other", scale=0.3, verify=False) / "README.md").read_text()
-    assert f"{scores['1']['loss']:.4g}" not in card
+    assert "adapter at scale" not in card
 
 
 def test_the_card_names_each_data_file_also_where_two_have_one_name(run, tmp_path):

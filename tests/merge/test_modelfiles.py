@@ -230,9 +230,9 @@ def test_the_modelfile_of_the_trained_template_is_taken_with_the_gguf_file_and_e
     assert [line for line in text.splitlines() if line.startswith("PARAMETER")] == stops
 
 
-def test_every_shipped_template_has_a_modelfile():
+def test_every_modelfile_is_of_a_shipped_template():
     assert sorted(path.stem for path in CONFIGS.glob("*.modelfile")) == NAMES
-    assert sorted(path.stem for path in (CONFIGS / "chat_templates").glob("*.jinja")) == NAMES
+    assert set(NAMES) <= {path.stem for path in (CONFIGS / "chat_templates").glob("*.jinja")}
 
 
 @pytest.mark.parametrize(

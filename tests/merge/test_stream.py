@@ -422,7 +422,7 @@ def merge_and_die(output, last):
 
     def die(event, about):
         if event == "open" or event.startswith(("os.", "shutil.")):
-            begun[:] = begun or [0] * (".partial-" in str(about))  # the libraries' imports before that are no merge
+            begun[:] = begun or [0] * (".partial" in str(about))  # the libraries' imports before that are no merge
             if begun and next(count) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -443,7 +443,7 @@ for number in range(rounds):
     merge_and_die(output, dice.randint(1, moments) if number else moments)
     states.append("absent" if not output.exists() else "whole" if hashes(output) == whole else "half")
 weights = file_hash(folder / "whole" / "model.safetensors")
-left = list(folder.glob(".*.partial-*"))
+left = list(folder.glob(".*.partial"))
 models = [path for path in left if (path / "config.json").exists() and file_hash(path / "model.safetensors") != weights]
 print(json.dumps({"grown": grown, "states": states, "left": len(left), "half with a config": len(models)}))
 '''

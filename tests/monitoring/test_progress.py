@@ -62,7 +62,7 @@ def test_on_a_terminal_of_80_columns_progress_is_one_line(monkeypatch, tmp_path)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     progress = Progress(tmp_path)
     state = SimpleNamespace(global_step=0, max_steps=3000, is_world_process_zero=True, epoch=0)
-    progress.on_train_begin(None, state, None)
+    progress.on_train_begin(None, state, SimpleNamespace(should_evaluate=False))
     for state.global_step in range(998, 1001):
         progress.on_log(None, state, None, logs=dict(LOGS))
         progress.on_step_end(None, state, None)

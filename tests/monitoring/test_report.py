@@ -98,7 +98,7 @@ def hostile(finished, tmp_path) -> Path:
     record["data_sha256"] = {HOSTILE: HOSTILE}
     record["findings"] = [{"level": "warn", "message": HOSTILE}]
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    (table,) = metrics["report"]["tables"]
+    table = metrics["report"]["tables"][0]
     metrics["report"]["tables"] += [{**table, "title": f"tag {HOSTILE}"}, {**table, "title": f"forgetting: {HOSTILE}"}]
     metrics["report"]["verdicts"].append(HOSTILE)
     rows = read_jsonl(run / "evaluation" / "predictions.jsonl")

@@ -131,12 +131,12 @@ def test_a_validation_share_is_the_one_that_a_run_holds_out(tmp_path):
 
 
 def test_rows_that_are_bad_stop_it_or_are_left_out(tmp_path):
-    path = write_jsonl(tmp_path / "train.jsonl", [chat(f"question {number}", "a") for number in range(8)])
+    path = write_jsonl(tmp_path / "train.jsonl", [chat(f"question {number}", "a") for number in range(16)])
     path.write_text(path.read_text() + "{\n")
     options = {"train": str(path), "validation": 0.5}
-    with pytest.raises(UserError, match=r"train.jsonl:9"):
+    with pytest.raises(UserError, match=r"train.jsonl:17"):
         split_rows(DataOptions(**options), 42, read_shares("1"))
     sets, held = split_rows(DataOptions(**options, on_bad_row="skip"), 42, read_shares("1"))
-    assert len(sets["all"]) + len(held) == 8
+    assert len(sets["all"]) + len(held) == 16
     with pytest.raises(UserError, match="1/100 of"):
         split_rows(DataOptions(**options, on_bad_row="skip"), 42, read_shares("1/100,1"))

@@ -94,10 +94,6 @@ CHANGES = {
     "training.packing": lambda tmp: {"training.packing": False},
     "training.max_length": lambda tmp: {"training.max_length": 310},
     "training.max_steps": lambda tmp: {"training.max_steps": 3},
-    "training.metric_for_best_model": lambda tmp: {
-        "training.metric_for_best_model": "eval_mean_token_accuracy",
-        "training.greater_is_better": True,
-    },
     "effective batch": lambda tmp: {"training.gradient_accumulation_steps": 4},
 }
 

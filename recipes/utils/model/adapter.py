@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.autograd.function import once_differentiable
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
@@ -270,6 +269,8 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
                 module._cast_input_dtype = cast_outside_autocast
         say("speed: adapter inputs uncast")
     if options.compile_layers:
+        from transformers.modeling_layers import GradientCheckpointingLayer  # here: it brings accelerate and scipy
+
         backbone = model.get_base_model().base_model
         backbone.register_forward_pre_hook(for_one_graph, with_kwargs=True)
         for layer in backbone.modules():
