@@ -63,7 +63,7 @@ def chat(
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise UserError("--temperature is 0 or more, and --max-new-tokens 1 or more")
     if (url and (path or base_model)) or (not url and (model or api_key_env)):
-        raise UserError("PATH is a folder here; --url, --model and --api-key-env are of an endpoint: give one")
+        raise UserError("PATH is a folder here, --url, --model and --api-key-env an endpoint's: give one of the two")
     settings = max_new_tokens, temperature
     if url:
         answer = _answer_there(Endpoint(url, model, api_key_env), *settings)

@@ -58,7 +58,8 @@ class Served:
     def __init__(self, folder):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.stops = self.model.generation_config.eos_token_id
+        ends = self.model.generation_config.eos_token_id
+        self.stops = ends if isinstance(ends, list) else [ends]
         self.template, self.before, self.most = None, [], None
         self.names, self.asked, self.headers, self.counts = ["mine"], [], [], True
 
