@@ -311,7 +311,8 @@ def test_the_adapter_is_held_against_the_best_of_the_base_as_it_is_and_as_it_was
     assert "metric.letters" in found["adapter"]
     assert [gate["verdict"] for gate in found["gates"]][::2] == ["pass", "fail"]
     shown = capsys.readouterr().out
-    expected = ["+ examples", "+ both", "examples: ", "letters", "the best baseline", "\nverdict: "]
+    head = "adapter − best *, 95 % interval"
+    expected = ["+ examples", "+ both", "examples: ", "letters", head, "the best baseline", "\nverdict: "]
     for words in (*expected, "gate:    PASS: loss <= base - 0.5", "gate:    FAIL: loss <= shots - 100"):
         assert words in shown
     assert shown.index("The adapter is ") < shown.index("by tag") < shown.index("\nverdict: "), "the summary first"

@@ -18,7 +18,7 @@ from recipes.utils.evaluation import (
     show_difference,
 )
 from recipes.utils.evaluation.statistics import mark_luck
-from recipes.utils.evaluation.verdicts import in_short, unseen
+from recipes.utils.evaluation.verdicts import in_short, note_of, unseen
 
 
 def rows_of(**columns) -> list[dict]:
@@ -215,6 +215,10 @@ def test_the_smallest_difference_that_can_be_seen_is_told():
         "loss"
     ]
     assert unseen("loss", loss).startswith("under 0.05")
+    alike = compare(rows_of(loss=[1.0] * 9, tokens=[1] * 9), rows_of(loss=[1.5] * 9, tokens=[1] * 9))["loss"]
+    assert alike["verdict"] == "too few rows to say"
+    assert unseen("loss", alike) == note_of("loss", alike) == "", "nothing is under 0.0000"
+    assert sentence("adapter against base", {"stopped": alike | {"unseen": None}}).endswith(": stopped (of 9 rows).")
 
 
 def rows_that_differ(better: int, worse: int, rows: int) -> tuple[list, list]:

@@ -323,14 +323,28 @@ def _fields_table(metrics: dict, models: list[str]) -> dict | None:
 
 
 def _print(table: dict) -> None:
-    """Of the differences, those of the adapter from the base, or from the best baseline."""
+    """Of the differences, those of the adapter from the base, or from the best baseline; below the figures, as a table
+    of their own, where one is too wide."""
     say(f"\n{table['title']}, {table['counts']}" if table["title"] else "")
     best = f"adapter against {BEST}" in table["pairs"]
-    titles = [f"adapter − {'best *' if best else 'base'}, 95 % interval", ""] if table["pairs"] else []
-    shown = Table("", *table["models"], *titles, box=None, padding=(0, 2), header_style="bold")
-    for label, own, cells in table["rows"]:
-        shown.add_row(label, *own, *itertools.chain(*([text, _judged(*rest)] for text, *rest in cells[:1])))
-    out.print(shown)
+    heads = [f"adapter − {'best *' if best else 'base'}, 95 % interval", ""] if table["pairs"] else []
+    figures_of = {label: own for label, own, _ in table["rows"]}
+    judged = {label: [cells[0][0], _judged(*cells[0][1:])] for label, _, cells in table["rows"] if cells}
+    whole = _columns(table["models"] + heads, figures_of, judged)
+    if out.measure(whole, options=out.options.update(width=1_000)).maximum <= out.width:
+        out.print(whole, markup=False)
+        return
+    out.print(_columns(table["models"], figures_of), markup=False)
+    say("")
+    out.print(_columns(heads, judged), markup=False)
+
+
+def _columns(heads: list[str], *parts: dict[str, list[str]]) -> Table:
+    """A line for each label of the first of `parts`, each of which has columns by label."""
+    shown = Table("", *heads, box=None, padding=(0, 2), header_style="bold")
+    for label in parts[0]:
+        shown.add_row(label, *itertools.chain(*(part.get(label, []) for part in parts)))
+    return shown
 
 
 def _judged(verdict: str, note: str) -> str:

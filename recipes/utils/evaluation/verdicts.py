@@ -1,6 +1,7 @@
 """Figures, differences and what they mean as text: for a person who asks whether to ship."""
 
 import math
+import re
 
 from recipes.utils.evaluation.scores import FIELD, score_of
 
@@ -31,13 +32,15 @@ def show_interval(name: str, found: dict, lead: str = "") -> str:
 
 
 def unseen(name: str, found: dict) -> str:
-    """How large a difference must be to be seen on these rows; "" where that is not known."""
+    """How large a difference must be to be seen on these rows; "" where that is not known, or is nothing."""
     half, share = found.get("unseen"), score_of(name).form.endswith("%")
     if half is None or not math.isfinite(half):
         return ""
     if share:  # the sampling of rows allows no finer figure
-        return f"under {100 * half:.0f} points" if half > 0.02 else f"under {100 * half:.1f} points"
-    return f"under {show(name, half)}"
+        text = f"{100 * half:.0f} points" if half > 0.02 else f"{100 * half:.1f} points"
+    else:
+        text = show(name, half)
+    return f"under {text}" if re.search("[1-9]", text) else ""
 
 
 def note_of(name: str, found: dict) -> str:
@@ -47,7 +50,8 @@ def note_of(name: str, found: dict) -> str:
 
 def _few(name: str, found: dict) -> str:
     label, small = score_of(name).label, unseen(name, found)
-    return f"{label} (with {found['rows']:,} rows, {small} cannot be seen)" if small else f"{label} (of a single row)"
+    rows = f"{found['rows']:,} row{'s' * (found['rows'] > 1)}"
+    return f"{label} (with {rows}, {small} cannot be seen)" if small else f"{label} (of {rows})"
 
 
 def _listed(names: list[str]) -> str:
