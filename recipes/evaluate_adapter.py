@@ -4,7 +4,7 @@
     python recipes/evaluate_adapter.py runs/mistral-lora --max-rows 50
     python recipes/evaluate_adapter.py runs/mistral-lora --model runs/mistral-lora/merged
     python recipes/evaluate_adapter.py runs/mistral-lora --forgetting general.jsonl
-    python recipes/evaluate_adapter.py runs/mistral-lora-2 --against runs/mistral-lora
+    python recipes/evaluate_adapter.py runs/june --against runs/may --gate "old_test.exact_match >= old - 0.02"
     python recipes/evaluate_adapter.py runs/mistral-lora --scales 0,0.5,0.75,1,1.25 --forgetting general.jsonl
     python recipes/evaluate_adapter.py runs/mistral-lora --shots 4 --system "Answer in one word."
     python recipes/evaluate_adapter.py runs/mistral-lora --gate "exact_match >= base + 0.05"
@@ -15,7 +15,7 @@ Writes metrics.json and predictions.jsonl into RUN/evaluation/. Rows with a key 
 against the best. A gate is decided by the 95 % interval: exit status 0 all pass, 4 one fails, 5 too few rows to say.
 --scales turns the adapter down or up without training again (a LoRA is linear in its scale), and writes scales.json;
 merge_adapter.py --scale merges it at the one you choose. --against scores this run's adapter and an older one's on the
-test rows of both, and writes against.json.
+test rows of both, and writes against.json; a gate then names the older adapter as old, and its rows as old_test.
 """
 
 import sys
@@ -50,7 +50,7 @@ def command_line() -> ArgumentParser:
     parser.add_argument("--forgetting", metavar="FILE", help="rows of another kind, that the base must not unlearn")
     parser.add_argument("--shots", type=int, default=0, metavar="K", help="score the base with K examples before, too")
     parser.add_argument("--system", metavar="TEXT_OR_FILE", help="score the base with this system message, too")
-    asked = "SCORE >= REFERENCE + MARGIN; a reference is base, best, shots, system, system_shots, a run or a number"
+    asked = "SCORE >= REFERENCE + MARGIN; a reference: base, best, shots, system, system_shots, old, a run, a number"
     parser.add_argument("--gate", action="append", metavar="GATE", help=asked)
     own = "a score of your own: function(expected, answer) -> float, more is better"
     parser.add_argument("--metric", action="append", metavar="FILE:FUNCTION", help=own)
@@ -91,12 +91,10 @@ def evaluate_adapter(
         raise UserError("--max-rows: at least one answer must be generated")
     if shots < 0:
         raise UserError("--shots: a number of examples, such as 4")
-    if against and (scales or model or forgetting or shots or system or gate or metric):
-        raise UserError("--against scores two adapters, so not with other flags than --data and those of answers")
+    if against and (scales or model or forgetting or shots or system or metric):
+        raise UserError("--against scores two adapters, so not with other flags than --data, --gate, those of answers")
     if against:
-        found = scoring.score_against(run_folder, against, data, max_rows, max_new_tokens)
-        say(f"\nwritten: {run_folder / 'evaluation' / 'against.json'}")
-        return found
+        return scoring.score_against(run_folder, against, data, max_rows, max_new_tokens, gate or ())
     others = {"--model": model, "--shots": shots, "--system": system, "--gate": gate, "--metric": metric}
     for flag, value in others.items():
         if scales and value:
@@ -117,7 +115,7 @@ def evaluate_adapter(
     wanted = {"base": True, "system": system, "shots": shots, "system_shots": shots and system}
     baselines = [name for name, value in wanted.items() if value]
     fields = [name for chat in chats[:max_rows] for name in scoring.field_names(chat.messages[-1]["content"])]
-    known = [*baselines, "best"], [*metrics_of_user], [*dict.fromkeys(fields)], bool(forgetting)
+    known = [*baselines, "best"], [*metrics_of_user], [*dict.fromkeys(fields)], "forgetting" * bool(forgetting)
     gates = [scoring.read_gate(text, *known) for text in gate or []]
     digests = {part: scoring.rows_digest(rows) for part, rows in parts.items()}
     count = lambda part: sum(row.trained for row in encoder.encode(parts[part], learnt))  # noqa: E731
@@ -160,8 +158,7 @@ def evaluate_adapter(
     if not model:
         say(f"next:    {command('merge_adapter', run_folder)}")
     say(f"\nverdict: {metrics['verdict']}")
-    for one in decided:
-        say(f"gate:    {one['verdict'].upper()}: {one['text']}")
+    scoring.print_gates(decided)
     return metrics
 
 

@@ -336,17 +336,20 @@ def test_the_jobs_and_commands_of_the_docs_hold_gates_that_are_taken(tmp_path, m
     page = (ROOT / "docs" / "decide.md").read_text()
     job = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, flags=re.S | re.M)[1])["jobs"]["gate"]
     lines = [step["run"] for step in job["steps"] if "run" in step]
-    lines += re.findall(r"^python recipes/ev.*$", page, flags=re.M)
+    pages = page + (ROOT / "docs" / "next_month.md").read_text()
+    lines += re.findall(r"^python recipes/ev.*$", pages, flags=re.M)
     read = 0
     for line in lines:
         for command in line.replace("\\\n", " ").splitlines():
             words = shlex.split(command)
             if "recipes/evaluate_adapter.py" in words:
                 given = command_line(recipe, words[2:]).options
+                part = "old test" if given["against"] else given["forgetting"] and "forgetting"
+                baselines = ["old"] if given["against"] else ["base", "shots", "best"]
                 for gate in given["gate"] or ():
-                    assert read_gate(gate, ["base", "shots", "best"], [], [], bool(given["forgetting"]))
+                    assert read_gate(gate, baselines, [], [], part)
                     read += 1
-    assert read == 6
+    assert read == 8
 
 
 def test_a_gate_against_a_run_that_was_scored_on_the_same_rows(trained, tmp_path):
@@ -384,9 +387,12 @@ def test_an_older_run_is_scored_beside_it_on_the_test_rows_of_both(trained, lora
     """The older run saw other rows; what is said of either is what a scoring of its own says."""
     folder, old = copy_run(trained, tmp_path), tmp_path / "old"
     shutil.copytree(lora_run, old)
-    found = evaluate_adapter(folder, against=old, max_rows=4)
+    gates = ["loss <= old - 0.1", f"loss <= {old} - 100", "old_test.loss <= old + 100"]
+    found = evaluate_adapter(folder, against=old, max_rows=4, gate=gates)
     assert json.loads((folder / "evaluation" / "against.json").read_text()) == found
-    assert set(found) == {"against", "of", "new test", "old test"}
+    assert set(found) == {"against", "of", "new test", "old test", "gates"}
+    assert [gate["verdict"] for gate in found["gates"]] == ["pass", "fail", "too few rows to say"]
+    assert [gate["rows"] for gate in found["gates"]] == [30, 30, 8]
     own = evaluate_adapter(folder, max_rows=4)["adapter"]
     olds = evaluate_adapter(old, max_rows=4)["adapter"]
     assert found["new test"]["adapter"] == own
@@ -397,10 +403,30 @@ def test_an_older_run_is_scored_beside_it_on_the_test_rows_of_both(trained, lora
     shown = capsys.readouterr().out
     assert "old test, 8 rows, answers to 4: old adapter → adapter" in shown
     assert "The adapter is" in shown
-    same = evaluate_adapter(old, against=lora_run, max_rows=2)
-    assert set(same) == {"against", "of", "new test"}, "of one and the same rows"
+    assert "\nverdict on the new test: BETTER than the old adapter in " in shown
+    assert shown.index("verdict on the old test: TOO FEW ROWS TO SAY") < shown.index("gate:    PASS: loss <= old - 0.1")
+    same = evaluate_adapter(old, against=lora_run, max_rows=2, gate=["old_test.loss <= old"])
+    assert set(same) == {"against", "of", "new test", "gates"}, "of one and the same rows"
+    assert same["gates"][0]["rows"] == 8
     assert same["new test"]["differences"]["adapter against old adapter"]["loss"]["difference"] == 0
     with pytest.raises(UserError, match="is the run itself"):
         evaluate_adapter(folder, against=folder)
     with pytest.raises(UserError, match="not with other flags than --data"):
         evaluate_adapter(folder, against=old, scales=[1.0])
+    with pytest.raises(UserError, match="a reference is old"):
+        evaluate_adapter(folder, against=old, gate=[f"loss <= {folder}"])
+    with pytest.raises(UserError, match="known: old"):
+        evaluate_adapter(folder, against=old, gate=["loss <= base"])
+
+
+def test_rows_are_scored_beside_an_older_run_as_their_own_run_scores_them(trained, lora_run, tmp_path):
+    """With its answers that count, and without rows over its max_length."""
+    folder = copy_run(trained, tmp_path)
+    rows = [chat("copy abc", "abc", "copy de", "de"), chat("copy " + "long " * 400, "long")]
+    record = json.loads((folder / "run.json").read_text())
+    record["data"] |= {"train_on": "last", "test": str(write_jsonl(tmp_path / "turns.jsonl", rows))}
+    (folder / "run.json").write_text(json.dumps(record))
+    own = evaluate_adapter(folder, max_rows=1, max_new_tokens=4)["adapter"]
+    assert own["rows"] == 1
+    found = evaluate_adapter(folder, against=lora_run, max_rows=1, max_new_tokens=4)
+    assert found["new test"]["adapter"] == own

@@ -10,8 +10,8 @@ from recipes.utils.evaluation.gates import decide, read_gate, rows_of_runs
 BASELINES, METRICS, FIELDS = ["base", "shots", "best"], ["metric.f1"], ["field.name", "field.items[].price"]
 
 
-def gate_of(text: str, forgetting=True):
-    return read_gate(text, BASELINES, METRICS, FIELDS, forgetting)
+def gate_of(text: str, part="forgetting"):
+    return read_gate(text, BASELINES, METRICS, FIELDS, part)
 
 
 @pytest.fixture
@@ -61,6 +61,8 @@ def test_what_a_gate_says(text, expected, last):
         ("exact_match >= runs/gone - 0.1", "no run folder"),
         ("exact_match >= system", "add --system TEXT"),
         ("exact_match >= base + five", "no run folder"),
+        ("exact_match >= old - 0.02", "add --against OLD_RUN"),
+        ("old_test.exact_match >= 0.9", r"old_test.\* needs .*--against OLD_RUN"),
     ],
 )
 def test_a_slip_in_a_gate_is_named(text, message, last):
@@ -70,9 +72,9 @@ def test_a_slip_in_a_gate_is_named(text, message, last):
 
 def test_forgetting_needs_its_rows_and_json_its_fields():
     with pytest.raises(UserError, match="--forgetting FILE"):
-        gate_of("forgetting.loss <= base", forgetting=False)
+        gate_of("forgetting.loss <= base", part=None)
     with pytest.raises(UserError, match="no expected answer is a JSON"):
-        read_gate("valid_json >= 0.9", BASELINES, [], [], False)
+        read_gate("valid_json >= 0.9", BASELINES, [], [])
 
 
 def answers(right: int, rows: int, **more) -> list[dict]:

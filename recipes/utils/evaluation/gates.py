@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.utils.console import UserError, near
+from recipes.utils.console import UserError, near, say
 from recipes.utils.evaluation.scores import BY_TOKEN, METRIC, SCORES, score_of
 from recipes.utils.evaluation.statistics import FEWEST_ROWS, column, compare_score, figure, own_interval
 from recipes.utils.evaluation.verdicts import BEST, FEW, show_interval, unseen
@@ -14,26 +14,29 @@ from recipes.utils.files import evaluation_of, read_json, read_jsonl
 
 PASS, FAIL = "pass", "fail"
 FORM = "SCORE >= REFERENCE + MARGIN, such as 'exact_match >= base + 0.05' or 'loss <= runs/last + 0.01'"
-PARTS = {"": "predictions", "forgetting.": "forgetting"}
+PARTS = {  # by how a gate on them begins: the rows, and what brings them
+    "forgetting.": ("forgetting", "the rows of another kind: --forgetting FILE"),
+    "old_test.": ("old test", "the test rows of an older run: --against OLD_RUN"),
+}
 NUMBER = r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+"
 
 
 class Gate(NamedTuple):
     """`score` of the adapter on the rows `part` is to be at least (else at most) that of `reference` + `margin`: a
-    baseline, "best" of them, a run's folder, or "" for the number `margin` itself."""
+    baseline, "best" of them, "old" (the adapter of --against), a run's folder, or "" for the number `margin` itself."""
 
     text: str
-    part: str  # predictions or forgetting
+    part: str  # predictions, or one of PARTS
     score: str
     at_least: bool
     reference: str
     margin: float
 
 
-def read_gate(text: str, baselines: list[str], metrics: list[str], fields: list[str], forgetting: bool) -> Gate:
+def read_gate(text: str, baselines: list[str], metrics: list[str], fields: list[str], part: str | None = None) -> Gate:
     """The gate that `text` says. `baselines` are the models that it may be held against, `metrics` the user's own
-    (metric.NAME), `fields` those that the expected JSON answers have (field.PATH). Raises `UserError` for a slip, with
-    the mend."""
+    (metric.NAME), `fields` those that the expected JSON answers have (field.PATH), `part` which of `PARTS` is scored
+    too. Raises `UserError` for a slip, with the mend."""
 
     def slip(what: str) -> UserError:
         return UserError(f"--gate {text!r}: {what}")
@@ -44,17 +47,18 @@ def read_gate(text: str, baselines: list[str], metrics: list[str], fields: list[
     name, sign, rest = parts.groups()
     if sign not in (">=", "<="):
         raise slip(f"write >= or <=, not {sign}")
-    of_old = name.startswith("forgetting.")
-    if of_old and not forgetting:
-        raise slip("forgetting.* needs the rows of another kind: --forgetting FILE")
-    name = name.removeprefix("forgetting.")
+    prefix = next((prefix for prefix in PARTS if name.startswith(prefix)), "")
+    rows, needs = PARTS.get(prefix, ("predictions", ""))
+    if prefix and rows != part:
+        raise slip(f"{prefix}* needs {needs}")
+    name, forgetting = name.removeprefix(prefix), rows == "forgetting"
     name = METRIC + name if METRIC + name in metrics else name
-    if name not in SCORES and name not in metrics and (name not in fields or of_old):
+    if name not in SCORES and name not in metrics and (name not in fields or forgetting):
         known = [*SCORES, *(metric.removeprefix(METRIC) for metric in metrics), *fields]
         meant = near(name, known)
         mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(known[:20])}"
         raise slip(f"unknown score {name!r}; {mend}")
-    if name in ("valid_json", "field_accuracy") and not fields and not of_old:
+    if name in ("valid_json", "field_accuracy") and not fields and not forgetting:
         raise slip("no expected answer is a JSON object or array")
     score, at_least = score_of(name), sign == ">="
     if score.better and (score.better > 0) != at_least:
@@ -66,12 +70,13 @@ def read_gate(text: str, baselines: list[str], metrics: list[str], fields: list[
     folder = Path(reference)
     if reference and reference not in baselines and not (folder / "run.json").is_file():
         flags = {"shots": "--shots 4", "system": "--system TEXT", "system_shots": "both --shots and --system"}
+        flags["old"] = "--against OLD_RUN"
         if reference in flags:
             raise slip(f"{reference} is a baseline that was not asked for: add {flags[reference]}")
         meant = near(reference, baselines)
         mend = f"did you mean {meant!r}?" if meant else f"known: {', '.join(baselines)}, a run's folder, or a number"
         raise slip(f"{reference!r} is no baseline, no run folder and no number; {mend}")
-    return Gate(text, PARTS["forgetting." if of_old else ""], name, at_least, reference, margin)
+    return Gate(text, rows, name, at_least, reference, margin)
 
 
 def _reference(rest: str, baselines: list[str]) -> tuple[str, float]:
@@ -138,6 +143,12 @@ def decide(gate: Gate, scored: dict[str, list[dict]], best: dict[str, str], run:
     shown = f"{show_interval(gate.score, found, '95 % interval ')}, {found['rows']:,} rows{size}"
     kept = {key: found[key] for key in ("difference", "low", "high", "rows")}
     return {"gate": gate.text, "verdict": verdict, **kept, "text": f"{gate.text}  ({shown})"}
+
+
+def print_gates(decided: list[dict]) -> None:
+    """Print what `decide` returned, a line a gate."""
+    for one in decided:
+        say(f"gate:    {one['verdict'].upper()}: {one['text']}")
 
 
 def _against_number(rows: list[dict], name: str, number: float) -> dict | None:
