@@ -1,5 +1,6 @@
 """The chat answers as the adapter does, keeps the conversation, stops, and works in a pipe."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -158,11 +159,70 @@ def test_the_words_of_the_command_line_reach_the_function(monkeypatch):
     assert seen == own | {"url": None, "model": None, "api_key_env": None, "base_model": None}
 
 
+def with_record(folder, name: str, **sections):
+    """The JSON file `name` of `folder`, with what is given laid over its sections."""
+    record = json.loads((folder / name).read_text())
+    for key, value in sections.items():
+        record[key] = {**record[key], **value} if isinstance(record.get(key), dict) else value
+    (folder / name).write_text(json.dumps(record))
+
+
+def test_the_system_message_that_all_rows_had_is_sent_and_said(lora_run, tmp_path, capsys):
+    run, answers = copy_run(lora_run, tmp_path), {}
+    assert json.loads((run / "run.json").read_text())["rows"]["train"]["systems"] == [""], "these rows have none"
+    with_record(run, "run.json", rows={"train": {"systems": ["You take orders."]}})
+    merged = merge_adapter(run, verify=False)
+    for folder in (run, merged, next(run.glob("checkpoint-*"))):
+        capsys.readouterr()
+        messages = chat(folder, max_new_tokens=12, lines=["Hello", "/reset", "Two apples, please."])
+        answers[folder] = messages[2:]
+        assert messages[:2] == [{"role": "system", "content": "You take orders."}, user("Two apples, please.")]
+        assert "system message, as in all its training rows: 'You take orders.'" in capsys.readouterr().err
+    assert answers[run] == answers[merged]
+    for given, sent in (("", []), ("Be brief.", [{"role": "system", "content": "Be brief."}])):
+        assert chat(merged, system=given, max_new_tokens=4, lines=["Hello"])[: len(sent) + 1] == [*sent, user("Hello")]
+    with_record(merged, "merge.json", systems=["You take orders.", ""])
+    assert chat(merged, max_new_tokens=4, lines=["Hello"])[0] == user("Hello"), "some rows had none"
+
+
+def test_a_system_message_that_training_merged_into_the_user_turn_goes_there(lora_run, tmp_path, capsys):
+    run = copy_run(lora_run, tmp_path)
+    with_record(run, "run.json", rows={"train": {"systems": ["Be brief."]}}, data={"system": "merge"})
+    answer = answer_of(run, [user("Be brief.\n\nHello")], 12)
+    capsys.readouterr()
+    for folder in (run, merge_adapter(run, verify=False)):
+        assert chat(folder, max_new_tokens=12, lines=["Hello"])[2]["content"] == answer
+
+
+def test_help_is_shown_and_goes_to_no_model(merged, capsys):
+    assert chat(merged, lines=["/help", "/quit"]) == []
+    printed = capsys.readouterr()
+    assert (printed.out, "/reset forgets the conversation" in printed.err) == ("", True)
+
+
+def test_the_base_and_the_adapter_are_named_at_the_start(adapter, merged, capsys):
+    chat(adapter, lines=[])
+    chat(merged, lines=[])
+    told = capsys.readouterr().err
+    assert f"adapter {adapter} on base examples/tiny/base\n" in told
+    assert f"model {merged}\n" in told
+
+
+def test_in_a_pipe_each_line_is_a_conversation_of_its_own(merged, capsys, monkeypatch):
+    first, second = (chat(merged, max_new_tokens=12, lines=[line]) for line in ("Hello", "Two apples, please."))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nTwo apples, please.\n"))
+    assert chat(merged, max_new_tokens=12) == second
+    assert capsys.readouterr().out == f"{first[-1]['content']}\n{second[-1]['content']}\n"
+
+
 def test_in_a_pipe_only_the_answer_is_printed(adapter):
     words = [sys.executable, "-X", "importtime", "recipes/chat.py", str(adapter), "--max-new-tokens", "20"]
     result = subprocess.run(words, cwd=ROOT, input="hi\n", capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout == answer_of(adapter, [user("hi")], 20) + "\n"
     lines = result.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-    assert [line for line in lines if not line.startswith("import time:")] == []
+    assert [line for line in lines if not line.startswith("import time:")] == [
+        f"adapter {adapter} on base examples/tiny/base"
+    ]
     assert not {"trl.trainer", "datasets", "scipy.stats", "rouge_score"} & imported

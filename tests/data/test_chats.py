@@ -324,3 +324,14 @@ def test_bad_lines_are_counted_all_and_kept_as_far_as_they_are_listed(tmp_path, 
     assert (len(reading.bad), dict(reading.bad_kinds)) == (100, {"not JSON": 300})
     with pytest.raises(UserError, match="300 bad rows in all: 300 not JSON"):
         reading.raise_if_bad()
+
+
+def test_the_system_messages_that_differ_are_kept_up_to_two(tmp_path):
+    for systems, kept in ((["A", "A"], ["A"]), (["A", None], ["A", ""]), (["A", "B", "C"], ["A", "B"]), ([None], [""])):
+        rows = [chat("hi", "ho", system=system) for system in systems]
+        for merge in (False, True):
+            reading = Reading()
+            assert len(list(stream_chats([str(write_jsonl(tmp_path / "rows.jsonl", rows))], reading, merge))) == len(
+                rows
+            )
+            assert reading.systems == kept

@@ -63,6 +63,7 @@ class Reading:
     opened: int = 0  # chats that begin with an answer, which is read and not learnt
     blank: int = 0
     thoughts: int = 0  # rows with an answer that has one
+    systems: list[str] = field(default_factory=list)  # the first two system messages that differ; "" is none
     bad: list[dict] = field(default_factory=list)  # the first: {"where", "kind", "error", "line"}, cut where long
     bad_kinds: Counter = field(default_factory=Counter)  # of all of them
     excluded: dict[str, list[str]] = field(default_factory=dict)  # {file:line: the lines of data.exclude that name it}
@@ -232,6 +233,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 def _checked(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict], list[dict] | None]:
     """(messages up to the last answer, tools) of a row; what is counted goes to `reading`."""
     shape, messages, tools, unread = conversation(row)
+    system = messages[0]["content"] if messages[:1] and messages[0]["role"] == "system" else ""
     messages = system_merged(messages) if merge_system else messages
     if any(message["role"] == "system" for message in messages[1:]):
         raise BadRow("system not first", "a system message is not the first one; move it there, or --data.system merge")
@@ -240,6 +242,8 @@ def _checked(row: dict, reading: Reading, merge_system: bool) -> tuple[list[dict
         found, mend = ("every answer has weight 0", "remove the row") if answers else ("no assistant turn", "add one")
         raise BadRow("no answer", f"{found}, so there is nothing to learn; {mend}")
     reading.shapes[shape] += 1
+    if len(reading.systems) < 2 and system not in reading.systems:
+        reading.systems.append(system)
     reading.thoughts += any(split_thought(messages[place])[0] for place in answers)
     if not unread.issubset(reading.ignored_keys):
         reading.ignored_keys = sorted(unread.union(reading.ignored_keys))

@@ -160,7 +160,9 @@ def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict,
     name = name if on_hub else Path(name).resolve().name
     revision = commit_of(base) or record["model"]["revision"]
     of = {"adapter": record["name"], "adapter_sha256": adapter_sha256(adapter)}
-    merged = {**of, **how, "base_model": name, "revision": revision}
+    trained = {"systems": ((record.get("rows") or {}).get("train") or {}).get("systems")}  # chat.py sends a single one
+    trained["system"] = (record.get("data") or {}).get("system")
+    merged = {**of, **how, "base_model": name, "revision": revision, **trained}
     write_json(output / "merge.json", {**merged, **(drift or {})})
     quoted = name if re.fullmatch(r"[\w./-]+", name) else json.dumps(name)
     lines = ["---", *([f"base_model: {quoted}"] if on_hub else []), "library_name: transformers"]
