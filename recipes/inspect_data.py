@@ -42,10 +42,11 @@ from trl import SFTConfig
 from trl.data_utils import pack_dataset
 
 from recipes.utils.config import Config, read_config
-from recipes.utils.data import prepare, print_data, read_tokenizer, token_pieces
+from recipes.utils.data import prepare, read_tokenizer
 from recipes.utils.model import find_base
 from recipes.utils.monitoring import read_ledger
 from recipes.utils.page import write_page
+from recipes.utils.show import print_data, token_pieces
 from recipes.utils.training import check_settings, steps_of
 
 WORST = 20  # rows of a ledger that are listed

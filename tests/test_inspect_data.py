@@ -10,7 +10,8 @@ from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
 from families import FAMILIES
 
 from recipes.utils import console
-from recipes.utils.data import Chat, Encoder, token_pieces
+from recipes.utils.data import Chat, Encoder
+from recipes.utils.show import token_pieces
 
 
 @pytest.fixture

@@ -6,6 +6,5 @@ from recipes.utils.data.prepare import NEAR, Counts, Finding, Prepared, document
 from recipes.utils.data.prepare import locate, prepare, read_excluded, report_findings, signature, train_entries
 from recipes.utils.data.prepare import train_paths, without_excluded
 from recipes.utils.data.shapes import BadRow, system_merged
-from recipes.utils.data.show import print_data, token_pieces
 from recipes.utils.data.template import bounded, load_tokenizer, plain_template, prepends_blanks, read_tokenizer
 from recipes.utils.data.template import render
