@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import TINY, copy_run, read_jsonl, run_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_attention import packed, small_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from recipes.utils.console import RunEnded, UserError
 from recipes.utils.data import Encoder
@@ -143,6 +145,8 @@ def test_compiled_layers_have_the_losses_and_names_of_plain_ones(family, checkpo
 class Saver:
     """What `save_adapter` asks of a trainer."""
 
+    state, args = TrainerState(global_step=8), SimpleNamespace(learning_rate=1e-3)
+
     def __init__(self, model):
         self.model = model
 
@@ -202,16 +206,30 @@ def test_a_snapshot_of_the_hub_is_named_as_the_hub_does(tmp_path):
     snapshot = tmp_path / "hub" / "models--someone--tiny-it" / "snapshots" / ("ab" * 20)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(snapshot), "r": 4}))
     (tmp_path / "adapter_model.safetensors").touch()
-    (tmp_path / "README.md").write_text(f"base_model: {snapshot}\ntags:\n- base_model:adapter:{snapshot}\n")
-    publish_base(tmp_path)
+    publish_base(tmp_path, {"steps": 8, "best validation loss": None})
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     assert found == {"base_model_name_or_path": "someone/tiny-it", "revision": "ab" * 20, "r": 4}
     card = (tmp_path / "README.md").read_text()
-    assert card == "base_model: someone/tiny-it\ntags:\n- base_model:adapter:someone/tiny-it\n"
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "someone/tiny-it"
+    assert f"| base | someone/tiny-it at {'ab' * 20} |\n| rank | 4 |" in card
+    assert ("| steps | 8 |" in card, "None" in card) == (True, False)
     plain = json.dumps({"base_model_name_or_path": "examples/tiny/base", "revision": None})
     (tmp_path / "adapter_config.json").write_text(plain)
     publish_base(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == json.loads(plain)
+    card = (tmp_path / "README.md").read_text()
+    assert ("# A LoRA adapter for base\n" in card, "base_model" in card) == (True, False), "no path of this machine"
+
+
+def test_the_card_of_a_run_says_what_it_is_and_has_no_form_to_fill_in(lora_run):
+    record = json.loads((lora_run / "run.json").read_text())
+    for folder in (lora_run, *lora_run.glob("checkpoint-*")):
+        card = (folder / "README.md").read_text()
+        assert "More Information Needed" not in card
+        assert all(line in card for line in ("| base | base |", "| rank | 4 |", "down_proj, gate_proj"))
+    card = (lora_run / "README.md").read_text()
+    assert f"| best validation loss | {record['best_validation_loss']} |" in card
+    assert "| steps | 8 |\n| learning rate | 0.001 |" in card
 
 
 @pytest.mark.parametrize(

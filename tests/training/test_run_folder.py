@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, copy_run, run_recipe, small_config
+from conftest import ROOT, TINY, copy_run, run_recipe, small_config
 
 from recipes import sft_lora
 from recipes.utils.config import load_config
 from recipes.utils.console import UserError
 from recipes.utils.data import Prepared, prepare
+from recipes.utils.evaluation import read_run
 from recipes.utils.training import begin
 from recipes.utils.training.checkpoint import MANIFEST, _digest, publish
 from recipes.utils.training.run import FORMAT
@@ -161,3 +162,61 @@ def test_rows_that_prepare_did_not_make_are_counted_in_the_record(config_file, m
     table = capsys.readouterr().out
     assert "48 train, 8 validation" in table
     assert "trained on" not in table
+
+
+def a_project(lora_run, folder: Path) -> Path:
+    """A folder with a base, rows, and a run that was started in it with relative paths."""
+    run = copy_run(lora_run, folder)
+    shutil.copytree(TINY / "base", folder / "models" / "base")
+    record = json.loads((run / "run.json").read_text())
+    assert (lora_run / record["started_in"]).resolve() == ROOT, "where these tests run"
+    digests = {Path(path).name: digest for path, digest in record["data_sha256"].items()}
+    record |= {"started_in": "..", "data_sha256": digests, "model": record["model"] | {"name_or_path": "models/base"}}
+    record["data"] |= {"train": ["train.jsonl"], "validation": "valid*.jsonl"}
+    (run / "run.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_run_is_used_from_any_folder_and_moves_with_its_project(lora_run, tmp_path, monkeypatch, capfd):
+    a_project(lora_run, tmp_path)
+    for folder in ("runs", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    shutil.move(tmp_path / "models", tmp_path / "runs")
+    for name in ("run", "train.jsonl", "validation.jsonl"):
+        shutil.move(tmp_path / name, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    record = read_run(Path("../runs/run"))
+    assert record["model"]["name_or_path"] == "../runs/models/base"
+    assert (record["data"]["train"], record["data"]["validation"]) == (["../runs/train.jsonl"], "../runs/valid*.jsonl")
+    assert set(record["data_sha256"]) == {"../runs/train.jsonl", "../runs/validation.jsonl"}
+    assert run_recipe("merge_adapter", "../runs/run", "--rows", "2", "--output", "merged") == 0
+    checkpoint = next((tmp_path / "runs" / "run").glob("checkpoint-*"))
+    assert run_recipe("merge_adapter", checkpoint, "--no-verify", "--output", "earlier") == 0
+    monkeypatch.chdir(tmp_path / "runs")
+    assert read_run(Path("run"))["model"]["name_or_path"] == "models/base", "as it was given, where that leads there"
+    (tmp_path / "runs" / "models").rename(tmp_path / "gone")
+    assert run_recipe("merge_adapter", "run") == 2
+    assert "models/base: the folder of the adapter's base is not there" in capfd.readouterr().err
+
+
+def test_every_file_of_a_run_has_the_mode_that_the_umask_leaves_and_nothing_is_left_over(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run_recipe("sft_lora", small_config(tmp_path, training={"max_steps": 4})) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_from_run_with_resume_goes_on_with_that_run(lora_run, tmp_path, monkeypatch):
+    """Another run of the same config is there, and was written later."""
+    run = a_project(lora_run, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    a_run_in("runs/small-lora", step=4)
+    for given in (run, run / "run.json"):
+        config = load_config(given, {}, "lora", resume="latest")
+        with begin(config) as found:
+            assert (found.folder, found.checkpoint) == (Path("run"), "run/checkpoint-8")
+    assert load_config(run, {"training.output_dir": "other"}, "lora", resume="latest").output_dir == "other"

@@ -94,6 +94,8 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
     path = path / "run.json" if path.is_dir() else path
     if path.suffix == ".json":
         name, given = _read_record(path, method)
+        if flags.get("resume") == "latest":
+            overrides = {"training.output_dir": str(path.parent), **overrides}
     else:
         name, given = path.stem, given or {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
     given = given | {key: (value, f"--{key}") for key, value in overrides.items()}

@@ -1,6 +1,8 @@
 """Runs and adapters on the disk: found, read, and loaded again, at another strength if it must be."""
 
 import dataclasses
+import glob
+import os
 from pathlib import Path
 
 import torch
@@ -27,13 +29,14 @@ from recipes.utils.model import (
     stored_shapes,
 )
 
+WHERE = ("train", "validation", "test", "exclude")  # keys of `data` that are paths
 SECONDS = 60  # to find an adapter's layers by a regular expression, which may never end
 RECORD = {  # what a run.json has to hold, and of which types
     "name": str, "method": str, "status": str, "finished": str | None, "commit": str | None, "model": dict,
     **{f"model.{key}": str for key in ("name_or_path", "dtype", "chat_template", "attn_implementation")},
     "model.revision": str | None, "model.trust_remote_code": bool, "data": dict, "lora": dict | None,
     "training": dict | None, "quantization": dict | None, "rows": dict | None, "data_sha256": dict | None,
-    "base_sha256": dict | None, "seed": int | None, "train": dict | None,
+    "base_sha256": dict | None, "seed": int | None, "train": dict | None, "started_in": str | None,
 }  # fmt: skip
 
 
@@ -82,7 +85,7 @@ def read_adapter(folder: Path, base_model: str | None = None) -> dict:
         why = "; pickled ones are not loaded, since they can run code" * (folder / "adapter_model.bin").is_file()
         raise UserError(f"{folder}: holds no adapter weights (adapter_model.safetensors){why}")
     if path:
-        record = read_record(path)
+        record = _from_here(read_record(path), path.parent)
         if record["status"] != "finished" and (folder / "run.json").is_file():
             say(f"{folder}: its run was taken up again and is {record['status']}; the adapter there is from before")
         return _on_another_base(record, base_model) if base_model else record
@@ -96,6 +99,28 @@ def read_adapter(folder: Path, base_model: str | None = None) -> dict:
     shape = read_json(base / "config.json")
     model["dtype"] = shape.get("dtype") or shape.get("torch_dtype") or "float32"
     return {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base), "model": model}
+
+
+def _from_here(record: dict, folder: Path) -> dict:
+    """The `record` of the run in `folder`, with its paths as they are from where this process runs: one that leads
+    nowhere here, and somewhere from where the run was started, if its folder lies to that as it did then."""
+    if not record.get("started_in"):  # an older version wrote it
+        return record
+
+    def found(value):
+        if isinstance(value, list):
+            return [found(each) for each in value]
+        if isinstance(value, dict):  # an entry of data.train
+            return value | {"path": found(value.get("path"))}
+        if not isinstance(value, str) or Path(value).exists() or glob.glob(value):
+            return value
+        there = folder.resolve() / record["started_in"] / value
+        return os.path.relpath(there.resolve()) if there.exists() or glob.glob(str(there)) else value
+
+    model = record["model"] | {key: found(record["model"].get(key)) for key in ("name_or_path", "adapter")}
+    data = {key: found(value) if key in WHERE else value for key, value in record["data"].items()}
+    hashes = {found(path): digest for path, digest in (record.get("data_sha256") or {}).items()}
+    return {**record, "model": model, "data": data, "data_sha256": hashes}
 
 
 def _on_another_base(record: dict, base_model: str) -> dict:

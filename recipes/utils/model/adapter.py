@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -326,7 +327,9 @@ def save_adapter(trainer, folder: Path) -> None:
         if stored_shapes(staging) != adapter_shapes(trainer.model):
             raise RunEnded("failed", f"{staging}: the adapter that was written is not whole; its checkpoints are kept")
         (staging / "training_args.bin").unlink()  # a pickle, with the paths of this machine
-        publish_base(staging)
+        steps, best = trainer.state.global_step, trainer.state.best_metric
+        rate = trainer.args.learning_rate
+        publish_base(staging, {"steps": steps, "learning rate": rate, "best validation loss": best})
         sync(staging)
         last.unlink(missing_ok=True)  # of a run that was taken up again: never beside weights of another time
         sync_path(Path(folder))
@@ -338,10 +341,10 @@ def save_adapter(trainer, folder: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish_base(folder: Path) -> None:
+def publish_base(folder: Path, facts: Mapping = MappingProxyType({})) -> None:
     """Make a saved adapter fit to be given away: safetensors leaves its file to its owner alone, PEFT writes sets in an
     order of each process's own, and a base from the hub is named as this machine's cache keeps it; here as the hub
-    does, with its commit. Keys that say nothing go."""
+    does, with its commit. Keys that say nothing go; the card, a form to fill in, becomes one that tells the `facts`."""
     from peft import LoraConfig
 
     says_nothing = vars(LoraConfig())
@@ -351,9 +354,18 @@ def publish_base(folder: Path) -> None:
     config |= {key: sorted(config[key]) for key in SETS if isinstance(config.get(key), list)}
     config = {key: value for key, value in config.items() if key in KNOWN_TO_ALL or value != says_nothing.get(key)}
     base = Path(config["base_model_name_or_path"] or "")
-    if commit_of(base):
-        config |= {"base_model_name_or_path": name_of(base), "revision": commit_of(base)}
+    if commit := commit_of(base):
+        config |= {"base_model_name_or_path": name_of(base), "revision": commit}
     write_json(path, config)
-    if commit_of(base):
-        card = path.with_name("README.md")
-        card.write_text(card.read_text(encoding="utf-8").replace(str(base), name_of(base)), encoding="utf-8")
+    name, targets = name_of(base) if commit else base.name, config.get("target_modules") or []
+    on = targets if isinstance(targets, str) else ", ".join(targets)
+    shown = {"base": f"{name} at {commit}" if commit else name, "rank": config.get("r"), "on": on, **facts}
+    lines = ["---", *([f"base_model: {name}"] if commit else []), "library_name: peft", "tags: [lora, sft, trl]", "---"]
+    lines += ["", f"# A LoRA adapter for {name}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {value} |" for key, value in shown.items() if value is not None]
+    lines += [
+        "",
+        "`run.json` of its run has each setting, the data files' hashes, versions and results. PEFT loads it:",
+    ]
+    lines += ["`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)`", ""]
+    path.with_name("README.md").write_text("\n".join(lines), encoding="utf-8")

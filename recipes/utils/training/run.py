@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import platform
 import signal
 from collections.abc import Callable, Iterator
@@ -344,6 +345,7 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         counted[name] |= {"rows": len(part.rows), "bad": sum(part.counts.bad_kinds.values())}
     record = {
         "format": FORMAT, "status": "running", "method": config.method, "name": config.name, "started": _now(),
+        "started_in": os.path.relpath(os.path.realpath("."), os.path.realpath(run.folder)),  # from the run folder
         **sections, "training": {"output_dir": str(run.folder), **training},
         "quantization": _quantization(trainer.model), "commit": run.commit, "device": device_name(trainer.args.use_cpu),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
