@@ -6,7 +6,10 @@ train_lora(model_name="Qwen/Qwen2-7B", dataset_path="./datasets/train.jsonl", ou
 
 import functools
 import inspect
+from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from recipes.utils.console import UserError, near, quiet, say
 
@@ -40,10 +43,11 @@ def train_lora(
     """Train a LoRA adapter and return its folder.
 
     Args:
-        model_name: a hub name or a folder; its type decides which of configs/*.yaml gives all that is not given here.
+        model_name: a hub name or a folder of any causal language model. What is not given here comes from the YAML in
+            configs/ that is named for it, or for its type, else from one that trains all of its linear layers.
         dataset_path: JSONL files: a path, a list or a glob.
         val_dataset_path: the same, or a share of the train rows (0.05); without it nothing is evaluated.
-        output_dir: the run folder; runs/<family>-lora, numbered, without it.
+        output_dir: the run folder; runs/<YAML or type>-lora, numbered, without it.
         config: another YAML file to start from; its validation rows stay where `val_dataset_path` is not given.
         **sections: further keys by section, such as training={"max_length": 1024}, lora={"lora_alpha": 64}, and
             dry_run=True, resume="latest", accept_changes=True or max_hours=11.5.
@@ -63,7 +67,7 @@ def train_qlora(*args, **kwargs) -> Path:
 
 
 def _config(method: str, given: dict) -> Config:
-    """The YAML of the model's family, or the one `given`, with the arguments laid over it."""
+    """A YAML of configs/, or the one `given`, with the arguments laid over it."""
     settings = {key: given[name] for name, key in KEYS.items() if given.get(name) is not None}
     path, sections = given.get("config"), given.get("sections", {})
     if path is None and "data.validation" not in settings:
@@ -73,7 +77,9 @@ def _config(method: str, given: dict) -> Config:
         if not isinstance(values, dict):
             raise UserError(_where_it_belongs(name, values))
         settings |= {f"{name}.{key}": value for key, value in values.items()}
-    return load_config(path or _family(str(given["model_name"])), settings, method, **flags)
+    path, name = (path, None) if path else _start_from(str(given["model_name"]))
+    config = load_config(path, settings, method, **flags)
+    return replace(config, name=name) if name else config
 
 
 def _where_it_belongs(name: str, value: object) -> str:
@@ -87,11 +93,17 @@ def _where_it_belongs(name: str, value: object) -> str:
     return f"{name}: no such argument; {f'did you mean {wanted}?' if meant else by_section}"
 
 
-def _family(model_name: str) -> Path:
-    """The YAML in configs/ for the model's own type."""
+def _start_from(model_name: str) -> tuple[Path, str]:
+    """(the YAML in configs/ to start from, a name for the run): the model's own, or that of its type; for any other
+    type the one that trains every linear layer, whatever they are called."""
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        known = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["name_or_path"]
+        if Path(model_name).name.lower() == known.partition("/")[2].lower():
+            return path, path.stem
     options = ModelOptions(model_name)
     model_type = model_config(find_base(options, weights=False), options).model_type
+    if model_type in ("qwen2", "mistral"):
+        return CONFIGS / f"{model_type}.yaml", model_type
     family = "qwen2" if model_type.startswith("qwen") else "mistral"
-    if model_type not in ("qwen2", "mistral"):
-        say(f"{model_name} is of type {model_type}, which has no config of its own; taking configs/{family}.yaml")
-    return CONFIGS / f"{family}.yaml"
+    say(f"{model_name} ({model_type}): no YAML of its own; with the settings of configs/{family}_all_linear.yaml")
+    return CONFIGS / f"{family}_all_linear.yaml", model_type

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import TINY, read_jsonl, write_jsonl
 from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from recipes.utils.console import UserError
@@ -70,6 +71,34 @@ def test_qlora_and_further_overrides_reach_the_library_classes(folder, mistral_t
     assert record["lora"]["lora_alpha"] == 64
     assert record["quantization"]["bnb_4bit_use_double_quant"] is False
     assert record["quantization"]["bnb_4bit_quant_type"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("Qwen/Qwen3-8B", "qwen3_8b"), ("/models/llama-3.1-8b-instruct", "llama3_1"), ("Qwen/Qwen2-7B", "qwen2"),
+     ("mistralai/Mistral-7B-v0.3", "mistral")],
+)  # fmt: skip
+def test_a_model_that_has_a_yaml_starts_from_it(name, start):
+    assert finetune._start_from(name) == (finetune.CONFIGS / f"{start}.yaml", start)
+
+
+@pytest.mark.parametrize(("architecture", "family"), [("gpt_neox", "mistral"), ("qwen3", "qwen2")])
+def test_a_base_of_any_type_trains_its_linear_layers_whatever_they_are_called(folder, capsys, architecture, family):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    config = AutoConfig.for_model(
+        architecture, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    run = finetune.train_lora(
+        "base", "datasets/train.jsonl", training={"max_steps": 1, "gradient_checkpointing": False}
+    )
+    assert str(run) == f"runs/{architecture}-lora"
+    assert f"base ({architecture}): no YAML of its own" in capsys.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    assert record["lora"]["target_modules"] == "all-linear"
+    assert record["training"]["learning_rate"] == {"mistral": 3e-4, "qwen2": 4e-4}[family]
 
 
 def test_a_config_of_ones_own_keeps_what_is_not_given(folder):

@@ -3,17 +3,20 @@
 import copy
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import read_jsonl, run_recipe, write_jsonl
+from conftest import chat, read_jsonl, run_recipe, write_jsonl
 from families import FAMILIES
 from mistral_tokenizers import mistral_v3_tokenizer
+from twins import CHATML, shipped, tokenizer_for
 
 from recipes.utils.console import UserError
-from recipes.utils.data import DataOptions, prepare
+from recipes.utils.data import Chat, DataOptions, Encoder, prepare
+from recipes.utils.data.template import choose_chat_template
 
 FOLDER = Path(__file__).parent / "broken"
 ARGS = SimpleNamespace(max_length=512, seed=1)
@@ -185,6 +188,37 @@ def test_a_control_token_is_found_wherever_it_hides(tmp_path, text, place):
     plain = prepared(write_jsonl(tmp_path / "mistral-plain.jsonl", [row("word")])).rows[0]["input_ids"]
     specials = [[token for token in ids if token in tokenizer.added_tokens_decoder] for ids in (escaped, plain)]
     assert specials[0] == specials[1]
+
+
+MARKS = {  # (template, its end of turn, special tokens, tokens that are none): as R1-Distill and many a merge has them
+    "r1": (shipped("deepseek_r1_distill"), "<｜end▁of▁sentence｜>", [], ["<｜User｜>", "<｜Assistant｜>", "<think>"]),
+    "added": (CHATML.replace("<|im_start|>", "<|turn|>"), "<|im_end|>", [], ["<|turn|>", "<think>", "<tool_call>"]),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_mark_of_a_turn_that_is_no_special_token_is_guarded_as_one_that_is(name):
+    template, end, special, plain = MARKS[name]
+    tokenizer = tokenizer_for(template, end, special, plain)
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "any")
+    refusing, escaping = (Encoder(tokenizer, escape, "drop") for escape in (False, True))
+    typed = plain[0]
+    assert tokenizer.convert_tokens_to_ids(typed) in tokenizer(f"a{typed}b")["input_ids"]  # parsed out of any text
+    with pytest.raises(UserError, match=f"holds the control token {re.escape(typed)}"):
+        refusing.encode([Chat(chat(f"a{typed}b", "c")["messages"], "f:1")])
+    for asked, same in ((f"a{typed}b", "a-b"), (f"{typed} {typed}{end}", "-")):
+        found, other = (escaping.encode([Chat(chat(text, "c")["messages"], "f:1")])[0] for text in (asked, same))
+        added = [
+            [token for token in row.input_ids if token in tokenizer.added_tokens_decoder] for row in (found, other)
+        ]
+        assert added[0] == added[1]
+        assert asked in tokenizer.decode(found.input_ids, clean_up_tokenization_spaces=False)
+        asked, answer = chat(asked, "c")["messages"]
+        first = next(place for place, label in enumerate(found.labels) if label != -100)
+        assert escaping.prompt_ids([asked], answer=answer) == found.input_ids[:first]
+    # What a row means by a token of its own stays one.
+    (row,) = refusing.encode([Chat(chat(f"a{plain[-1]}c", "d")["messages"], "f:1")])
+    assert tokenizer.convert_tokens_to_ids(plain[-1]) in row.input_ids
 
 
 def test_escaping_changes_no_row_without_control_tokens():

@@ -114,7 +114,7 @@ def test_models_that_trl_knows_are_trained_by_its_templates_on_the_answers_alone
 CONTROL = re.compile(
     r"<\|[^|>{}' ]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_(?:turn|utterance|image)>|<bos>|</s>|<turn\|>|<\|turn>"
 )
-ENDS = ("<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<｜end▁of▁sentence｜>", "<|return|>", "<|eot|>",
+ENDS = ("<|return|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<｜end▁of▁sentence｜>", "<|eot|>",
         "<|END_OF_TURN_TOKEN|>", "<|im_end|>", "<end_of_utterance>", "<|endoftext|>", "<|user|>", "</s>")  # fmt: skip
 STARTS = ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "<BOS_TOKEN>", None)
 SHIPPED = sorted(SHIPPED_BY_TRL.glob("*.jinja"))
@@ -148,6 +148,9 @@ def test_each_template_that_trl_ships_is_trained_exactly_or_refused_with_its_rea
         starts = [place for place, label in enumerate(row.labels) if label != -100 and row.labels[place - 1] == -100]
         assert all(row.input_ids[:start] in prompts for start in starts)
         assert row.stops
+        ends = [label for label, then in zip(row.labels, [*row.labels[1:], -100], strict=True) if then == -100 != label]
+        assert len(ends) == len(starts)
+        assert set(ends) <= {*encoder.stop_ids}
         learnt += trained_texts(tokenizer, row)
     for answer in ("It is 4", "6\n\nindeed", "Yes 🙂"):
         (text,) = [text for text in learnt if answer in text]
@@ -155,6 +158,35 @@ def test_each_template_that_trl_ships_is_trained_exactly_or_refused_with_its_rea
         assert not before.strip() or (before.startswith(("<", " to=user")) and "think" not in before)  # channels
         assert re.search("|".join(map(re.escape, encoder.control_tokens)), after)
         assert "\n" not in after
+
+
+TOOL = {"name": "weather", "description": "Of a city.", "parameters": {"type": "object", "properties": {}}}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("gptoss", ["<|return|>", "<|call|>"]),
+        ("glm4moe", ["<|user|>", "<|observation|>"]),
+        ("llama3_1", ["<|eot_id|>"]),
+        ("gemma", ["<end_of_turn>"]),
+    ],
+)
+def test_each_id_that_ends_an_answer_or_a_call_stops_the_model(name, stops):
+    """gpt-oss ends an answer with `<|return|>`, an earlier one with `<|end|>`, as it ends a thought: such an answer has
+    a row of its own, where it ends as inference stops."""
+    tokenizer = tokenizer_of(shipped(name))
+    tokenizer.chat_template, _ = choose_chat_template(tokenizer, "auto", "any")
+    encoder = Encoder(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(encoder.stop_ids) == stops
+    rows = encoder.encode([Chat(CHATS["three turns"]["messages"], "f:1")])
+    assert len(rows) == (3 if name == "gptoss" else 1)
+    assert all(text.endswith(stops[0]) for row in rows for text in trained_texts(tokenizer, row))
+    if name != "gemma":
+        called = [{"role": "user", "content": "Oslo?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+        (row,) = encoder.encode([Chat(called, "f:1", [{"type": "function", "function": TOOL}])])
+        assert trained_texts(tokenizer, row)[0].endswith(stops[-1])
 
 
 def test_a_twin_of_trls_comes_before_the_general_way():

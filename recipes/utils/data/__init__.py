@@ -7,4 +7,4 @@ from recipes.utils.data.prepare import locate, prepare, read_excluded, report_fi
 from recipes.utils.data.prepare import train_paths, without_excluded
 from recipes.utils.data.shapes import BadRow, system_merged
 from recipes.utils.data.template import bounded, load_tokenizer, plain_template, prepends_blanks, read_tokenizer
-from recipes.utils.data.template import render
+from recipes.utils.data.template import render, shipped_template

@@ -1,6 +1,7 @@
 """Chats to token ids and labels. A label is the token's own id where the model shall learn it, and -100 elsewhere.
 Exactly each answer and its end-of-turn token carry loss, and each follows the very prompt that inference sends."""
 
+import contextlib
 import re
 from functools import cached_property
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from recipes.utils.data.shapes import BadRow, split_thought
 from recipes.utils.data.template import ANSWER, USER, answer_spans, control_tokens, opens_chat, read_thoughts, render
 
 HERMES = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "description": "Where."}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "clock", "description": "What time it is.", "parameters": SCHEMA}}
+CALLED = {"id": "call00000", "type": "function", "function": {"name": "clock", "arguments": {"city": "Oslo"}}}
 MARK = "\ufdd0"  # a code point that is no character, so it stands in no text
 
 
@@ -50,7 +54,7 @@ class Encoder:
         self.template = self.thoughts.off if self.think == "drop" else self.thoughts.on
         self.control_tokens = control_tokens(tokenizer)
         self.control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control_tokens)))
-        self._typed = re.compile("|".join(map(re.escape, self.control_tokens)))
+        self._typed = re.compile("|".join(map(re.escape, control_tokens(tokenizer, marks=True))))
         # Sentencepiece tokenizers put a blank before the first text; a piece that goes on after another must get none.
         backend = tokenizer.backend_tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
         self._going_on = Tokenizer.from_str(backend)
@@ -134,9 +138,13 @@ class Encoder:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: the template's end-of-turn token first, then the tokenizer's EOS."""
-        learnt = [label for label in self.encode([Chat([USER, ANSWER], "")])[0].labels if label != -100]
-        return list(dict.fromkeys([learnt[-1], self.tokenizer.eos_token_id]))
+        """The ids that end an answer: the template's end-of-turn token first, then what ends a call, where that is
+        another one (gpt-oss, GLM), and the tokenizer's EOS."""
+        rows = self.encode([Chat([USER, ANSWER], "")])
+        with contextlib.suppress(UserError):  # a template without a form for calls
+            rows += self.encode([Chat([USER, {**ANSWER, "content": "", "tool_calls": [CALLED]}], "", [TOOL])])
+        last = [next(label for label in reversed(row.labels) if label != -100) for row in rows]
+        return list(dict.fromkeys([*last, self.tokenizer.eos_token_id]))
 
     def prompts(self, chat: Chat) -> list[tuple[list[dict], str | None]]:
         """(messages, template) of the prompt of each answer, as inference renders them; None for the saved template."""
@@ -199,7 +207,8 @@ class Encoder:
         def broken(value):
             if isinstance(value, str) and self._typed.search(value):
                 found.extend(self._typed.findall(value))
-                return self._typed.sub(lambda match: match[0][0] + MARK + match[0][1:], value)
+                gap = dict.fromkeys(self.control_tokens, MARK)
+                return self._typed.sub(lambda mark: mark[0][0] + gap.get(mark[0], MARK * 2) + mark[0][1:], value)
             if isinstance(value, dict):
                 return {broken(key): broken(part) for key, part in value.items()}
             return [broken(part) for part in value] if isinstance(value, list) else value
@@ -216,13 +225,14 @@ class Encoder:
     def _escaped_ids(self, text: str, first: bool) -> list[int]:
         """Token ids of a piece in which the template's own control tokens alone count; `first` if it begins the row."""
         ids = []
-        for place, stretch in enumerate(re.split(f"({self._typed.pattern})", text)):
-            if stretch in self.control_tokens:
+        for stretch in re.split(f"({self._typed.pattern})", text):
+            if self._typed.fullmatch(stretch):
                 ids.append(self.tokenizer.convert_tokens_to_ids(stretch))
-            elif stretch:
-                backend = self.tokenizer.backend_tokenizer if first and place == 0 else self._going_on
+                continue
+            for part in stretch.split(MARK * 2):  # a mark that is no special token is read in two, or it would be real
+                backend = self.tokenizer.backend_tokenizer if first and not ids else self._going_on
                 backend.encode_special_tokens = True
-                ids += backend.encode(stretch.replace(MARK, ""), add_special_tokens=False).ids
+                ids += backend.encode(part.replace(MARK, ""), add_special_tokens=False).ids
                 backend.encode_special_tokens = False
         return ids
 

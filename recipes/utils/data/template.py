@@ -183,9 +183,10 @@ def bounded() -> Iterator[None]:
 
 def answer_spans(tokenizer, messages: list[dict], tools=None, template: str | None = None) -> tuple[str, dict]:
     """(text, {index of an answer: its (start, end) in the text}) of a conversation: from the end of the prompt that
-    inference sends up to and with the token that ends the turn; None where the answer does not follow that prompt, or
-    opens the conversation. By the template's marks, or where it has none by what it renders of the conversation up to
-    each answer. Raises a `TemplateError` if it cannot carry the conversation, or an answer's end is not to be found."""
+    inference sends up to and with the token that ends the turn; None where the answer does not follow that prompt, is
+    written otherwise than where it comes last, or opens the conversation. By the template's marks, or where it has none
+    by what it renders up to each answer. Raises a `TemplateError` if it cannot carry the conversation, or an answer's
+    end is not to be found."""
     text, marked = render(tokenizer, messages, tools, template=template)
     unmarked = not marks_answers(template or tokenizer.chat_template)
     after = _after_answer(tokenizer, template) if unmarked else ("", "")
@@ -211,6 +212,9 @@ def answer_spans(tokenizer, messages: list[dict], tools=None, template: str | No
         # What inference sends is not learnt; nor is white space after the special token that ends the turn.
         learnt = text[start:end].rstrip()
         end = start + len(learnt) if learnt.endswith(control) else end
+        if marked and number < len(answers):  # gpt-oss ends an answer within a chat by what does not stop the model
+            alone, (*_, its_own) = render(tokenizer, messages[: index + 1], tools, template=template)
+            end = end if alone[slice(*its_own)].rstrip() == learnt else 0
         if text.startswith(prompt) and len(prompt) < end:
             spans[index] = max(start, len(prompt)), end
     return text, spans
@@ -287,10 +291,17 @@ def _after_answer(tokenizer, template: str | None) -> tuple[str, str]:
     return after[: ends.end()], after[ends.end() :]
 
 
-def control_tokens(tokenizer) -> tuple[str, ...]:
-    """The texts of the special tokens, longer ones first: one may begin with another."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True))
+def control_tokens(tokenizer, marks: bool = False) -> tuple[str, ...]:
+    """The texts of the special tokens, longer ones first: one may begin with another. With `marks` also of added tokens
+    that are not special and that the template writes around turns, which a tokenizer parses out of any text all the
+    same (R1-Distill's `<｜User｜>`); not those of thoughts."""
+    added = tokenizer.added_tokens_decoder.values()
+    found, text = {*(token.content for token in added if token.special), *tokenizer.all_special_tokens}, ""
+    others = {token.content for token in added} - found - {"<think>", "</think>"} if marks else set()
+    for messages in ([USER, ANSWER, USER], [SYSTEM, USER]) if others else ():
+        with contextlib.suppress(TemplateError):  # a template without system messages
+            text += render(tokenizer, messages, None, True)[0]
+    return tuple(sorted(found | {token for token in others if token in text}, key=len, reverse=True))
 
 
 def _opens_thought(prompt: str) -> bool:
@@ -309,6 +320,13 @@ def _shipped_by_trl() -> dict[str, Path]:
     """{name: file} of the templates of models in TRL, but for their training twins."""
     files = Path(find_spec("trl").origin).with_name("chat_templates").glob("*.jinja")  # type: ignore
     return {file.stem: file for file in sorted(files) if not file.stem.endswith("_training")}
+
+
+def shipped_template(name: str) -> str:
+    """The text of this project's template `name`."""
+    template = (TEMPLATES / f"{name.removesuffix('_tekken')}.jinja").read_text(encoding="utf-8")
+    # Tekken's is a vocabulary of bytes, where a blank is a blank: mistral-common puts none.
+    return template.replace("set blank = ' '", "set blank = ''") if name.endswith("_tekken") else template
 
 
 def _named_template(name: str, tokenizer) -> str:
@@ -330,9 +348,7 @@ def _named_template(name: str, tokenizer) -> str:
         known = f"{meant}known: {', '.join(ours)}, or the path of a .jinja file; of TRL: {', '.join(shipped)}"
         raise UserError(f"model.chat_template: no {name!r}; {known}")
     try:
-        template = path.read_text(encoding="utf-8")
-        if name.endswith("_tekken"):  # a vocabulary of bytes, where a blank is a blank: mistral-common puts none
-            template = template.replace("set blank = ' '", "set blank = ''")
+        template = shipped_template(name) if path.parent == TEMPLATES else path.read_text(encoding="utf-8")
         _compile_jinja_template(template)
         if path.parent != TEMPLATES:
             _prove(tokenizer, template)

@@ -14,11 +14,11 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError, disk_error, say, visible
-from recipes.utils.data import bounded, plain_template
+from recipes.utils.data import Encoder, bounded, plain_template, shipped_template
 from recipes.utils.files import adapter_sha256, evaluation_of, locked, own_file, read_json, sync, sync_path, write_json
 from recipes.utils.model import commit_of, read_adapter_config
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"  # <name>.modelfile, chat_templates/<name>.jinja
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"  # <template>.modelfile
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt",
@@ -134,12 +134,15 @@ def _write_tokenizer_config(output: Path, template: str, **keys) -> None:
 
 
 def make_modelfile(tokenizer, gguf: str) -> str:
-    """Ollama's Modelfile for `gguf`, by the shipped template that renders as the tokenizer's own; else `UserError`."""
+    """Ollama's Modelfile for `gguf`, by the shipped template that renders as the tokenizer's own, with all that ends an
+    answer; else `UserError`."""
     expected = _prompts(tokenizer, tokenizer.chat_template)
     for path in sorted(CONFIGS.glob("*.modelfile")):
-        template = CONFIGS / "chat_templates" / f"{path.stem}.jinja"
-        if _prompts(tokenizer, template.read_text(encoding="utf-8")) == expected:
-            return re.sub("^FROM .*$", lambda _: f"FROM {gguf}", path.read_text(encoding="utf-8"), flags=re.M)
+        if _prompts(tokenizer, shipped_template(path.stem)) == expected:
+            stops = tokenizer.convert_ids_to_tokens(Encoder(tokenizer).stop_ids)
+            text = re.sub("^FROM .*$", lambda _: f"FROM {gguf}", path.read_text(encoding="utf-8"), flags=re.M)
+            text = re.sub("^PARAMETER stop .*\n", "", text, flags=re.M)
+            return text + "".join(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n" for stop in stops)
     known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.modelfile")))
     raise UserError(f"--ollama: the chat template is of no Modelfile in configs/ ({known}); write one like them")
 
