@@ -123,7 +123,8 @@ def read(folder: Path) -> dict:
     settings |= {"train rows": (counts.get("train") or {}).get("rows")}
     metrics = pandas.DataFrame(read_jsonl(folder / "metrics.jsonl"), columns=list(RESULTS), dtype=float)
     numbers = metrics.agg({name: how for name, (how, *_) in RESULTS.items()}).dropna().to_dict()
-    numbers |= {"seconds": record["train"]["train_runtime"]} if "train" in record else {}
+    if "train" in record and not record.get("resumed"):  # that of one session; metrics.jsonl counts on
+        numbers |= {"seconds": record["train"]["train_runtime"]}
     data, rows, keys = {}, [], []
     for part in [part for part in ("train", "validation") if counts.get(part)]:
         share = [options[part], record["seed"]] if isinstance(options[part], float) else []

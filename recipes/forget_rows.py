@@ -71,7 +71,7 @@ def forget_rows(
         raise UserError("name the rows to take out: --rows FILE:LINE, --rows-file FILE or --match TEXT")
     found = deletion.find_rows(record, lines, match)
     deletion.check_parents(record, found)
-    seconds = record.get("train", {}).get("train_runtime")
+    seconds = None if record.get("resumed") else record.get("train", {}).get("train_runtime")  # of its last session
     gone = len(found.rows) + len(found.copies)
     table: dict[str, object] = {
         "rows": f"{len(found.rows):,} of {found.total:,}: {_some([chat.where for chat in found.rows])}",

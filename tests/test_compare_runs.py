@@ -53,6 +53,13 @@ def twin(runs, tmp_path):
     return make
 
 
+def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(runs, twin, capsys):
+    resumed = twin(lambda record: record.update(resumed=[{"from": "checkpoint-2"}]))
+    lines = read_jsonl(resumed / "metrics.jsonl")
+    write_jsonl(resumed / "metrics.jsonl", [*lines[:-1], {**lines[-1], "seconds": 4321.0}])
+    assert [row["time, s"] == "4,321" for row in compare_runs([runs[0], resumed])] == [False, True]
+
+
 def test_what_differs_stands_in_the_table_and_nothing_else(runs, capsys):
     first, second = compare_runs(runs)
     assert (first["lora_alpha"], second["lora_alpha"]) == ("8", "32")

@@ -400,6 +400,14 @@ def test_a_damaged_cache_entry_is_made_anew_and_said(tmp_path, monkeypatch, caps
     assert "damaged" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/self"], ids=["no folder", "a folder that takes none"])
+def test_a_cache_that_cannot_be_written_is_told_with_the_variable_that_moves_it(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    with pytest.raises(UserError, match=rf"^{cache}/lora-recipes: .*: export HF_HOME=FOLDER$"):
+        prepared(path, qwen2_5())
+
+
 def test_entries_that_nobody_used_for_a_month_go_when_another_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     entries, tokenizer = tmp_path / "cache" / "lora-recipes", qwen2_5()

@@ -186,6 +186,19 @@ def test_what_the_hub_refuses_is_one_line_with_the_mend(hub, person):
     assert line.startswith("someone/none: there is no such folder here, and the Hugging Face hub")
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_the_variable_that_moves_it(hub, person):
+    (person.home / "hub").touch()  # where the folder of models goes
+    script = """
+    try:
+        find_base(ModelOptions("someone/tiny"))
+    except UserError as error:
+        print(error)
+    """
+    line = person.python(script)[-1]
+    assert line.startswith(f"{NAME}: {person.home}/hub")
+    assert line.endswith("; name another cache: export HF_HOME=FOLDER")
+
+
 def test_a_model_without_safetensors_is_refused_before_anything_pickled_is_fetched(hub, person, tmp_path):
     asked, _ = hub
     (tmp_path / "on-the-hub" / "model.safetensors").unlink()

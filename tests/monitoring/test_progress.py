@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_jsonl, run_recipe
+from conftest import ROOT, read_jsonl, run_recipe, write_jsonl
 from rich.console import Console
+from trl import SFTConfig
 
 from recipes.utils.monitoring import Progress
 from recipes.utils.monitoring.progress import BESIDE_THE_BAR, metrics_line
@@ -52,6 +53,30 @@ def test_a_line_says_what_matters_and_leaves_out_what_is_not_known():
     on_a_cpu = {key: value for key, value in LOGS.items() if key != "mfu" and not key.startswith("gpu")}
     assert "MFU" not in metrics_line(on_a_cpu) + metrics_line(on_a_cpu, BESIDE_THE_BAR)
     assert "GPU" not in metrics_line(on_a_cpu)
+
+
+def test_a_step_at_a_rate_of_zero_is_told_as_one_that_changes_nothing():
+    assert metrics_line({"loss": 1.0, "learning_rate": 0.0}) == "loss 1.0000  lr 0: a step that changes nothing"
+    assert metrics_line({"loss": 1.0, "learning_rate": 1e-9}) == "loss 1.0000  lr 1.0e-09"
+
+
+def test_seconds_are_counted_on_after_a_resume_and_the_last_step_says_what_follows(tmp_path, capsys):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": step, "seconds": 100.0 * step} for step in (2, 4, 6)])
+    progress, control = Progress(tmp_path), SimpleNamespace(should_evaluate=False)
+    state = SimpleNamespace(global_step=4, max_steps=8, is_world_process_zero=True, epoch=0)
+    progress.on_train_begin(None, state, control)
+    for evaluates, told in (("steps", "the last evaluation, the adapter"), ("no", "; the adapter")):
+        args = SFTConfig(eval_strategy=evaluates, use_cpu=True, bf16=False)
+        for state.global_step in range(5, 9):
+            progress.on_step_end(args, state, control)
+            progress.on_log(args, state, control, logs={"loss": 1.0})
+        lines = [line for line in capsys.readouterr().out.splitlines() if "all steps are taken" in line]
+        assert len(lines) == 1
+        assert told in lines[0]
+    found = [line["seconds"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert found[:2] == [200.0, 400.0]
+    assert all(400 <= seconds < 401 for seconds in found[2:])
+    assert read_jsonl(tmp_path / "metrics.jsonl")[-2]["seconds_left"] < 1, "reckoned by this session alone"
 
 
 def test_on_a_terminal_of_80_columns_progress_is_one_line(monkeypatch, tmp_path):

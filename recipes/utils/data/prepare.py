@@ -426,8 +426,13 @@ def _cached(key: str, files: dict[str, str], *sources) -> dict[str, tuple[Prepar
     if folder.exists() and not _kept(folder):  # asked twice: another process may have just made it
         say(f"rows are prepared again: those in {folder} are damaged")
         shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{key}.", ignore_cleanup_errors=True) as temporary:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made_in = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{key}.", ignore_cleanup_errors=True)
+    except OSError as error:
+        why = f"prepared rows cannot be kept there: {error.strerror}"
+        raise UserError(f"{folder.parent}: {why}; name a folder that can be written: export HF_HOME=FOLDER") from error
+    with made_in as temporary:
         made = Path(temporary, "rows")  # in it, since what tempfile itself makes is closed to other users of the cache
         made.mkdir()
         parts = _write(made, *sources)

@@ -268,7 +268,7 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module._cast_input_dtype = cast_outside_autocast
-        say("speed: adapter inputs uncast")
+        say("speed: no float32 copy of each adapter's input")
     if options.compile_layers:
         from transformers.modeling_layers import GradientCheckpointingLayer  # here: it brings accelerate and scipy
 

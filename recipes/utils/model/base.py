@@ -192,6 +192,8 @@ def _what_to_do(error: Exception, name: str) -> str:
     for kinds, mend in mends.items():
         if any(isinstance(one, kinds) for one in chain):
             return mend
+    if isinstance(error, OSError) and str(error.filename).startswith(constants.HF_HOME):
+        return f": {error.filename} cannot be written: {error.strerror}; name another cache: export HF_HOME=FOLDER"
     text = " ".join(map(str, chain)).lower()
     if "trust_remote_code" in text:
         return " comes with code of its own: read it, and where you trust it, --model.trust_remote_code true"

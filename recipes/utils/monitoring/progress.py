@@ -9,7 +9,7 @@ import rich.progress
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from recipes.utils.console import out, say
-from recipes.utils.files import append_jsonl, keep_steps
+from recipes.utils.files import append_jsonl, keep_steps, read_jsonl
 
 LINES_IN_A_LOG = 20
 BESIDE_THE_BAR = ("loss", "mean_token_accuracy", "tokens_per_second", "mfu")  # they fit a terminal of 80 columns
@@ -31,6 +31,7 @@ class Progress(TrainerCallback):
         self.path = Path(folder) / "metrics.jsonl"
         self.bar: rich.progress.Progress | None = None  # on a terminal
         self.started, self.first_step, self.line_due = time.monotonic(), 0, 0
+        self.before = 0.0  # seconds that a run which goes on has trained up to its checkpoint
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -38,6 +39,7 @@ class Progress(TrainerCallback):
             return
         step, due = state.global_step, control.should_evaluate  # the evaluation that a stop has put off
         keep_steps(self.path, step, lambda line: due and line["step"] == step and "eval_loss" in line)
+        self.before = max((line.get("seconds", 0.0) for line in read_jsonl(self.path)), default=0.0)
         if sys.stdout.isatty():
             columns = "{task.completed}/{task.total}", rich.progress.BarColumn(bar_width=None), "{task.description}"
             self.bar = rich.progress.Progress(*columns, console=out, expand=True)
@@ -52,12 +54,15 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
+        if state.global_step == state.max_steps and state.is_world_process_zero:
+            evaluation = "the last evaluation, " * (args.eval_strategy != "no")
+            say(f"all steps are taken; {evaluation}the adapter and the report follow")
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "train_runtime" in logs or not state.is_world_process_zero:
             return
         seconds = time.monotonic() - self.started
-        record = {"step": state.global_step, "epoch": state.epoch, "seconds": round(seconds, 3)}
+        record = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.before + seconds, 3)}
         record |= {name: value.item() if hasattr(value, "item") else value for name, value in logs.items()}
         if "loss" in record:
             a_step = seconds / max(1, state.global_step - self.first_step)  # evaluations and all
@@ -82,6 +87,7 @@ def metrics_line(logs: dict, names=tuple(SHOWN)) -> str:
     """Those of `names` that `logs` has, and the time left where it is known."""
     known = [name for name in SHOWN if name in names and isinstance(logs.get(name), int | float)]
     line = "".join(SHOWN[name].format(logs[name]) for name in known if name != "padding_share" or logs[name] > 0.005)
+    line = line.replace("lr 0.0e+00", "lr 0: a step that changes nothing")  # the first of a warm-up
     if "seconds_left" in logs:
         seconds = int(logs["seconds_left"])
         line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

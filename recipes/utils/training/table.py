@@ -117,7 +117,8 @@ def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
         few = f"few steps: {steps}, each with {rows / an_epoch:.1f} chats; an adapter wants 100 or more"
         found.append(f"{few}. This gives more: {more}")
     if args.save_strategy == "no":
-        found.append("no checkpoint is kept: a run that is stopped begins anew: --training.save_strategy steps")
+        kept = "no checkpoint is kept but at a stop signal, so a run that is killed begins anew"
+        found.append(f"{kept}: --training.save_strategy steps")
     return [Finding("warn", message) for message in found]
 
 
