@@ -155,7 +155,7 @@ def evaluate_adapter(
     scoring.print_evaluation(metrics, scored["predictions"], chats)
     refresh_report(run_folder)
     say(f"\nwritten: {run_folder / 'evaluation'}\nreport:  {run_folder / 'report.html'}")
-    if not model:
+    if not model and metrics["verdict"].startswith(("BETTER", "MIXED")):
         say(f"next:    {command('merge_adapter', run_folder)}")
     say(f"\nverdict: {metrics['verdict']}")
     scoring.print_gates(decided)

@@ -320,6 +320,24 @@ def test_the_adapter_is_held_against_the_best_of_the_base_as_it_is_and_as_it_was
     assert "Gate, fail: loss" in page
 
 
+def test_the_end_says_whether_to_ship(trained, tmp_path, capsys):
+    """The last line, and the next command: of a run that is better, of one that is worse, and of too few rows."""
+    worse, better = (copy_run(trained, tmp_path / name) for name in ("worse", "better"))
+    few = str(write_jsonl(tmp_path / "few.jsonl", read_jsonl(TINY / "test.jsonl")[:9]))
+    adapter = load_file(worse / "adapter_model.safetensors")
+    turned = {name: -weight if "lora_B" in name else weight for name, weight in adapter.items()}
+    save_file(turned, worse / "adapter_model.safetensors")
+    for folder, data, end in (
+        (better, None, "BETTER than the base in loss (−"),
+        (worse, None, "WORSE than the base in loss (+"),
+        (worse, few, "TOO FEW ROWS TO SAY whether it is better or worse than the base: with 9 rows, "),
+    ):
+        evaluate_adapter(folder, data=data, max_rows=1, max_new_tokens=4)
+        last = capsys.readouterr().out.splitlines()[-4:]
+        assert last[-1].startswith(f"verdict: {end}"), last
+        assert any("next:    python recipes/merge_adapter.py" in line for line in last) == end.startswith("BETTER")
+
+
 def test_the_exit_status_is_that_of_the_gates(monkeypatch):
     for verdicts, status in {("pass", "pass"): 0, ("pass", "fail", "too few rows to say"): 4,
                              ("pass", "too few rows to say"): 5, (): 0}.items():  # fmt: skip

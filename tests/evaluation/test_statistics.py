@@ -230,12 +230,12 @@ def rows_that_differ(better: int, worse: int, rows: int) -> tuple[list, list]:
 @pytest.mark.parametrize(
     ("better", "worse", "rows", "text"),
     [
-        (30, 2, 50, "BETTER than the best baseline in exact match (+56.0, 95 % interval +37.9 to +69.9), "
+        (30, 2, 50, "BETTER than the best baseline in exact match (+56.0 points, 95 % interval +37.9 to +69.9), "
                     "worse in nothing"),
-        (2, 30, 50, "WORSE than the best baseline in exact match (−56.0, 95 % interval −69.9 to −37.9), "
+        (2, 30, 50, "WORSE than the best baseline in exact match (−56.0 points, 95 % interval −69.9 to −37.9), "
                     "better in nothing"),
-        (5, 3, 50, "TOO FEW ROWS TO SAY whether it is better or worse than the best baseline: with 50 rows, under 12 "
-                   "points of exact match cannot be seen; score more of them"),
+        (5, 3, 50, "TOO FEW ROWS TO SAY whether it is better or worse than the best baseline: with 50 rows, no "
+                   "difference under 12 points of exact match can be seen; score more rows"),
         (0, 0, 50, "THE SAME as the best baseline on these rows"),
     ],
 )  # fmt: skip

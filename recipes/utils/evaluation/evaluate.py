@@ -407,6 +407,6 @@ def print_evaluation(metrics: dict, scored: dict, chats: list[Chat]) -> None:
         if all(not row["stopped"] and row["expected_tokens"] < row["answer_tokens"] for row in answered):
             say(f"\nwarning: none of the {len(answered):,} answers of the {name} ends by itself; {NEVER_STOPS}")
     for index in range(min(3, metrics["base"]["generated_rows"])):
-        say(f"\nprompt    {chats[index].messages[-2]['content']}\nexpected  {scored['base'][index]['expected']}")
+        say(f"\nprompt      {chats[index].messages[-2]['content']}\nexpected    {scored['base'][index]['expected']}")
         for name, rows in scored.items():
-            say(f"{BASELINES.get(name, name):<9} {rows[index]['answer']}")
+            say(f"{BASELINES.get(name, name):<11} {rows[index]['answer']}")

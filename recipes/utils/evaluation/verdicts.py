@@ -24,8 +24,9 @@ def show_difference(name: str, value: float) -> str:
 
 
 def show_interval(name: str, found: dict, lead: str = "") -> str:
-    """A difference and its interval as text."""
+    """A difference and its interval as text; with a `lead` as a sentence has it, so with the unit of shares."""
     text = show_difference(name, found["difference"])
+    text += " points" if lead and score_of(name).form.endswith("%") else ""
     if found["low"] is None or not math.isfinite(found["low"]):
         return text
     return f"{text}, {lead}{show_difference(name, found['low'])} to {show_difference(name, found['high'])}"
@@ -112,8 +113,8 @@ def in_short(pair: str, comparison: dict) -> str:
         open_ = f"; too few rows to say of {_listed([score_of(name).label for name in answers])}" if answers else ""
         return f"BETTER than {theirs} in {listed('better')}, worse in nothing{open_}"
     if few:
-        shown = answers[0] if answers else few[0]
+        shown = next((name for name in answers + few if unseen(name, judged[name])), few[0])
         small, rows = unseen(shown, judged[shown]), judged[shown]["rows"]
-        limit = f": with {rows:,} rows, {small} of {score_of(shown).label} cannot be seen" if small else ""
-        return f"TOO FEW ROWS TO SAY whether it is better or worse than {theirs}{limit}; score more of them"
+        limit = f": with {rows:,} rows, no difference {small} of {score_of(shown).label} can be seen" if small else ""
+        return f"TOO FEW ROWS TO SAY whether it is better or worse than {theirs}{limit}; score more rows"
     return f"THE SAME as {theirs} on these rows"
