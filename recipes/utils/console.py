@@ -392,28 +392,15 @@ def read_yaml(path: Path) -> Iterator[tuple[str, object, int]]:
         raise UserError(f"{path}:{loader.line + 1}: not YAML that can be read: nested too deeply") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:1: expected sections such as `model:` and `data:`, as in configs/mistral.yaml")
-    pairs: list[tuple[yaml.Node, yaml.Node | None, str]] = []
-    for section, body in _with_merged(loader, root, path):
-        if str(section.value).startswith("x-"):  # what only holds anchors, as Compose files have it
+    for section, (line, body) in _pairs(loader, root, path).items():
+        if section.startswith("x-"):  # what only holds anchors, as Compose files have it
             continue
-        keys = _with_merged(loader, body, path) if isinstance(body, yaml.MappingNode) else []
-        pairs.append((section, body if body.value and not keys else None, ""))
-        pairs += [(key, value, f"{section.value}.") for key, value in keys if isinstance(section, yaml.ScalarNode)]
-    seen: dict[str, int] = {}
-    for key, value, section_name in pairs:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{path}:{line}: a key must be a word")
-        name = section_name + key.value
-        if name in seen:
-            raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {seen[name]}")
-        seen[name] = line
-        if value is not None:
+        found = _pairs(loader, body, path, f"{section}.") if isinstance(body, yaml.MappingNode) else {}
+        for name, (at, node) in (found or ({section: (line, body)} if body.value else {})).items():
             try:
-                found = _construct(loader, value)
+                yield name, _construct(loader, node), at
             except ValueError as error:
-                raise UserError(f"{path}:{line}: `{name}`: not a value that YAML has: {error}") from error
-            yield name, found, line
+                raise UserError(f"{path}:{at}: `{name}`: not a value that YAML has: {error}") from error
 
 
 def _count_nodes(node: yaml.Node | None, known: dict[int, int]) -> int:
@@ -443,15 +430,21 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> object:
         raise ValueError(getattr(error, "problem", None) or str(error).splitlines()[0]) from error
 
 
-def _with_merged(loader: _Loader, node: yaml.MappingNode, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
-    """The (key, value) pairs of a mapping, then those that it takes in by `<<` and does not override."""
-    own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+def _pairs(loader: _Loader, node: yaml.MappingNode, path: Path, prefix: str = "") -> dict[str, tuple[int, yaml.Node]]:
+    """{name: (line, value)} of a mapping, with what it takes in by `<<` and does not override."""
+    own: dict[str, int] = {}
+    for key, _ in node.value:
+        line, name = key.start_mark.line + 1, f"{prefix}{key.value}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{path}:{line}: a key must be a word")
+        if name in own and key.value != "<<":
+            raise UserError(f"{path}:{line}: `{name}` is given twice, first in line {own[name]}")
+        own[name] = line
     try:
         loader.flatten_mapping(node)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}:{node.start_mark.line + 1}: not YAML: {error.problem}") from error
-    merged = {str(key.value): (key, value) for key, value in node.value[: len(node.value) - len(own)]}
-    return own + [pair for name, pair in merged.items() if name not in {str(key.value) for key, _ in own}]
+    return {f"{prefix}{key.value}": (key.start_mark.line + 1, value) for key, value in node.value}  # its own ones last
 
 
 def read_flags(words: list[str]) -> dict[str, object]:

@@ -65,9 +65,11 @@ def read_tokenizer(base: Path, chat_template="auto", trust_remote_code=False, ad
         say("chat template: the adapter's own; its base has another one")
     if not tokenizer.is_fast:
         raise UserError(f"{base}: has no fast tokenizer (tokenizer.json)")
-    if prepends_blanks(tokenizer):
-        tokenizer.backend_tokenizer.normalizer = None
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    # Sentencepiece's legacy form puts a blank before every text between control tokens, not the first alone.
+    backend = tokenizer.backend_tokenizer
+    if backend.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).tokens[-1].startswith("▁"):
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
         say("tokenizer: the base's legacy form puts a blank after every control token; mended as mistral-common has it")
     model_type = read_json(Path(base) / "config.json").get("model_type")
     tokenizer.chat_template, reason = choose_chat_template(tokenizer, chat_template, model_type)
@@ -79,12 +81,6 @@ def embedding_rows(tokenizer) -> int | None:
     path = Path(tokenizer.name_or_path) / "config.json"
     config = read_json(path) if path.is_file() else {}
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-
-
-def prepends_blanks(tokenizer) -> bool:
-    """True for sentencepiece's legacy form: a blank before every text between control tokens, not the first alone."""
-    tokens = tokenizer.backend_tokenizer.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).tokens
-    return tokens[-1].startswith("▁")
 
 
 def choose_chat_template(tokenizer, setting: str, model_type: str | None) -> tuple[str, str]:
@@ -259,7 +255,8 @@ def read_thoughts(tokenizer, template: str | None = None) -> Thoughts:
 
     on, off = ("".join(SWITCH.format(name, value) for name in names) + base for value in ("true", "false"))
     on = base if text(on, USER, prompt=True) == text(base, USER, prompt=True) else on
-    opens, thoughtful = _opens_thought(text(on, USER, prompt=True)), {**ANSWER, "reasoning_content": "Hm, hm."}
+    opens = text(on, USER, prompt=True).rstrip().endswith("<think>")  # as the prompts of R1's kin do
+    thoughtful = {**ANSWER, "reasoning_content": "Hm, hm."}
     places = ("fields", "inline") if "</think>" in base else ("fields",)
     ways = (Thoughts(place, on, off, opens) for place in places)
     written = (way for way in ways if "Hm, hm." in text(on, *way.shown([USER, thoughtful])))
@@ -302,11 +299,6 @@ def control_tokens(tokenizer, marks: bool = False) -> tuple[str, ...]:
         with contextlib.suppress(TemplateError):  # a template without system messages
             text += render(tokenizer, messages, None, True)[0]
     return tuple(sorted(found | {token for token in others if token in text}, key=len, reverse=True))
-
-
-def _opens_thought(prompt: str) -> bool:
-    """True of a prompt that begins the answer with a thought, as those of R1's kin do."""
-    return prompt.rstrip().endswith("<think>")
 
 
 def plain_template(template: str) -> str:

@@ -303,6 +303,11 @@ def adapter_shapes(model) -> dict[str, list[int]]:
     return {peft_key(name): list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
 
 
+def holds_adapter(folder: Path | str, model) -> bool:
+    """Whether the adapter file in `folder` has the tensors of the adapter of `model`, by name and shape."""
+    return stored_shapes(Path(folder)) == adapter_shapes(model)
+
+
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """{name, as PEFT has it now: shape} of the adapter file in `folder`."""
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
@@ -324,7 +329,7 @@ def save_adapter(trainer, folder: Path) -> None:
         trainer.save_model(str(staging))
         if not is_main_process():
             return
-        if stored_shapes(staging) != adapter_shapes(trainer.model):
+        if not holds_adapter(staging, trainer.model):
             raise RunEnded("failed", f"{staging}: the adapter that was written is not whole; its checkpoints are kept")
         (staging / "training_args.bin").unlink()  # a pickle, with the paths of this machine
         steps, best = trainer.state.global_step, trainer.state.best_metric

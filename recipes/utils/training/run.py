@@ -25,16 +25,7 @@ from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import Finding, Prepared
 from recipes.utils.files import adapter_sha256, locked, read_json, write_json, write_jsonl
-from recipes.utils.model import (
-    adapter_shapes,
-    base_hashes,
-    check_base,
-    check_lora,
-    commit_of,
-    find_base,
-    has_fast_lora,
-    stored_shapes,
-)
+from recipes.utils.model import base_hashes, check_base, check_lora, commit_of, find_base, has_fast_lora, holds_adapter
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
 from recipes.utils.training.table import device_name
 from recipes.utils.training.trainer import signals_to, tell
@@ -205,7 +196,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         dealt = "rows are dealt out by process, so go on with as many as it was begun with"
         raise UserError(f"--resume: {lines['processes']}; {dealt}")
     listed = "\n  ".join(lines.values()) or "the adapter's shapes"
-    if stored_shapes(Path(run.checkpoint)) != adapter_shapes(trainer.model):
+    if not holds_adapter(run.checkpoint, trainer.model):
         other = f"{run.checkpoint} holds another adapter; put these back, or begin a new run"
         raise UserError(f"--resume: {other}:\n  {listed}")
     if lines and not config.accept_changes:
@@ -225,7 +216,7 @@ def _continued(config: Config, model, description: dict) -> dict | None:
     before, kept = record.get("description", {}), ("name", "started", "finished", "data_sha256", "continues")
     compared = ("base", "tokenizer", "chat template")  # a run of an older version has another digest of its base
     wrong = [key for key in compared if key in before and before[key] != description[key]]
-    if stored_shapes(folder) != adapter_shapes(model):
+    if not holds_adapter(folder, model):
         raise UserError(f"model.adapter: {folder} has other tensors than its adapter_config.json says")
     if wrong and not config.accept_changes:
         mend = "give the model section of that run, or go on all the same with --accept-changes"
