@@ -80,8 +80,8 @@ def train_timed(layout: dict, steps: int) -> dict:
             put_around(callback, monitor)  # the trainer's own, while it trains
             super().add_callback(callback)
 
-    def observe(model, *listeners):
-        handle = stock[1](model, *listeners)
+    def observe(model, see):
+        handle = stock[1](model, see)
         model._forward_hooks[handle.id] = ledger.around(model._forward_hooks[handle.id])
         return handle
 

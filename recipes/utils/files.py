@@ -49,6 +49,12 @@ def read_json(path: Path, kinds: Mapping[str, Any] = MappingProxyType({})) -> di
     return content
 
 
+def record_of(folder: Path, kinds: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """The run.json in a run's folder, {} where there is none. Raises as `read_json` does."""
+    path = Path(folder) / "run.json"
+    return read_json(path, kinds) if path.is_file() else {}
+
+
 def is_within(name: object) -> bool:
     """True for a path that leads nowhere out of its folder, the only kind that an index or a manifest gives."""
     return isinstance(name, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from recipes.utils.console import UserError, say
 from recipes.utils.data import document_hash, locate
-from recipes.utils.files import append_jsonl, file_hash, keep_steps, read_json, read_jsonl
+from recipes.utils.files import append_jsonl, file_hash, keep_steps, read_jsonl, record_of
 
 LEDGER = "ledger.jsonl"
 TOGETHER = 16  # rows that a median is taken over
@@ -87,11 +87,11 @@ def read_ledger(folder: Path) -> list[Row]:
     Rows are ranked by how far their loss is above the median of the rows trained on at the same time, in the mean over
     the epochs: the loss itself falls as a run goes on, and would rank a row by when its turn was. Rows of the same
     tokens share the first one's entry; the answers of a chat that is split have one each."""
-    path, record = Path(folder) / LEDGER, Path(folder) / "run.json"
+    path = Path(folder) / LEDGER
     if not path.is_file():
         raise UserError(f"{folder}: has no {LEDGER}; a run keeps one unless data.ledger is false")
-    files = read_json(record, {"data_sha256": dict | None}).get("data_sha256") if record.is_file() else None
-    for name, digest in (files or {}).items():
+    files = record_of(folder, {"data_sha256": dict | None}).get("data_sha256") or {}
+    for name, digest in files.items():
         if Path(name).is_file() and file_hash(Path(name)) != digest:
             raise UserError(f"{name}: has changed since the run in {folder}; the lines of its ledger may be others now")
     lines, start = sorted(read_jsonl(path), key=lambda line: line["step"]), 0

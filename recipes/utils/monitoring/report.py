@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import TrainerCallback
 
 from recipes.utils.console import UserError, is_main_process, say
-from recipes.utils.files import evaluation_of, read_json, read_jsonl
+from recipes.utils.files import evaluation_of, read_json, read_jsonl, record_of
 from recipes.utils.monitoring.ledger import Row, read_ledger
 from recipes.utils.page import write_page
 
@@ -71,11 +71,10 @@ def refresh_report(folder: Path) -> None:
 
 def write_report(folder: Path) -> None:
     """Write `folder`/report.html from the files that are in `folder` by now."""
-    folder, evaluation = Path(folder), evaluation_of(folder) or Path(folder) / ".evaluation"
-    paths = folder / "run.json", evaluation / "metrics.json"
-    record, scores = (read_json(path) if path.is_file() else {} for path in paths)
+    folder, record, evaluation = Path(folder), record_of(folder), evaluation_of(folder)
+    scores = read_json(evaluation / "metrics.json") if evaluation else {}
+    answers = read_jsonl(evaluation / "predictions.jsonl") if evaluation else []
     metrics, ledger, samples = (read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "samples"))
-    answers = read_jsonl(evaluation / "predictions.jsonl")
     plots = []
     for title, unit, axis, keys in CURVES:
         known = {key: [line for line in metrics if line.get(key) is not None] for key in keys}

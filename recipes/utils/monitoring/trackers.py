@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from recipes.utils.console import UserError, say
-from recipes.utils.files import read_json
+from recipes.utils.files import record_of
 
 
 class Trackers(TrainerCallback):
@@ -27,13 +27,13 @@ class Trackers(TrainerCallback):
             raise UserError(f"training.report_to: {error}") from error
 
     def _event(self, event: str, args, state, control, **kwargs) -> None:
-        record, own = self.folder / "run.json", copy.copy(args)
+        own = copy.copy(args)
         own.run_name = args.run_name or self.folder.name
-        run = {"run": read_json(record)} if event == "on_train_begin" and record.is_file() else {}
+        record = record_of(self.folder) if event == "on_train_begin" else {}
         for name, tracker in list(self.trackers.items()):
             try:
                 # The integrations send what args.to_dict says; a parameter of MLflow holds 250 characters.
-                own.to_dict = partial(dict, args.to_dict(), **run) if run and name != "mlflow" else args.to_dict
+                own.to_dict = partial(dict, args.to_dict(), run=record) if record and name != "mlflow" else args.to_dict
                 if event == "on_train_begin" and name == "tensorboard":
                     tracker.logging_dir = tracker.logging_dir or str(self.folder / "tensorboard")
                 if event == "on_train_begin" and name == "wandb" and state.is_world_process_zero:

@@ -14,15 +14,13 @@ class MicroBatch(NamedTuple):
     slots: int  # positions that were computed, padding included
 
 
-def observe(model, *listeners):
-    """Call each of `listeners` with a `MicroBatch` after every forward pass of training through TRL's fused LM head,
-    which returns the log-probability of each label. Returns a handle whose `remove()` ends it."""
+def observe(model, see, evaluating: bool = False):
+    """Call `see` with a `MicroBatch` after every forward pass through TRL's fused LM head, which returns the
+    log-probability of each label: of training, or of evaluation too. `remove()` of what it returns ends it."""
 
     def hook(module, args, inputs, outputs):
-        if module.training and inputs.get("fused_lm_head"):
-            batch = read(inputs, outputs)
-            for listener in listeners:
-                listener(batch)
+        if inputs.get("fused_lm_head") and (module.training or evaluating):
+            see(read(inputs, outputs))
 
     return model.register_forward_hook(hook, with_kwargs=True)
 

@@ -24,7 +24,7 @@ from trl import SFTConfig
 from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import Finding, Prepared
-from recipes.utils.files import adapter_sha256, locked, read_json, write_json, write_jsonl
+from recipes.utils.files import adapter_sha256, locked, record_of, write_json, write_jsonl
 from recipes.utils.model import base_hashes, check_base, check_lora, commit_of, find_base, has_fast_lora, holds_adapter
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
 from recipes.utils.training.table import device_name
@@ -74,17 +74,15 @@ def begin(config: Config) -> Iterator[Run]:
     check_machine(config)
     with contextlib.ExitStack() as held:
         folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
-        record, model = folder / "run.json", config.model
-        before = read_json(record, {"model": dict}) if checkpoint and record.is_file() else {"model": {}}
-        same = all(before["model"].get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
+        model, before = config.model, record_of(folder, {"model": dict}) if checkpoint else {}
+        same = all(before.get("model", {}).get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
         commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
         base = find_base(model, commit)
         hashes = _on_first(config, lambda: base_hashes(base))  # until each machine has it
         longest = config.training.get("max_length", SFTConfig.max_length)
         check_base(base, model, config.use_cpu_asked, config.method, longest)
         check_lora(base, model, config.lora)
-        run = Run(folder, base, commit, hashes, checkpoint)
-        yield run
+        yield Run(folder, base, commit, hashes, checkpoint)
 
 
 def _on_first(config: Config, decide: Callable[[], Any]) -> Any:
@@ -136,9 +134,8 @@ def _resume(config: Config, held: contextlib.ExitStack) -> tuple[Path, str | Non
         if why := fault(Path(named)) if Path(named).is_dir() else "there is no such folder":
             raise UserError(f"--resume: {named}: {why}; --resume alone takes the newest complete checkpoint")
     held.enter_context(_held(folder))
-    checkpoint, record = newest_complete(folder) if named == "latest" else Path(named), folder / "run.json"
-    older = record.is_file() and read_json(record).get("format") != FORMAT
-    if older or (checkpoint and "run" not in read_manifest(checkpoint)):
+    checkpoint, record = newest_complete(folder) if named == "latest" else Path(named), record_of(folder)
+    if (record and record.get("format") != FORMAT) or (checkpoint and "run" not in read_manifest(checkpoint)):
         raise UserError(f"--resume: {folder} was begun by an older version of these recipes; begin a new run")
     return folder, str(checkpoint) if checkpoint else None
 
@@ -172,7 +169,6 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
     if before is None:
         say(f"resume: nobody has recorded what {run.checkpoint} is made of, so nothing is compared")
         return
-    before.setdefault("model.fast_lora", False)  # runs from before it was a setting
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
     if changed.keys() & {"data.train", "data.exclude", "chat template", "tokenizer", "training.max_length"}:
         changed.pop("rows", None)  # that is why
@@ -210,8 +206,9 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
 def _continued(config: Config, model, description: dict) -> dict | None:
     """What run.json says of the run that `model.adapter` goes on from; None for an adapter of another tool. Raises
     `UserError` where base, tokenizer or template differ (but with `--accept-changes`), or the adapter's shapes."""
-    folder = Path(config.model.adapter or "")
-    if not config.model.adapter or not (record := _record_of(folder)):
+    folder = Path(config.model.adapter or "")  # which may be a run's checkpoint
+    record = record_of(folder) or (record_of(folder.parent) if folder.name.startswith("checkpoint-") else {})
+    if not config.model.adapter or not record:
         return None
     before, kept = record.get("description", {}), ("name", "started", "finished", "data_sha256", "continues")
     compared = ("base", "tokenizer", "chat template")  # a run of an older version has another digest of its base
@@ -223,12 +220,6 @@ def _continued(config: Config, model, description: dict) -> dict | None:
         raise UserError(f"model.adapter: {folder} was trained with another {' and '.join(wrong)}; {mend}")
     known = {key: record[key] for key in kept if key in record}
     return {"run": str(folder), **known, "adapter_sha256": adapter_sha256(folder)}
-
-
-def _record_of(folder: Path) -> dict | None:
-    """The run.json of an adapter folder, which may be a run's checkpoint; None for another tool's."""
-    places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
-    return next((read_json(place / "run.json") for place in places if (place / "run.json").is_file()), None)
 
 
 def _describe(run: Run, config: Config, trainer, train: Prepared, validation: Prepared | None) -> dict:
@@ -346,8 +337,8 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
         "findings": [finding._asdict() for finding in [*findings, *run.findings]], "description": run.description,
     }  # fmt: skip
     record |= {"continues": run.continues} if run.continues else {}
-    if run.checkpoint and (run.folder / "run.json").is_file():
-        old = read_json(run.folder / "run.json", {"started": str, "resumed": list | None, "versions": dict})
+    old = record_of(run.folder, {"started": str, "resumed": list | None, "versions": dict}) if run.checkpoint else {}
+    if old:
         again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}
         record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
         before, now = old["versions"], record["versions"]

@@ -25,10 +25,10 @@ from trl import SFTTrainer
 
 from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import document_hash, locate
-from recipes.utils.files import read_json, sync_path
+from recipes.utils.files import record_of, sync_path
 from recipes.utils.model import publish_base
 from recipes.utils.training.checkpoint import clear, fault, newest_complete, publish, read_manifest, step_of
-from recipes.utils.training.micro_batch import documents_of, read
+from recipes.utils.training.micro_batch import MicroBatch, documents_of, observe
 from recipes.utils.training.throughput import Throughput
 
 _Trainer: Any = object  # for a type checker, the trainer of TRL that the mixin goes before
@@ -70,7 +70,7 @@ class Resumable(_Trainer):
             policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self._throughput = Throughput(self.accelerator, self.model, dtype)
-        self.model.register_forward_hook(self._look, with_kwargs=True)
+        observe(self.model, self._look, evaluating=True)
         for callback in list(self.callback_handler.callbacks):
             for other in getattr(callback, "in_place_of", ()):
                 self.remove_callback(other)
@@ -132,9 +132,8 @@ class Resumable(_Trainer):
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
                 if (staged / "adapter_config.json").is_file():
                     publish_base(staged)
-                due = self._events.evaluation_due
-                about = {"processes": args.world_size, "evaluation_due": due, "run": _description(folder)}
-                publish(staged, final, about)
+                due, made_of = self._events.evaluation_due, record_of(folder).get("description")
+                publish(staged, final, {"processes": args.world_size, "evaluation_due": due, "run": made_of})
         except Exception as error:
             if (why := disk_error(error)) is None:
                 raise
@@ -151,14 +150,10 @@ class Resumable(_Trainer):
         if args.should_save:
             rotate_checkpoints(str(folder), limit, state.best_model_checkpoint)
 
-    def _look(self, module, args, inputs, outputs):
-        """The forward hook: what the fused head tells of each document."""
-        if not inputs.get("fused_lm_head"):
-            return
-        batch = read(inputs, outputs)
+    def _look(self, batch: MicroBatch) -> None:
         self._odd += [batch.documents[index] for index in np.flatnonzero(~np.isfinite(batch.nll))]
         # A second pass without gradients is DPO's reference; the only one is beside a loss over full logits.
-        if module.training and (torch.is_grad_enabled() or not self._counted):
+        if self.model.training and (torch.is_grad_enabled() or not self._counted):
             self._throughput.see(batch)
             self._counted = True
 
@@ -317,7 +312,8 @@ class _Events(TrainerCallback):
 
     def _find_best(self, checkpoint: Path, before: dict | None, args, state) -> None:
         """The best checkpoint so far, if it is still whole, and comparable by what the run was made of `before`."""
-        best, now = checkpoint.with_name(f"checkpoint-{state.best_global_step}"), _description(Path(args.output_dir))
+        best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+        now = record_of(args.output_dir).get("description")
         known = args.load_best_model_at_end and state.best_global_step
         why = fault(best) if known and best != checkpoint else None
         judges = "training.metric_for_best_model", "training.greater_is_better", "data.validation", "validation rows"
@@ -387,9 +383,3 @@ def whole_norm(norm) -> float:
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _description(folder: Path) -> dict | None:
-    """What the run in `folder` is made of; None where nobody has recorded it."""
-    record = folder / "run.json"
-    return read_json(record).get("description") if record.is_file() else None
