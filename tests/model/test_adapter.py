@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +28,7 @@ from recipes.utils.evaluation import (
 from recipes.utils.model import (
     ModelOptions,
     adapter_shapes,
-    check_adapter,
-    check_initialisation,
+    check_start,
     generate_answers,
     load_base,
     prepare_adapter,
@@ -246,11 +246,11 @@ def test_the_card_of_a_run_says_what_it_is_and_has_no_form_to_fill_in(lora_run):
 )
 def test_an_initialisation_that_is_not_carried_to_the_end_is_refused_with_its_reason(tmp_path, start, message):
     with pytest.raises(UserError, match=rf"lora.init_lora_weights: .*{message}.*arXiv 2602.04998"):
-        check_initialisation({"init_lora_weights": start})
+        check_start({"init_lora_weights": start}, None)
     (tmp_path / "adapter_model.safetensors").touch()
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
     with pytest.raises(UserError, match=f"began with {start} and is no plain LoRA"):
-        check_adapter(str(tmp_path))
+        check_start({}, str(tmp_path))
     if start != "eva":  # which takes directions from the data and leaves the base as it is
         with pytest.raises(UserError, match="not linear in its scale"):
             check_linear(tmp_path, 0.5)
@@ -259,9 +259,8 @@ def test_an_initialisation_that_is_not_carried_to_the_end_is_refused_with_its_re
 
 def test_other_initialisations_are_taken():
     for start in (True, "gaussian", "orthogonal"):
-        check_initialisation({"init_lora_weights": start})
-    check_initialisation({})
-    check_adapter(None)
+        check_start({"init_lora_weights": start}, None)
+    check_start({}, None)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,7 @@ def test_a_scale_is_a_share_of_what_was_trained():
 
 def test_a_pickled_or_absent_adapter_is_refused(tmp_path):
     for function, message in (
-        (check_adapter, "is no adapter folder"),
+        (partial(check_start, {}), "is no adapter folder"),
         (read_adapter, "is no run folder and no adapter"),
     ):
         with pytest.raises(UserError, match=message):
@@ -300,7 +299,7 @@ def test_a_pickled_or_absent_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled weights are not loaded"):
-        check_adapter(str(tmp_path))
+        check_start({}, str(tmp_path))
     with pytest.raises(UserError, match="pickled ones are not loaded"):
         read_adapter(tmp_path)
 

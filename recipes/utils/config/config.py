@@ -20,7 +20,7 @@ from recipes.utils.config.keys import SECTIONS, RunOptions, check_classes, check
 from recipes.utils.console import CommandLine, UserError, read_yaml
 from recipes.utils.data import DataOptions
 from recipes.utils.files import file_hash, read_json
-from recipes.utils.model import ModelOptions, check_adapter, check_initialisation
+from recipes.utils.model import ModelOptions, check_start
 
 FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
 # In run.json and not in a config: what follows from model.dtype, and where the run went.
@@ -77,8 +77,7 @@ def _read_record(path: Path, method: str) -> tuple[str, dict[str, tuple[object, 
         raise UserError(f"{path}: is of a {recorded} run: recipes/sft_{recorded}.py")
     for file, digest in hashes.items():
         if not Path(file).is_file() or file_hash(Path(file)) != digest:
-            where = "paths are relative to where the command runs"
-            raise UserError(f"{path}: {file} is not there as the run had it; {where}")
+            raise UserError(f"{path}: {file} is not there as the run had it; paths are relative to where this runs")
     sections["model"].setdefault("fast_lora", False)  # of a run from before it was a setting
     if record.get("commit"):
         sections["model"]["revision"] = record["commit"]
@@ -129,8 +128,7 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
     if training["bf16"] and not training["use_cpu"] and not torch.cuda.is_bf16_supported(including_emulation=False):
         mend = "use --model.dtype float16, or float32 for Qwen2, which gives NaN in float16"
         raise UserError(f"{path}: model.dtype: {torch.cuda.get_device_name()} has no bfloat16; {mend}")
-    check_initialisation(lora)
-    check_adapter(model.adapter)
+    check_start(lora, model.adapter)
     check_classes({"training": training, "lora": lora, "quantization": quantization}, given, path)
     _check_together(data, training, quantization, run, path)
     return Config(
@@ -222,8 +220,7 @@ def check_machine(config: Config) -> None:
     if sharded and use_cpu:
         raise UserError("FSDP was asked for, and without GPUs it would be plain data parallelism: use ddp.yaml")
     if sharded and config.method == "qlora" and config.quantization.get("bnb_4bit_quant_storage") != dtype:
-        mend = f"--quantization.bnb_4bit_quant_storage {dtype}"
-        raise UserError(f"FSDP leaves 4-bit weights that are kept as bytes whole on each GPU: {mend}")
+        raise UserError(f"FSDP spreads no bytes, as 4-bit weights are: --quantization.bnb_4bit_quant_storage {dtype}")
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
         launch, one = f"accelerate launch --num_processes {gpus} {recipe}", f"CUDA_VISIBLE_DEVICES=0 python {recipe}"
         raise UserError(f"{gpus} GPUs are visible and no launcher was used: {launch} ..., or one GPU: {one} ...")

@@ -1,7 +1,7 @@
 """A base model and its adapter."""
 
-from recipes.utils.model.adapter import CHANGE_THE_BASE, adapter_shapes, check_adapter, check_fit, check_initialisation
-from recipes.utils.model.adapter import check_lora, fast_lora, fit_vocabulary, has_fast_lora, holds_adapter, load_onto
+from recipes.utils.model.adapter import CHANGE_THE_BASE, adapter_shapes, check_fit, check_lora, check_start
+from recipes.utils.model.adapter import fast_lora, fit_vocabulary, has_fast_lora, holds_adapter, load_onto
 from recipes.utils.model.adapter import peft_key, prepare_adapter, publish_base, read_adapter_config, save_adapter
 from recipes.utils.model.adapter import stored_shapes
 from recipes.utils.model.base import ModelOptions, check_base, check_tokens, choose_attention, commit_of, find_base

@@ -30,31 +30,27 @@ KNOWN_TO_ALL = """
     layers_to_transform lora_alpha lora_dropout modules_to_save peft_type r revision target_modules task_type""".split()  # noqa: SIM905
 
 
-def check_initialisation(lora: dict) -> None:
-    """Raise `UserError` for an initialisation that these recipes do not carry from training to the saved adapter."""
+def check_start(lora: dict, adapter: str | None) -> None:
+    """Raise `UserError` for an initialisation (lora.init_lora_weights) that these recipes do not carry from training to
+    the saved adapter, and where `adapter` (model.adapter) is no adapter, or one that training cannot go on from."""
     start = str(lora.get("init_lora_weights", True))
     if start.startswith(NO_PLAIN_START):
         need = "a base that it quantises itself" if start == "loftq" else "a pass over the data"
         why = f"needs {need}, which these recipes do not make"
-        if start.startswith(("pissa", "olora")):
-            why = "changes the base, so its adapter fits no published one"
+        why = "changes the base, so its adapter fits no published one" if start[:5] in ("pissa", "olora") else why
         mend = "use gaussian, or leave the key out; tuned, all variants are within 1-2 % (arXiv 2602.04998)"
         raise UserError(f"lora.init_lora_weights: {start} {why}: {mend}")
-
-
-def check_adapter(folder: str | None) -> None:
-    """Raise `UserError` where `folder` (model.adapter) is no adapter, or one that training cannot go on from."""
-    if folder is None:
+    if adapter is None:
         return
-    config, why = Path(folder) / "adapter_config.json", "pickled weights are not loaded, since they can run code"
-    if not config.is_file():
-        raise UserError(f"model.adapter: {folder} is no adapter folder (it has no adapter_config.json)")
-    if not config.with_name("adapter_model.safetensors").is_file():
-        raise UserError(f"model.adapter: {folder} has no adapter_model.safetensors; {why}")
-    start = str(read_adapter_config(Path(folder)).get("init_lora_weights", True))
+    if not Path(adapter, "adapter_config.json").is_file():
+        raise UserError(f"model.adapter: {adapter} is no adapter folder (it has no adapter_config.json)")
+    if not Path(adapter, "adapter_model.safetensors").is_file():
+        why = "pickled weights are not loaded, since they can run code"
+        raise UserError(f"model.adapter: {adapter} has no adapter_model.safetensors; {why}")
+    start = str(read_adapter_config(Path(adapter)).get("init_lora_weights", True))
     if start.startswith(NO_PLAIN_START):
         mend = "convert it with PEFT's path_initial_model_for_weight_conversion first"
-        raise UserError(f"model.adapter: {folder} began with {start} and is no plain LoRA; {mend}")
+        raise UserError(f"model.adapter: {adapter} began with {start} and is no plain LoRA; {mend}")
 
 
 def check_lora(base: Path, options: ModelOptions, lora: Mapping) -> None:
@@ -235,9 +231,7 @@ def read_adapter_config(folder: Path) -> dict:
     alphas = [config.get("lora_alpha") or 0, *(config.get("alpha_pattern") or {}).values()]
     whole = all(type(rank) is int and rank > 0 for rank in ranks)
     if not whole or not all(type(alpha) in (int, float) and abs(alpha) < 1e9 for alpha in alphas):
-        raise UserError(
-            f"{path}: r and rank_pattern are whole numbers above 0, lora_alpha and alpha_pattern are numbers"
-        )
+        raise UserError(f"{path}: r and rank_pattern are whole numbers above 0, lora_alpha and alpha_pattern numbers")
     targets = config.get("target_modules")
     patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
     for pattern in [*patterns, *([targets] if isinstance(targets, str) else ())]:

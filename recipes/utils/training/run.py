@@ -177,8 +177,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
     drawn = changed.keys() & {"effective batch", "processes"} or now["lora.lora_dropout"]
     if "micro-batch" in changed and not drawn:  # dropout would draw other masks
         was, is_now = changed.pop("micro-batch")
-        order = "at the same effective batch: sums are taken in another order"
-        say(f"resume: micro-batches of {is_now} rows, not {was}, {order}")
+        say(f"resume: micro-batches of {is_now} rows, not {was}, at the same effective batch: sums in another order")
     for key in ("training.num_train_epochs", "training.max_steps"):
         if key in changed and changed[key][1] > changed[key][0] > 0:
             was, is_now = changed.pop(key)
@@ -193,8 +192,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
         raise UserError(f"--resume: {lines['processes']}; {dealt}")
     listed = "\n  ".join(lines.values()) or "the adapter's shapes"
     if not holds_adapter(run.checkpoint, trainer.model):
-        other = f"{run.checkpoint} holds another adapter; put these back, or begin a new run"
-        raise UserError(f"--resume: {other}:\n  {listed}")
+        raise UserError(f"--resume: {run.checkpoint} holds another adapter; put back, or begin a new run:\n  {listed}")
     if lines and not config.accept_changes:
         mend = "put them back, begin a new run, or go on all the same with --accept-changes"
         raise UserError(f"--resume: this is not the run that {run.checkpoint} is of:\n  {listed}\n{mend}")

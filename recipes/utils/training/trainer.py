@@ -61,7 +61,8 @@ class Resumable(_Trainer):
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
-            raise UserError(f"the settings cannot be used: {first_line(error)}") from error
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the settings cannot be used: {why}") from error
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
             raise UserError("FSDP was asked for and is not in use: launch with configs/accelerate/fsdp2.yaml as it is")
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
@@ -83,8 +84,8 @@ class Resumable(_Trainer):
         """Train; `resume_from_checkpoint` is a folder, or True for the newest complete checkpoint in args.output_dir.
         SIGTERM, SIGINT, SIGUSR1, SIGHUP (but under nohup) and a `Deadline` end it after the step in hand, with a
         checkpoint and `RunEnded` of the word `stopped`; a second SIGINT ends it at once."""
-        folder, found = Path(self.args.output_dir), resume_from_checkpoint
-        found = newest_complete(folder) if found is True else found
+        folder = Path(self.args.output_dir)
+        found = newest_complete(folder) if resume_from_checkpoint is True else resume_from_checkpoint
         checkpoint = str(found) if found else None
         if self.args.should_save:
             clear(folder, step_of(Path(checkpoint)) if checkpoint else -1)
@@ -379,7 +380,3 @@ def checkpoint_bytes(model, args) -> int:
 def whole_norm(norm) -> float:
     """A gradient norm as a number; sharded training gives one that is spread over the processes."""
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
