@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import DATA, TINY, read_jsonl, write_jsonl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pages import HOSTILE, Outline
 from trained import train
 
 from recipes.evaluate_adapter import evaluate_adapter
 from recipes.utils.monitoring import Report, refresh_report, write_report
-from recipes.utils.monitoring.report import COLOURS, LONGEST, bars, curves, histogram, mark_differences
+from recipes.utils.monitoring.report import COLOURS, LONGEST, bars, curves
 
 pytestmark = pytest.mark.plots
 
@@ -101,16 +99,14 @@ def hostile(finished, tmp_path) -> Path:
     table = metrics["report"]["tables"][0]
     metrics["report"]["tables"] += [{**table, "title": f"tag {HOSTILE}"}, {**table, "title": f"forgetting: {HOSTILE}"}]
     metrics["report"]["verdicts"].append(HOSTILE)
-    rows = read_jsonl(run / "evaluation" / "predictions.jsonl")
-    for row in rows[:2]:  # which have answers
+    assert len(metrics["report"]["examples"]) == 2
+    for row in metrics["report"]["examples"]:
         row |= {"where": HOSTILE, "tag": HOSTILE, "prompt": [{"role": HOSTILE, "content": HOSTILE}] * 2}
-        row["expected"] = HOSTILE + " and half of an emoji \ud83d"
-        for model in ("base", "adapter"):
-            row[model]["answer"] = HOSTILE[:12] + "x" * (2 * LONGEST)
+        row["expected"] = HOSTILE + " and half of an emoji \ud83d" + "x" * (2 * LONGEST)
+        row["sides"] = [[HOSTILE, HOSTILE, False, [[HOSTILE, "extra"], [HOSTILE, "missing"]]]] * 2
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "evaluation" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 5, "lo')
     sample = {"step": 2, "where": HOSTILE, "prompt": HOSTILE, "expected": HOSTILE, "answer": HOSTILE, "stopped": False}
     write_jsonl(tmp_path / "samples.jsonl", [sample, {**sample, "step": 4}])
@@ -205,7 +201,6 @@ def test_plots_take_the_colours_of_the_page_and_name_their_series():
     steps = list(range(1, 3001))
     plots = [
         curves("Loss", "nats", {"training": (steps, [1 / n for n in steps]), "validation": ([1], [0.5])}, "log"),
-        histogram("Length", "tokens", {"base": [1, 2, 3], "adapter": [2.5, math.nan]}),
         bars("Length", "tokens", [0, 1, 2], {"rows": [3, 4]}),
     ]  # fmt: skip
     for plot in plots:
@@ -215,19 +210,3 @@ def test_plots_take_the_colours_of_the_page_and_name_their_series():
         assert len(plot) < 60_000
     assert "training" in plots[0]
     assert "validation" in plots[0]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text("ab {}\"'\n.", max_size=40), st.text("ab {}\"'\n.", max_size=40))
-def test_marks_hold_both_texts(expected, answer):
-    """Without what is missing the pieces are the answer; without what is extra, the expected text."""
-    pieces = mark_differences(expected, answer)
-    assert "".join(text for text, kind in pieces if kind != "missing") == answer.strip()
-    if {kind for _, kind in pieces} - {"extra"}:
-        assert "".join(text for text, kind in pieces if kind != "extra") == expected.strip()
-
-
-def test_marks_are_on_the_words_that_differ():
-    pieces = mark_differences('{"name": "Paul", "count": 46}', '{"name": "Palencia", "count": 46}')
-    assert [piece for piece in pieces if piece[1] != "same"] == [("Paul", "missing"), ("Palencia", "extra")]
-    assert mark_differences("one two three", "nothing alike") == [("nothing alike", "extra")]

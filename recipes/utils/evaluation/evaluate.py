@@ -29,6 +29,7 @@ from recipes.utils.data import (
 from recipes.utils.evaluation.baseline import BASELINES
 from recipes.utils.evaluation.runs import set_scale
 from recipes.utils.evaluation.scores import FIELD, METRIC, SCORES, score_names, score_of, score_text
+from recipes.utils.evaluation.shown import distributions, examples
 from recipes.utils.evaluation.statistics import compare, compare_score, figures, mark_luck
 from recipes.utils.evaluation.verdicts import BEST, in_short, note_of, sentence, show, show_interval
 from recipes.utils.files import adapter_sha256, read_jsonl, replace_folder, write_json, write_jsonl
@@ -197,6 +198,8 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
                 line[name] = {key: value for key, value in row.items() if key not in SHARED}
             lines.append(line)
         write_jsonl(folder / f"{part}.jsonl", lines)
+        if part == "predictions":
+            shown = {"examples": examples(lines), "distributions": distributions(lines)}
     metrics = sum_up(scored["predictions"], parts["predictions"]) | more
     titled = {"": metrics} | {f"tag {tag}": part for tag, part in metrics.get("tags", {}).items()}
     if "forgetting" in parts:
@@ -213,7 +216,7 @@ def write_evaluation(run_folder: Path, parts: dict[str, list[Chat]], scored: dic
         metrics["verdict"] += f"; but on {forgetting} it lost {in_what}"
     said = [metrics["verdict"], *(f"Gate, {gate['verdict']}: {gate['text']}" for gate in more.get("gates", ()))]
     said += [sentence(*pair) for pair in metrics["differences"].items()]
-    metrics["report"] = {"verdicts": said, "tables": tables}
+    metrics["report"] = {"verdicts": said, "tables": tables, **shown}
     metrics["of"]["adapter_sha256"] = adapter_sha256(run_folder)
     write_json(folder / "metrics.json", metrics)
     for name in ("scales.json", "against.json", "curve.json"):  # which name what they are of themselves

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import matplotlib
@@ -18,10 +17,8 @@ from recipes.utils.files import evaluation_of, read_json, read_jsonl, record_of
 from recipes.utils.monitoring.ledger import Row, read_ledger
 from recipes.utils.page import write_page
 
-MODELS = ("base", "adapter", "merged")  # as evaluation names them
 WORST, POINTS = 20, 200  # rows of the ledger that are shown; points of a curve that can be told apart
-LONGEST = 3000  # characters of an answer that are compared and shown
-ALIKE = 0.4  # below this share of common words, marks would say no more than that it is another text
+LONGEST = 3000  # characters of an answer that are shown
 CURVES = [  # title, unit, axis, {key of metrics.jsonl: name}
     ("Loss", "nats a token", "log", {"loss": "training", "eval_loss": "validation"}),
     ("Token accuracy", "", "share", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "validation"}),
@@ -72,8 +69,7 @@ def refresh_report(folder: Path) -> None:
 def write_report(folder: Path) -> None:
     """Write `folder`/report.html from the files that are in `folder` by now."""
     folder, record, evaluation = Path(folder), record_of(folder), evaluation_of(folder)
-    scores = read_json(evaluation / "metrics.json") if evaluation else {}
-    answers = read_jsonl(evaluation / "predictions.jsonl") if evaluation else []
+    scored = read_json(evaluation / "metrics.json").get("report", {}) if evaluation else {}
     metrics, ledger, samples = (read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "samples"))
     plots = []
     for title, unit, axis, keys in CURVES:
@@ -84,43 +80,21 @@ def write_report(folder: Path) -> None:
     worst: list[Row] = []
     with contextlib.suppress(UserError):  # it kept none, or its data files have changed
         worst = read_ledger(folder)[:WORST]
+    distributions = _distributions(record, ledger) + [bars(**plot) for plot in scored.pop("distributions", [])]
     write_page(
-        folder / "report.html", "report.html", folder=folder.resolve().name, record=record, **scores.get("report", {}),
-        curves=plots, distributions=_distributions(record, answers, ledger), samples=samples[::-1], worst=worst,
-        metrics=metrics, answers=answers, models=MODELS, mark_differences=mark_differences, longest=LONGEST,
+        folder / "report.html", "report.html", folder=folder.resolve().name, record=record, metrics=metrics, **scored,
+        curves=plots, distributions=distributions, samples=samples[::-1], worst=worst, longest=LONGEST,
     )  # fmt: skip
 
 
-def _distributions(record: dict, answers: list[dict], ledger: list[dict]) -> list[Markup]:
+def _distributions(record: dict, ledger: list[dict]) -> list[Markup]:
     plots = []
     if lengths := (record.get("rows", {}).get("train") or {}).get("length_histogram"):
         plots.append(bars("Length of train rows", "tokens", lengths["edges"], {"rows": lengths["rows"]}))
-    if ledger:
-        last = {line["where"]: line["loss"] for line in ledger}
-        plots.append(histogram("Loss of train rows, when last seen", "nats a token", {"rows": list(last.values())}))
-    if answers:
-        models = [name for name in MODELS if name in answers[0]][:2]
-        losses = {name: [line[name]["loss"] for line in answers] for name in models}
-        plots.append(histogram("Loss of test rows", "nats a token", losses))
-        generated = [line for line in answers if "answer" in line[models[0]]]
-        tokens = {name: [line[name]["answer_tokens"] for line in generated] for name in models}
-        tokens["expected"] = [line["expected_tokens"] for line in generated]
-        plots.append(histogram("Length of answers", "tokens", tokens))
+    if last := {line["where"]: line["loss"] for line in ledger if np.isfinite(line["loss"])}:
+        rows, edges = np.histogram(list(last.values()), 24)
+        plots.append(bars("Loss of train rows, when last seen", "nats a token", list(edges), {"rows": rows}))
     return plots
-
-
-def mark_differences(expected: str, answer: str) -> list[tuple[str, str]]:
-    """[(text, "same" | "extra" | "missing")]: `answer` in pieces, between them the words of `expected` it lacks."""
-    ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text.strip()[:LONGEST]) for text in (answer, expected))
-    matcher = SequenceMatcher(None, theirs, ours, autojunk=False)
-    if matcher.ratio() < ALIKE:
-        return [("".join(ours), "extra")]
-    pieces = []
-    for kind, start, end, own_start, own_end in matcher.get_opcodes():
-        if kind != "equal":
-            pieces.append(("".join(theirs[start:end]), "missing"))
-        pieces.append(("".join(ours[own_start:own_end]), "same" if kind == "equal" else "extra"))
-    return [piece for piece in pieces if piece[0]]
 
 
 def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: str = "") -> Markup:
@@ -153,18 +127,8 @@ def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: st
         return _svg(axes, title)
 
 
-def histogram(title: str, unit: str, series: dict[str, list[float]]) -> Markup:
-    """How many rows have which value, for each of `series`, over the same bins."""
-    finite = {name: np.asarray(values, float)[np.isfinite(values)] for name, values in series.items()}
-    every = np.concatenate(list(finite.values()))
-    edges = np.histogram_bin_edges(every, bins=24)
-    if (every == every.round()).all() and np.ptp(every) < 24:
-        edges = np.arange(every.min() - 0.5, every.max() + 1)
-    return bars(title, unit, list(edges), {name: np.histogram(values, edges)[0] for name, values in finite.items()})
-
-
 def bars(title: str, unit: str, edges: list[float], series: dict[str, list[int]]) -> Markup:
-    """The same for rows that are counted already: `series` is {name: rows from one of `edges` to the next}."""
+    """How many rows have which value: `series` is {name: rows from one of `edges` to the next}."""
     with matplotlib.rc_context(STYLE):
         axes = Figure().add_subplot(title=title, ylabel="rows", xlabel=unit)
         for colour, (name, rows) in zip(SERIES, series.items(), strict=False):
