@@ -191,9 +191,7 @@ def _chat(row: bytes | dict, where: str, first: bool, reading: Reading, merge_sy
         else:
             text = json.dumps(row, ensure_ascii=False, default=str)
             if None in row:
-                raise BadRow(
-                    "wrong type", "more cells than the first line names; put a cell that holds commas in quotes"
-                )
+                raise BadRow("wrong type", "more cells than the first line names; put one that holds commas in quotes")
             check_characters(row)
             messages, tools = _checked(row, reading, merge_system)
         return Chat(messages, where, tools, text)

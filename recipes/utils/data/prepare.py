@@ -357,10 +357,8 @@ def _wrong_with(prepared: Prepared, part: str, options: DataOptions, args, token
         yield Finding("stop", f"{endless}, so the model would never learn to stop: {mend}")
     size, padding = embedding_rows(tokenizer), -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if size is not None and max(counts.largest_id, padding) >= size:
-        token, where = padding, "padding"
-        if counts.largest_id >= size:
-            token = counts.largest_id
-            where = next(row["where"] for row in prepared.rows if token in row["input_ids"])
+        token = counts.largest_id if counts.largest_id >= size else padding
+        where = next((row["where"] for row in prepared.rows if token in row["input_ids"]), "padding")
         beyond = f"{where}: {tokenizer.convert_ids_to_tokens(token)!r} is token {token} and the base has {size} of them"
         mend = "resize the model to its tokenizer (resize_token_embeddings) and save it, or take its own tokenizer"
         yield Finding("stop", f"{beyond}, counted from 0: {mend}")

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download
@@ -54,17 +54,19 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     else that of `options.adapter`, unless there is an `options.revision`; else what the revision stands for today. The
     cache serves what it has whole. The network is used here and nowhere else. Raises `UserError` if there is no such
     folder or model, or the hub cannot be reached and the cache has it not whole."""
-    name = options.name_or_path
-    if Path(name).is_dir():
-        folder = _snapshot(Path(name), commit or options.revision or "main", weights)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{name}: is no model folder (it has no config.json)")
+    name, folder = options.name_or_path, Path(options.name_or_path)
+    if (folder / "config.json").is_file():
         return folder
     if snapshot := CACHED.fullmatch(name):  # of another machine's cache
         name, commit = snapshot[1].replace("--", "/"), snapshot[2]
-    if (cached := Path(name).name).startswith("models--"):
-        there = "there is no such folder here; by its name it is one of the hub's cache, whose model is called"
-        raise UserError(f"{name}: {there} {cached.removeprefix('models--').replace('--', '/')}")
+    elif folder.name.startswith("models--"):
+        name, revision = folder.name.removeprefix("models--").replace("--", "/"), commit or options.revision or "main"
+        if base := _cached(name, revision, weights, folder.parent):
+            return base
+        what = f"by its name the hub's cache of {name}, in which {revision} is not there, or not whole"
+        raise UserError(f"{folder}: {what}; give {name}, to have it fetched, or another model.revision")
+    elif folder.is_dir():
+        raise UserError(f"{name}: is no model folder (it has no config.json)")
     if commit is None and options.adapter and options.revision is None:
         adapter = read_json(Path(options.adapter) / "adapter_config.json")
         commit = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
@@ -89,26 +91,12 @@ def name_of(base: Path) -> str:
     return base.parents[1].name.removeprefix("models--").replace("--", "/") if commit_of(base) else str(base)
 
 
-def _snapshot(folder: Path, revision: str, weights: bool) -> Path:
-    """`folder`, or where it is one of the hub's cache (models--someone--name) the snapshot of `revision` in it.
-    Raises `UserError` if there is none, or not the whole of it."""
-    if not (folder / "snapshots").is_dir() or (folder / "config.json").is_file():
-        return folder
-    name, ref = folder.name.removeprefix("models--").replace("--", "/"), folder / "refs" / revision
-    base = folder / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
-    needed = ["config.json", *(_weights(base) if weights else [])]
-    if missing := [file for file in needed if not (base / file).is_file()]:
-        there = ", ".join(sorted(path.name for path in base.parent.iterdir())) or "nothing"
-        what = f"is the hub's cache of {name}, without {missing[0]} of {revision} (of its snapshots there are: {there})"
-        raise UserError(f"{folder}: {what}; give {name}, to have it fetched, or another model.revision")
-    return base
-
-
-def _cached(name: str, commit: str, weights: bool) -> Path | None:
+def _cached(name: str, revision: str, weights: bool, cache: Path | None = None) -> Path | None:
     """The snapshot in the cache, if its configuration, tokenizer and, where asked for, weights are all there."""
+    how: dict[str, Any] = {"allow_patterns": SMALL_FILES, "local_files_only": True, "cache_dir": cache}
     try:
-        base = Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
+        base = Path(snapshot_download(name, revision=revision, **how))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
     tokenizer = any((base / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     needed = ["config.json", *(_weights(base) if weights else [])]

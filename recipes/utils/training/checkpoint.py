@@ -61,15 +61,14 @@ def fault(checkpoint: Path) -> str | None:
             return f"it holds no {what}"
     if sum(name.startswith("rng_state") for name in files) < (manifest.get("processes") or 1):
         return "it holds no random state of some processes"
-    for name, (size, _) in expected.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if (found := (checkpoint / name).stat().st_size) != size:
-            return f"{name} has {found:,} bytes, not {size:,}"
-    for name, (_, digest) in expected.items():
+    for name, (size, digest) in expected.items():
         try:
+            if (found := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes, not {size:,}"
             if file_hash(checkpoint / name) != digest:
                 return f"{name} is not what was written (its checksum differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
