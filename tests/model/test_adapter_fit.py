@@ -22,11 +22,11 @@ from recipes.utils.model import (
     check_base,
     check_fit,
     check_lora,
-    commit_of,
     context_of,
     find_base,
     load_base,
     load_onto,
+    on_hub,
     stored_shapes,
 )
 
@@ -307,7 +307,7 @@ def test_the_names_of_the_hubs_cache_are_names_of_models(tmp_path, monkeypatch, 
         name = f"/home/else/.cache/huggingface/hub/models--someone--tiny-it/snapshots/{commit}"
     base = find_base(ModelOptions(str(name)))
     assert base.resolve() == (model / "snapshots" / commit).resolve()
-    assert commit_of(base) == commit
+    assert on_hub(base) == ("someone/tiny-it", commit)
 
 
 @pytest.fixture(scope="module")

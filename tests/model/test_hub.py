@@ -15,7 +15,7 @@ PREAMBLE = """if True:
     import sys
     from recipes.utils.console import UserError
     from recipes.utils.evaluation import base_of, read_run
-    from recipes.utils.model import ModelOptions, commit_of, find_base, load_base, name_of
+    from recipes.utils.model import ModelOptions, find_base, load_base, on_hub
     from huggingface_hub import constants
 """
 
@@ -109,7 +109,7 @@ def test_a_base_is_fetched_once_at_one_commit_and_nothing_else_is_sent(tmp_path,
     script = """
     record = read_run(sys.argv[1])
     for old in (record, {**record, "commit": None, "model": {**record["model"], "revision": record["commit"]}}):
-        print(commit_of(base_of(old)))
+        print(on_hub(base_of(old))[1])
     """
     assert person.python(script, run) == [COMMIT, COMMIT]
     assert asked[so_far:] == []
@@ -117,7 +117,7 @@ def test_a_base_is_fetched_once_at_one_commit_and_nothing_else_is_sent(tmp_path,
     # An adapter that goes on takes the commit that it was trained on, unless another is asked for.
     script = """
     for revision in (None, "main"):
-        print(commit_of(find_base(ModelOptions("someone/tiny", revision, adapter=sys.argv[1]))))
+        print(on_hub(find_base(ModelOptions("someone/tiny", revision, adapter=sys.argv[1])))[1])
     """
     found = person.python(script, run)
     assert (found[0], found[-1]) == (COMMIT, MOVED)
@@ -135,7 +135,8 @@ def test_a_run_begins_from_the_cache_where_the_hub_cannot_be_reached(config_file
     (base / "tokenizer_config.json").unlink()
     script = """
     base = find_base(ModelOptions("someone/tiny"))
-    print(commit_of(base), name_of(base), (base / "model.safetensors").is_file())
+    name, commit = on_hub(base)
+    print(commit, name, (base / "model.safetensors").is_file())
     """
     with local_hub({NAME: base}, port=person.port):
         assert person.python(script)[-1] == f"{COMMIT} {NAME} True"

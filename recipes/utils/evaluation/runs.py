@@ -18,13 +18,13 @@ from recipes.utils.model import (
     attention_and_reason,
     base_hashes,
     check_fit,
-    commit_of,
     find_base,
     fit_vocabulary,
     load_base,
     load_onto,
     loading,
     model_config,
+    on_hub,
     read_adapter_config,
     stored_shapes,
 )
@@ -98,7 +98,7 @@ def read_adapter(folder: Path, base_model: str | None = None) -> dict:
     base = base_of({"model": model})
     shape = read_json(base / "config.json")
     model["dtype"] = shape.get("dtype") or shape.get("torch_dtype") or "float32"
-    return {"name": folder.resolve().name, "method": "lora", "commit": commit_of(base), "model": model}
+    return {"name": folder.resolve().name, "method": "lora", "commit": on_hub(base)[1], "model": model}
 
 
 def _from_here(record: dict, folder: Path) -> dict:

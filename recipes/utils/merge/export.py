@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from recipes.utils.console import UserError, disk_error, say, visible
 from recipes.utils.data import Encoder, bounded, plain_template, shipped_template
 from recipes.utils.files import adapter_sha256, evaluation_of, locked, own_file, read_json, sync, sync_path, write_json
-from recipes.utils.model import commit_of, read_adapter_config
+from recipes.utils.model import on_hub, read_adapter_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"  # <template>.modelfile
 TOKENIZER_FILES = (
@@ -159,16 +159,16 @@ def _prompts(tokenizer, template: str) -> dict[int, str]:
 def write_card(output: Path, record: dict, base: Path, adapter: Path, how: dict, drift: dict | None) -> None:
     """Write README.md and merge.json into `output`. `how`: `base` (which form of it), `scale` and `dtype`."""
     name = record["model"]["name_or_path"]
-    on_hub = not Path(name).is_dir()
-    name = name if on_hub else Path(name).resolve().name
-    revision = commit_of(base) or record["model"]["revision"]
+    of_hub = not Path(name).is_dir()
+    name = name if of_hub else Path(name).resolve().name
+    revision = on_hub(base)[1] or record["model"]["revision"]
     of = {"adapter": record["name"], "adapter_sha256": adapter_sha256(adapter)}
     trained = {"systems": ((record.get("rows") or {}).get("train") or {}).get("systems")}  # chat.py sends a single one
     trained["system"] = (record.get("data") or {}).get("system")
     merged = {**of, **how, "base_model": name, "revision": revision, **trained}
     write_json(output / "merge.json", {**merged, **(drift or {})})
     quoted = name if re.fullmatch(r"[\w./-]+", name) else json.dumps(name)
-    lines = ["---", *([f"base_model: {quoted}"] if on_hub else []), "library_name: transformers"]
+    lines = ["---", *([f"base_model: {quoted}"] if of_hub else []), "library_name: transformers"]
     lines += ["pipeline_tag: text-generation", "tags: [lora, trl]", "---", "", f"# {_plain(record['name'])}", ""]
     kind = {"lora": "a LoRA", "qlora": "a Q-LoRA"}[record["method"]]
     facts = {

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.utils.console import RunEnded, UserError, is_main_process, say
 from recipes.utils.files import read_json, sync, sync_path, write_json
-from recipes.utils.model.base import ModelOptions, commit_of, loading, name_of, skeleton
+from recipes.utils.model.base import ModelOptions, loading, on_hub, skeleton
 
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # when they begin: not linear in their scale
 SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -254,7 +254,7 @@ def prepare_adapter(model, options: ModelOptions, backend: str = "inductor") -> 
     base = getattr(model.get_base_model(), "name_or_path", "")
     for config in model.peft_config.values():
         # An adapter to go on from names its base as the hub does, and PEFT would ask the hub for it at each save.
-        config.base_model_name_or_path, config.revision = base or None, commit_of(Path(base))
+        config.base_model_name_or_path, config.revision = base or None, on_hub(base)[1]
     if options.fast_lora:
         others = "PEFT's own LoRA layers, which dropout, DoRA, lora_bias and compiled layers need"
         say(f"speed: {'fast LoRA layers' if has_fast_lora(model) else others}")
@@ -352,19 +352,15 @@ def publish_base(folder: Path, facts: Mapping = MappingProxyType({})) -> None:
     config: dict[str, Any] = read_json(path)
     config |= {key: sorted(config[key]) for key in SETS if isinstance(config.get(key), list)}
     config = {key: value for key, value in config.items() if key in KNOWN_TO_ALL or value != says_nothing.get(key)}
-    base = Path(config["base_model_name_or_path"] or "")
-    if commit := commit_of(base):
-        config |= {"base_model_name_or_path": name_of(base), "revision": commit}
+    name, commit = on_hub(config["base_model_name_or_path"] or "")
+    config |= {"base_model_name_or_path": name, "revision": commit} if commit else {}
     write_json(path, config)
-    name, targets = name_of(base) if commit else base.name, config.get("target_modules") or []
+    name, targets = name if commit else Path(name).name, config.get("target_modules") or []
     on = targets if isinstance(targets, str) else ", ".join(targets)
     shown = {"base": f"{name} at {commit}" if commit else name, "rank": config.get("r"), "on": on, **facts}
     lines = ["---", *([f"base_model: {name}"] if commit else []), "library_name: peft", "tags: [lora, sft, trl]", "---"]
     lines += ["", f"# A LoRA adapter for {name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in shown.items() if value is not None]
-    lines += [
-        "",
-        "`run.json` of its run has each setting, the data files' hashes, versions and results. PEFT loads it:",
-    ]
+    lines += ["", "`run.json` of its run has each setting, its data's hashes, versions and results. PEFT loads it:"]
     lines += ["`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)`", ""]
     path.with_name("README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -28,8 +28,6 @@ PICKLED = (
     "has no safetensors weights; pickled ones are not loaded, since they can run code. Convert them: transformers' "
     "from_pretrained and save_pretrained, on a machine that you can spare"
 )
-# A snapshot of the hub in a cache, as adapters of another machine name their base.
-CACHED = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([0-9a-f]{40})/?")
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,11 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     else that of `options.adapter`, unless there is an `options.revision`; else what the revision stands for today. The
     cache serves what it has whole. The network is used here and nowhere else. Raises `UserError` if there is no such
     folder or model, or the hub cannot be reached and the cache has it not whole."""
-    name, folder = options.name_or_path, Path(options.name_or_path)
+    folder, (name, snapshot) = Path(options.name_or_path), on_hub(options.name_or_path)
     if (folder / "config.json").is_file():
         return folder
-    if snapshot := CACHED.fullmatch(name):  # of another machine's cache
-        name, commit = snapshot[1].replace("--", "/"), snapshot[2]
+    if snapshot:  # of another machine's cache, as its adapters name their base
+        commit = snapshot
     elif folder.name.startswith("models--"):
         name, revision = folder.name.removeprefix("models--").replace("--", "/"), commit or options.revision or "main"
         if base := _cached(name, revision, weights, folder.parent):
@@ -81,14 +79,10 @@ def find_base(options: ModelOptions, commit: str | None = None, weights: bool = 
     return base
 
 
-def commit_of(base: Path) -> str | None:
-    """The commit (40 hexadecimal digits) of a snapshot of the hub; None for any other folder."""
-    return base.name if base.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", base.name) else None
-
-
-def name_of(base: Path) -> str:
-    """The hub's name of a snapshot, whose folder is models--someone--name/snapshots/commit; any other folder's path."""
-    return base.parents[1].name.removeprefix("models--").replace("--", "/") if commit_of(base) else str(base)
+def on_hub(base: Path | str) -> tuple[str, str | None]:
+    """(the hub's name, the commit) of a snapshot in a cache of the hub; (its path, None) of any other folder."""
+    found = re.fullmatch(r"(?:.*/)?models--([^/]+)/snapshots/([0-9a-f]{40})/?", str(base))
+    return (found[1].replace("--", "/"), found[2]) if found else (str(base), None)
 
 
 def _cached(name: str, revision: str, weights: bool, cache: Path | None = None) -> Path | None:

@@ -25,7 +25,7 @@ from recipes.utils.config import Config, check_machine
 from recipes.utils.console import RunEnded, UserError, disk_error, is_main_process, say
 from recipes.utils.data import Finding, Prepared
 from recipes.utils.files import adapter_sha256, locked, record_of, write_json, write_jsonl
-from recipes.utils.model import base_hashes, check_base, check_lora, commit_of, find_base, has_fast_lora, holds_adapter
+from recipes.utils.model import base_hashes, check_base, check_lora, find_base, has_fast_lora, holds_adapter, on_hub
 from recipes.utils.training.checkpoint import fault, newest_complete, read_manifest
 from recipes.utils.training.table import device_name
 from recipes.utils.training.trainer import signals_to, tell
@@ -76,7 +76,7 @@ def begin(config: Config) -> Iterator[Run]:
         folder, checkpoint = _on_first(config, lambda: (_resume if config.resume else _take_folder)(config, held))
         model, before = config.model, record_of(folder, {"model": dict}) if checkpoint else {}
         same = all(before.get("model", {}).get(key) == getattr(model, key) for key in ("name_or_path", "revision"))
-        commit = _on_first(config, lambda: commit_of(find_base(model, before.get("commit") if same else None)))
+        commit = _on_first(config, lambda: on_hub(find_base(model, before.get("commit") if same else None))[1])
         base = find_base(model, commit)
         hashes = _on_first(config, lambda: base_hashes(base))  # until each machine has it
         longest = config.training.get("max_length", SFTConfig.max_length)
@@ -336,7 +336,7 @@ def _record(run: Run, config: Config, trainer, train: Prepared, validation: Prep
     }  # fmt: skip
     record |= {"continues": run.continues} if run.continues else {}
     old = record_of(run.folder, {"started": str, "resumed": list | None, "versions": dict}) if run.checkpoint else {}
-    if old:
+    if run.checkpoint and old:
         again = {"from": Path(run.checkpoint).name, "at": _now(), "accepted": run.accepted}
         record |= {"started": old["started"], "resumed": [*old.get("resumed", []), again]}
         before, now = old["versions"], record["versions"]
