@@ -11,7 +11,7 @@ from recipes.utils.monitoring import report
 DRAWN = {name: getattr(report, name) for name in ("curves", "bars")}
 
 
-def blank(title: str, *_) -> Markup:
+def blank(title: str, *_, **__) -> Markup:
     return Markup(f'<svg role="img" aria-label="{title}"></svg>')
 
 

@@ -29,17 +29,17 @@ def examples(lines: list[dict]) -> list[dict]:
     return found
 
 
-def mark_differences(expected: str, answer: str) -> list[tuple[str, str]]:
-    """[(text, "same" | "extra" | "missing")]: `answer` in pieces, between them the words of `expected` it lacks."""
+def mark_differences(expected: str, answer: str) -> list[list[str]]:
+    """[[text, "same" | "extra" | "missing"]]: `answer` in pieces, between them the words of `expected` it lacks."""
     ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text.strip()[:LONGEST]) for text in (answer, expected))
     matcher = SequenceMatcher(None, theirs, ours, autojunk=False)
     if matcher.ratio() < ALIKE:
-        return [("".join(ours), "extra")]
+        return [["".join(ours), "extra"]]
     pieces = []
     for kind, start, end, own_start, own_end in matcher.get_opcodes():
         if kind != "equal":
-            pieces.append(("".join(theirs[start:end]), "missing"))
-        pieces.append(("".join(ours[own_start:own_end]), "same" if kind == "equal" else "extra"))
+            pieces.append(["".join(theirs[start:end]), "missing"])
+        pieces.append(["".join(ours[own_start:own_end]), "same" if kind == "equal" else "extra"])
     return [piece for piece in pieces if piece[0]]
 
 
