@@ -169,6 +169,7 @@ def check_same_run(run: Run, config: Config, trainer, train: Prepared, validatio
     if before is None:
         say(f"resume: nobody has recorded what {run.checkpoint} is made of, so nothing is compared")
         return
+    before.setdefault("model.fast_lora", False)  # runs from before it was a setting
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
     if changed.keys() & {"data.train", "data.exclude", "chat template", "tokenizer", "training.max_length"}:
         changed.pop("rows", None)  # that is why
