@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -326,8 +325,7 @@ def save_adapter(trainer, folder: Path) -> None:
         if not holds_adapter(staging, trainer.model):
             raise RunEnded("failed", f"{staging}: the adapter that was written is not whole; its checkpoints are kept")
         (staging / "training_args.bin").unlink()  # a pickle, with the paths of this machine
-        steps, best = trainer.state.global_step, trainer.state.best_metric
-        rate = trainer.args.learning_rate
+        steps, rate, best = trainer.state.global_step, trainer.args.learning_rate, trainer.state.best_metric
         publish_base(staging, {"steps": steps, "learning rate": rate, "best validation loss": best})
         sync(staging)
         last.unlink(missing_ok=True)  # of a run that was taken up again: never beside weights of another time
@@ -340,7 +338,7 @@ def save_adapter(trainer, folder: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish_base(folder: Path, facts: Mapping = MappingProxyType({})) -> None:
+def publish_base(folder: Path, facts: dict | None = None) -> None:
     """Make a saved adapter fit to be given away: safetensors leaves its file to its owner alone, PEFT writes sets in an
     order of each process's own, and a base from the hub is named as this machine's cache keeps it; here as the hub
     does, with its commit. Keys that say nothing go; the card, a form to fill in, becomes one that tells the `facts`."""
@@ -357,7 +355,7 @@ def publish_base(folder: Path, facts: Mapping = MappingProxyType({})) -> None:
     write_json(path, config)
     name, targets = name if commit else Path(name).name, config.get("target_modules") or []
     on = targets if isinstance(targets, str) else ", ".join(targets)
-    shown = {"base": f"{name} at {commit}" if commit else name, "rank": config.get("r"), "on": on, **facts}
+    shown = {"base": f"{name} at {commit}" if commit else name, "rank": config.get("r"), "on": on, **(facts or {})}
     lines = ["---", *([f"base_model: {name}"] if commit else []), "library_name: peft", "tags: [lora, sft, trl]", "---"]
     lines += ["", f"# A LoRA adapter for {name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in shown.items() if value is not None]
