@@ -65,6 +65,7 @@ class Served:
 
     def prompt(self, asked: dict) -> list[int]:
         how = {"add_generation_prompt": True, "chat_template": self.template, "return_dict": False}
+        how |= asked.get("chat_template_kwargs", {})
         ids = self.tokenizer.apply_chat_template(asked["messages"], tools=asked.get("tools"), **how)
         return self.before + ids
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +31,9 @@ def merged(scored):
 @pytest.fixture
 def served(merged):
     """The merged model, right until a test spoils this copy."""
-    return copy.copy(merged)
+    fresh = copy.copy(merged)
+    fresh.asked = []
+    return fresh
 
 
 def checked(scored, served, **options) -> dict:
@@ -162,6 +166,27 @@ def test_rows_with_typed_control_tokens_are_left_out_by_name(scored, served, tmp
     write_jsonl(path, lines)
     assert checked(folder, served)["rows"] == 2
     assert "left out: 1 rows with typed control tokens" in capsys.readouterr().out
+
+
+def test_rows_are_asked_in_the_mode_of_thinking_that_they_were_evaluated_in(scored, served, tmp_path, capsys):
+    """By the switch that a request can set; rows of a template without one are left out by name."""
+    folder = copy_run(scored, tmp_path)
+    path = folder / "evaluation" / "predictions.jsonl"
+    lines = [line | {"thinks": number % 2 == 0} for number, line in enumerate(read_jsonl(path)[:6])]
+    write_jsonl(path, lines)
+    shipped = Path(find_spec("trl").origin).with_name("chat_templates")
+    served.template = (shipped / "qwen3.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(served.template)
+    found = checked(folder, served)
+    off = {"enable_thinking": False, "thinking": False}
+    assert [asked.get("chat_template_kwargs") for asked in served.asked] == [None, off] * 3 + [None]
+    assert (found["rows"], found["prompt_tokens"]) == (6, [0, 0])
+    served.asked.clear()
+    served.template = served.template.replace("enable_thinking is defined and enable_thinking is false", "false")
+    (folder / "chat_template.jinja").write_text(served.template)
+    found = checked(folder, served)
+    assert (found["rows"], found["prompt_tokens"]) == (3, [0, 0])
+    assert "left out: 3 rows that were asked in another mode of thinking" in capsys.readouterr().out
 
 
 def test_a_run_that_was_not_scored_and_one_that_an_older_version_scored_are_user_errors(scored, served, tmp_path):

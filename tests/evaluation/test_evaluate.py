@@ -1,10 +1,13 @@
 """Evaluation counts what it says it counts."""
 
+import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from conftest import TINY, chat, copy_run, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +80,17 @@ def test_each_row_of_an_evaluation_holds_its_own_loss(base):
         assert row["loss"] == pytest.approx(losses.sum().item() / encoded.trained, rel=1e-5)
         assert row["tokens"] == encoded.trained
     assert ["answer" in row for row in rows] == [True] + [False] * 5
+
+
+def test_a_row_says_whether_it_was_asked_for_a_thought(base, tmp_path):
+    model, encoder, chats = base
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3_training.jinja").read_text()
+    thoughtful = [*chats[0].messages[:-1], {**chats[0].messages[-1], "reasoning_content": "Hm."}]
+    asked = [chats[0]._replace(messages=thoughtful), chats[1]]
+    rows = evaluate(model, Encoder(tokenizer, think="mask"), asked, 2, 1)
+    assert [row["thinks"] for row in rows] == [True, False]
+    assert "thinks" not in evaluate(model, encoder, chats[:1], 1, 1)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -136,6 +136,11 @@ class Encoder:
         plain = self.tokenizer.backend_tokenizer.encode
         return self._escaped_ids(text, first=True) if escaped else plain(text, add_special_tokens=False).ids
 
+    def asks_thought(self, answer: dict) -> bool | None:
+        """Whether inference asks for a thought where this `answer` is due; None if the template knows no difference."""
+        same = self.thoughts.on == self.thoughts.off
+        return None if same else self._mode(self._read([answer])) == self.thoughts.on
+
     @cached_property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the template's end-of-turn token first, then what ends a call, where that is

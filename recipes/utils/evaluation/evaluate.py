@@ -36,7 +36,7 @@ from recipes.utils.files import adapter_sha256, read_jsonl, replace_folder, writ
 from recipes.utils.model import NEVER_STOPS, generate_answers, in_batches
 
 MODELS = (*BASELINES, "adapter", "merged")
-SHARED = ("expected", "expected_tokens", "tokens")  # of the row, whichever model answered
+SHARED = ("expected", "expected_tokens", "tokens", "thinks")  # of the row, whichever model answered
 SHOWN_PAIRS = (f"adapter against {BEST}", "adapter against base", "merged against base", "merged against adapter")
 WORST_FIELDS, MOST_TAGS_SHOWN = 8, 20  # on the terminal
 FIELDS, MOST_FIELDS = "fields of the JSON answers", 100  # in the report
@@ -82,7 +82,8 @@ def evaluate(
     """What `model` makes of `chats`, a dict each: `loss` (nats a token) and `token_accuracy` on its answer tokens (of
     the last answer alone, if the run was to `train_on` it), and their number `tokens`. The first `max_rows` have also
     the greedy `answer` to their last prompt, whether it ended by itself (`stopped`), its `answer_tokens`, what was
-    `expected`, `expected_tokens`, and what `score_text` gives."""
+    `expected`, `expected_tokens`, what `score_text` gives, and whether the prompt asks for a thought (`thinks`; only
+    where the template can ask for none)."""
     encoded = encoder.encode(chats, train_on)
     losses = score_rows(model, encoder, encoded)
     rows: list[dict] = []
@@ -100,7 +101,9 @@ def evaluate(
         max_new_tokens = min(1024, max(end + 1 - len(ids) for end, ids in zip(ends, prompts, strict=True)) + 16)
     with _as_in_training(model):
         answers = generate_answers(model, encoder, prompts, max_new_tokens)
-    for row, ids, answer in zip(rows, wanted, answers, strict=False):
+    for row, chat, ids, answer in zip(rows, asked, wanted, answers, strict=False):
+        if (thinks := encoder.asks_thought(chat.messages[-1])) is not None:
+            row["thinks"] = thinks
         expected = encoder.tokenizer.decode(ids, skip_special_tokens=True)
         row |= {"expected": expected, "expected_tokens": len(ids), "answer": answer.text, "stopped": answer.stopped}
         expected, said = (text.rpartition("</think>")[2].strip() for text in (expected, answer.text))  # not the thought

@@ -47,9 +47,13 @@ class Endpoint:
         self.client = httpx.Client(timeout=timeout, headers=headers)
         self.model = model or self._only_model()
 
-    def ask(self, messages: list[dict], tools: list[dict] | None, max_tokens: int) -> Reply:
-        """The greedy answer to `messages`, which are as templates take them."""
-        response = self._send("POST", CHAT, json=self._body(messages, tools, max_tokens, 0.0))
+    def ask(self, messages: list[dict], tools: list[dict] | None, max_tokens: int, thinks: bool | None = None) -> Reply:
+        """The greedy answer to `messages`, which are as templates take them; `thinks` switches the template's thinking
+        on or off."""
+        body = self._body(messages, tools, max_tokens, 0.0)
+        if thinks is not None:  # by each of the names that templates have for it
+            body["chat_template_kwargs"] = {"enable_thinking": thinks, "thinking": thinks}
+        response = self._send("POST", CHAT, json=body)
         if response.headers.get("content-type", "").startswith("text/event-stream"):
             raise UserError(f"{self.url}: streams its answers, though it was asked not to; switch that off there")
         found = self._read(response)

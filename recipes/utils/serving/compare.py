@@ -30,6 +30,9 @@ SHOWN = (*OF_ANSWERS, "stopped", "answer_tokens")
 NEARLY_ALL = 0.9  # of the answers equal: what rounding in another order may change
 HARDLY = 0.1  # of an answer's tokens equal, on average: no rounding does that
 FEWEST_ROWS = 20  # below these, scores say nothing
+LIKE = {  # an answer to a prompt that asks for a thought, and to one that asks for none
+    True: {"role": "assistant", "content": "a", "reasoning_content": "b"}, False: {"role": "assistant", "content": "a"},
+}  # fmt: skip
 
 
 class Cause(NamedTuple):
@@ -40,8 +43,9 @@ class Cause(NamedTuple):
 
 
 def scored_rows(run_folder: Path, encoder: Encoder, max_rows: int) -> list[dict]:
-    """The first `max_rows` rows of RUN/evaluation/predictions.jsonl that have answers, each with `tokens_of_prompt`.
-    Raises `UserError` where the run was not scored, or by a version that left a row's tools out."""
+    """The first `max_rows` rows of RUN/evaluation/predictions.jsonl that have answers, each with `tokens_of_prompt`,
+    the `template` of its prompt, and in `asked_thought` what a request has to switch thinking to, if anything. Says
+    which are left out. Raises `UserError` where the run was not scored, or by a version that left out tools."""
     path = Path(run_folder) / "evaluation" / "predictions.jsonl"
     every = read_jsonl(path) if evaluation_of(run_folder) else []
     rows = [row for row in every if any("answer" in row.get(name, {}) for name in ("adapter", "merged"))]
@@ -52,15 +56,22 @@ def scored_rows(run_folder: Path, encoder: Encoder, max_rows: int) -> list[dict]
         raise UserError("--max-rows: at least one answer must be asked for")
     if "tools" not in rows[0]:
         raise UserError(f"{path}: was written by an older version, without the tools of its rows; {again}")
-    plain, known = Encoder(encoder.tokenizer), []
+    plain, known, fixed = Encoder(encoder.tokenizer), list[dict](), 0
     for row in rows[:max_rows]:
-        ids = plain.prompt_ids(row["prompt"], row["tools"])
-        if ids == encoder.prompt_ids(row["prompt"], row["tools"]):
-            known.append(row | {"tokens_of_prompt": len(ids)})
-    if typed := min(max_rows, len(rows)) - len(known):
+        template = {True: encoder.thoughts.on, False: encoder.thoughts.off}.get(row.get("thinks"), encoder.template)
+        if not template.endswith(encoder.template):  # it is no switch that a request can set
+            fixed += 1
+            continue
+        ids = plain.prompt_ids(row["prompt"], row["tools"], LIKE.get(row.get("thinks")))
+        if ids == encoder.prompt_ids(row["prompt"], row["tools"], LIKE.get(row.get("thinks"))):
+            asked = row["thinks"] if template != encoder.template else None
+            known.append(row | {"tokens_of_prompt": len(ids), "template": template, "asked_thought": asked})
+    if fixed:
+        say(f"left out: {fixed} rows that were asked in another mode of thinking, which no request to a server can set")
+    if typed := min(max_rows, len(rows)) - len(known) - fixed:
         say(f"left out: {typed} rows with typed control tokens, which training reads as text and servers do not")
     if not known:
-        raise UserError(f"{path}: every row holds typed control tokens; a server would read other prompts")
+        raise UserError(f"{path}: every row is left out; a server would read other prompts")
     return known
 
 
@@ -71,11 +82,11 @@ def ask(endpoint: Endpoint, rows: list[dict]) -> tuple[list[Reply], bool]:
     cut = [one["answer_tokens"] for one in own if not one["stopped"]]
     room, replies, told = max(cut) if cut else max(one["answer_tokens"] for one in own) + 16, [], time.monotonic()
     for row in rows:
-        replies.append(endpoint.ask(row["prompt"], row["tools"], room))
+        replies.append(endpoint.ask(row["prompt"], row["tools"], room, row["asked_thought"]))
         if time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"asked {len(replies)} of {len(rows)}")
-    again = endpoint.ask(rows[0]["prompt"], rows[0]["tools"], room)
+    again = endpoint.ask(rows[0]["prompt"], rows[0]["tools"], room, rows[0]["asked_thought"])
     return replies, (again.text, again.calls) == (replies[0].text, replies[0].calls)
 
 
@@ -249,7 +260,8 @@ def _spoilt(encoder: Encoder) -> Iterator[tuple[str, str, Callable[[dict], int]]
     tokenizer = encoder.tokenizer
 
     def of(row: dict, messages=None, tools=True, prompt=True, template=None) -> int:
-        text = render(tokenizer, messages or row["prompt"], row["tools"] if tools else None, prompt, template)[0]
+        tools, template = row["tools"] if tools else None, template or row.get("template")
+        text = render(tokenizer, messages or row["prompt"], tools, prompt, template)[0]
         return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def with_system(text: str | None) -> Callable[[dict], int]:
