@@ -30,7 +30,7 @@ SHOWN = (*OF_ANSWERS, "stopped", "answer_tokens")
 NEARLY_ALL = 0.9  # of the answers equal: what rounding in another order may change
 HARDLY = 0.1  # of an answer's tokens equal, on average: no rounding does that
 FEWEST_ROWS = 20  # below these, scores say nothing
-LIKE = {  # an answer to a prompt that asks for a thought, and to one that asks for none
+LIKE: dict[bool | None, dict] = {  # an answer to a prompt that asks for a thought, and to one that asks for none
     True: {"role": "assistant", "content": "a", "reasoning_content": "b"}, False: {"role": "assistant", "content": "a"},
 }  # fmt: skip
 
@@ -58,13 +58,14 @@ def scored_rows(run_folder: Path, encoder: Encoder, max_rows: int) -> list[dict]
         raise UserError(f"{path}: was written by an older version, without the tools of its rows; {again}")
     plain, known, fixed = Encoder(encoder.tokenizer), list[dict](), 0
     for row in rows[:max_rows]:
-        template = {True: encoder.thoughts.on, False: encoder.thoughts.off}.get(row.get("thinks"), encoder.template)
+        thinks: bool | None = row.get("thinks")  # None where the template knows no difference
+        template = encoder.template if thinks is None else encoder.thoughts.on if thinks else encoder.thoughts.off
         if not template.endswith(encoder.template):  # it is no switch that a request can set
             fixed += 1
             continue
-        ids = plain.prompt_ids(row["prompt"], row["tools"], LIKE.get(row.get("thinks")))
-        if ids == encoder.prompt_ids(row["prompt"], row["tools"], LIKE.get(row.get("thinks"))):
-            asked = row["thinks"] if template != encoder.template else None
+        ids = plain.prompt_ids(row["prompt"], row["tools"], LIKE.get(thinks))
+        if ids == encoder.prompt_ids(row["prompt"], row["tools"], LIKE.get(thinks)):
+            asked = thinks if template != encoder.template else None
             known.append(row | {"tokens_of_prompt": len(ids), "template": template, "asked_thought": asked})
     if fixed:
         say(f"left out: {fixed} rows that were asked in another mode of thinking, which no request to a server can set")
