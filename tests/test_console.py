@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, run_recipe, run_script, write_jsonl
 from forks import fork_script
 
+from recipes.utils.config import key_names
 from recipes.utils.console import (
     CommandLine,
     RunEnded,
@@ -33,6 +34,7 @@ from recipes.utils.console import (
     time_limit,
     training_parser,
 )  # fmt: skip
+from recipes.utils.names import NAMES_ELSEWHERE, SECTION_NAMES
 
 GOES_ON = "a training run goes on"
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.name != "__init__.py")
@@ -111,6 +113,37 @@ def test_what_only_the_libraries_can_judge_is_left_to_them(config_file, no_torch
     recipe, *words = [str(config_file()) if word == "CONFIG" else word for word in words]
     result = run_script(f"recipes/{recipe}", *words, **no_torch)
     assert (result.returncode, result.stderr) == (1, "torch was imported\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--lora.rank", "8", "--lora.rank: `lora.rank` is no key of these libraries (any more); now: lora.r"),
+        ("--training.lr", "1e-4", "now: training.learning_rate"),
+        ("--training.bf16", "true", "--training.bf16: `training.bf16` is refused: it follows model.dtype"),
+        ("--training.learning_rate", "fast", "--training.learning_rate: expected float, got 'fast'"),
+        ("--lora.r", "0", "--lora.r: 0 is not between 1 and 100000"),
+        ("--loar.r", "8", "--loar.r: unknown section `loar`; did you mean `lora`?"),
+    ],
+)
+def test_a_slip_in_a_name_or_a_number_is_answered_before_the_imports(config_file, no_torch, flag, value, message):
+    result = run_script("recipes/sft_lora.py", config_file(), flag, value, **no_torch)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+
+
+def test_a_slip_in_the_file_is_answered_before_the_imports_with_its_line(config_file, no_torch):
+    path = config_file(training={"learning_rate": 5000.0})
+    line = path.read_text().splitlines().index("  learning_rate: 5000.0") + 1
+    told = f"error: {path}:{line}: training.learning_rate: 5000.0 is not between 1e-12 and 1000.0\n"
+    result = run_script("recipes/sft_lora.py", path, **no_torch)
+    assert (result.returncode, result.stderr) == (2, told), "the key once"
+
+
+def test_no_name_of_another_tool_is_a_key_of_the_libraries():
+    """Else a real key would be refused."""
+    found = {name: section for section in SECTION_NAMES for name in key_names(section) if name in NAMES_ELSEWHERE}
+    assert found == {}
 
 
 @pytest.mark.parametrize("path", ["runs/x/run.json", "runs/x"])

@@ -4,7 +4,6 @@ Imports no library but rich and yaml: --help and a slip are answered before thos
 """
 
 import contextlib
-import difflib
 import glob
 import logging
 import os
@@ -16,7 +15,7 @@ import threading
 import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +24,12 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.table import Table
 
+from recipes.utils.names import near as near
+from recipes.utils.names import slip_of_key, slip_of_number, slip_of_section
+
 OK, FAILED, USER_ERROR, DIVERGED, GATE_FAILED, TOO_FEW_ROWS, STOPPED = 0, 1, 2, 3, 4, 5, 75
 ENDS = {"failed": FAILED, "diverged": DIVERGED, "stopped": STOPPED}  # the word in run.json, and the exit status
 NUMBER = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
-SECTION_NAMES = ("model", "data", "lora", "training", "quantization", "run")
 
 MOST_NODES, MOST_YAML = 10_000, 1 << 20  # values of a config, its aliases written out; bytes of its file
 # What a terminal acts upon, but for tabs and line ends: OSC 52 writes the clipboard, others hide or turn text around.
@@ -160,11 +161,6 @@ def print_table(title: str, rows: dict[str, object]) -> None:
             table.add_row(visible(name), visible(str(value)))
     if is_main_process():
         out.print(table, markup=False)
-
-
-def near(name: object, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` may be a slip of."""
-    return next(iter(difflib.get_close_matches(str(name), list(names), n=1)), None)
 
 
 def run_main(main: Callable[[CommandLine], int | None], given: CommandLine) -> int:
@@ -315,24 +311,18 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
             raise UserError(f"{path}: is no YAML; a run is run again with --from-run {path}")
         given = {key: (value, f"{path}:{line}") for key, value, line in read_yaml(path)}
         both = given | {key: (value, f"--{key}") for key, value in flags.items()}
-        for key, (_, where) in both.items():
-            if message := slip_of_section(*key.split(".", 1)):
-                raise UserError(f"{where}: {message}")
+        for key, (value, where) in both.items():
+            message = slip_of_section(*key.split(".", 1)) or slip_of_key(key)
+            if data_files or not isinstance(value, str):  # a sweep's "8,16" are several numbers
+                message = message or slip_of_number(key, value)
+            if message:
+                raise UserError(f"{where}: {message.removeprefix(f'{key}: ') if where == f'--{key}' else message}")
         for part in ("train", "validation", "test") if data_files else ():
             names = both.get(f"data.{part}", (None,))[0]
             names = [names] if isinstance(names, str) else names
             if isinstance(names, list) and all(isinstance(name, str) and not NUMBER.match(name) for name in names):
                 find_data_files(names)  # a number in quotes is a share of the rows
     return CommandLine(options, flags, given)
-
-
-def slip_of_section(name: str, key: str = "") -> str | None:
-    """What to say of a section that is none; None for a lone word that is like none of them, and may be a key."""
-    meant = near(name, SECTION_NAMES)
-    if name in SECTION_NAMES or not (key or (meant and len(name) > 2)):  # lr is not lora
-        return None
-    mend = f"did you mean `{meant}`?" if meant else f"there are {', '.join(SECTION_NAMES)}"
-    return f"unknown section `{name}`; {mend}"
 
 
 def find_data_files(paths: str | list[str]) -> list[Path]:

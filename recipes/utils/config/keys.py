@@ -14,9 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, Trainer, get_scheduler
 from trl import SFTConfig
 
-from recipes.utils.console import SECTION_NAMES, UserError, near, slip_of_section
+from recipes.utils.console import UserError
 from recipes.utils.data import DataOptions
 from recipes.utils.model import ModelOptions
+from recipes.utils.names import (
+    NAMES_ELSEWHERE,
+    REFUSED,
+    SECTION_NAMES,
+    near,
+    slip_of_key,
+    slip_of_number,
+    slip_of_section,
+)
 
 
 @dataclass(frozen=True)
@@ -32,56 +41,6 @@ CHECKER = ArgumentParser(exit_on_error=False)  # made once: reading the classes'
 for _section, _class in SECTIONS.items():
     CHECKER.add_class_arguments(_class, _section)
 
-_ELSEWHERE = {  # a key here: what other versions and tools call it, in whatever section
-    "training.max_length": "max_seq_length max_seq_len cutoff_len sequence_len", "training.learning_rate": "lr",
-    "training.per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
-    "training.per_device_eval_batch_size": "eval_batch_size", "training.num_train_epochs": "epochs num_epochs",
-    "training.warmup_steps, which takes a share of all steps below 1": "warmup_ratio", "training.use_cpu": "no_cuda",
-    "training.packing": "group_by_length sample_packing", "training.eval_strategy": "evaluation_strategy",
-    "nothing: a folder that holds a run is never overwritten": "overwrite_output_dir", "training.optim": "optimizer",
-    "nothing: safetensors are always written": "save_safetensors", "nothing: adapters are trained here": "use_peft",
-    "nothing: trackers write below the run's folder, or where their own variables say": "logging_dir",
-    "model.name_or_path": "model_name_or_path model_name base_model", "model.attn_implementation": "attn_impl",
-    "model.dtype": "torch_dtype", "data.train": "dataset dataset_name train_file", "lora.lora_alpha": "alpha",
-    "lora.r": "lora_r rank lora_rank", "lora.lora_dropout": "dropout",
-    "lora.target_modules": "lora_target lora_target_modules", "run.early_stopping_patience": "early_stopping",
-    "the command hf auth login, and hf upload NAME RUN_FOLDER": "push_to_hub_token",
-}  # fmt: skip
-NAMES_ELSEWHERE = {name: home for home, names in _ELSEWHERE.items() for name in names.split()}
-
-_NO_USE = "rows reach TRL with token ids and labels (answers only), so this key would change nothing"
-_OF_LABELS = ("assistant_only_loss", "completion_only_loss", "eos_token", "pad_token", "dataset_text_field",
-              "dataset_kwargs", "truncation_mode", "formatting_func")  # fmt: skip
-REFUSED = {
-    **{f"training.{key}": _NO_USE for key in _OF_LABELS},
-    "training.model_init_kwargs": "use section `model`", "training.trust_remote_code": "use model.trust_remote_code",
-    "training.chat_template_path": "use model.chat_template", "lora.revision": "it follows model.revision",
-    "training.bf16": "it follows model.dtype", "training.fp16": "it follows model.dtype",
-    "training.resume_from_checkpoint": "use the flag --resume [CHECKPOINT]",
-    "training.do_train": "a recipe trains; recipes/evaluate_adapter.py evaluates",
-    "training.do_eval": "use training.eval_strategy", "training.do_predict": "use recipes/evaluate_adapter.py",
-    "training.hub_token": "it would be written into every checkpoint; use: hf auth login",
-    "training.push_to_hub": "a run writes to its folder alone; afterwards: hf upload NAME RUN_FOLDER",
-    "training.save_only_model": "a run could not go on from such a checkpoint",
-    "training.ignore_data_skip": "a resumed run would see rows twice",
-    "training.auto_find_batch_size": "it begins again in silence; an out-of-memory error says what to turn down",
-    "training.eval_on_start": "recipes/evaluate_adapter.py scores the base",
-    "training.restore_callback_states_from_checkpoint": "a resume has what it needs without it",
-    "training.dataloader_num_workers": "rows are ready: workers gain nothing, and a stop signal would end them first",
-    "training.enable_jit_checkpoint": "SIGTERM, SIGINT and SIGUSR1 end a run with a checkpoint already",
-    "lora.task_type": "it is CAUSAL_LM here", "lora.inference_mode": "an adapter in training is not in inference mode",
-    "lora.trainable_token_indices": "TRL's fused head cannot train single rows; use --lora.modules_to_save '[lm_head]'",
-}  # fmt: skip
-
-RANGES = {  # 1e-12 stands for above zero
-    "training.per_device_train_batch_size": (1, 100_000), "training.per_device_eval_batch_size": (1, 100_000),
-    "training.gradient_accumulation_steps": (1, 1_000_000), "training.max_length": (2, 10_000_000),
-    "training.learning_rate": (1e-12, 1e3), "training.num_train_epochs": (1e-12, 1e6),
-    "lora.r": (1, 100_000), "lora.lora_alpha": (1e-12, 1e6), "lora.lora_dropout": (0, 0.999),
-    "data.max_over_length": (0, 1), "data.samples": (0, 64), "run.early_stopping_patience": (1, 10_000),
-    "training.eval_accumulation_steps": (1, 1_000_000), "training.weight_decay": (0, 100),
-    "training.seed": (0, 2**32 - 1),
-}  # fmt: skip
 CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "metric_for_best_model": ("loss", "eval_loss")}  # not told by classes
 
 
@@ -100,14 +59,12 @@ def known_key(key: str, method: str) -> tuple[str, str]:
         raise UserError(slip_of_section(section) or f"unknown section `{section}`; did you mean `{mend}`?")
     if section == "quantization" and method == "lora":
         raise UserError("a `quantization` section is Q-LoRA's: run recipes/sft_qlora.py, or remove it")
-    if key in REFUSED:
-        raise UserError(f"`{key}` is refused: {REFUSED[key]}")
+    if message := slip_of_key(key):
+        raise UserError(message)
     if not name:
         raise UserError(f"`{section}` is a section: write its keys below it, indented")
     if name not in key_names(section):
         free = {s: [each for each in key_names(s) if f"{s}.{each}" not in REFUSED] for s in SECTIONS}
-        if name in NAMES_ELSEWHERE and not any(name in names for names in free.values()):
-            raise UserError(f"`{key}` is no key of these libraries (any more); now: {NAMES_ELSEWHERE[name]}")
         close = near(name, free[section])
         meant = [f"{s}.{name}" for s in free if name in free[s]] + ([f"{section}.{close}"] if close else [])
         raise UserError(f"unknown key `{key}`" + (f"; did you mean `{meant[0]}`?" if meant else ""))
@@ -119,8 +76,8 @@ def check_value(section: str, name: str, value):
     key, declared = f"{section}.{name}", inspect.signature(SECTIONS[section]).parameters[name]
     if value is None and declared.default is not None and type(None) not in typing.get_args(declared.annotation):
         raise UserError(f"{key}: needs a value; leave the key out for the default")
-    if key in RANGES and isinstance(value, (int, float)) and not RANGES[key][0] <= value <= RANGES[key][1]:
-        raise UserError(f"{key}: {value} is not between {RANGES[key][0]} and {RANGES[key][1]}")
+    if isinstance(value, (int, float)) and (message := slip_of_number(key, value)):
+        raise UserError(message)
     if name in ("rank_pattern", "alpha_pattern") and any(not number > 0 for number in (value or {}).values()):
         raise UserError(f"{key}: {value}: each number is above zero; lora.exclude_modules leaves a module out")
     if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
