@@ -353,9 +353,12 @@ def check_tokens(model, rows, tokenizer) -> list[Finding]:
         norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
         middle, odd = norms.median().item(), {}
         for index in sorted(used):
+            row = weight[index].detach().float() / norms[index]
+            cosines = torch.cat([part.float() @ row for part in weight.detach().split(1 << 15)]) / norms
+            alike = int((cosines > SAME_WAY).sum()) - 1
             if norms[index] < middle / 3 or not torch.isfinite(norms[index]):
                 odd[index] = f"norm {norms[index]:.2g}, the vocabulary's median is {middle:.2g}"
-            elif (alike := _alike(weight.detach(), norms, index)) >= MANY:
+            elif alike >= MANY:
                 odd[index] = f"as {alike:,} others, cosine over {SAME_WAY}"
         if odd:
             named = ", ".join(f"{tokenizer.convert_ids_to_tokens(index)} ({why})" for index, why in odd.items())
@@ -364,10 +367,3 @@ def check_tokens(model, rows, tokenizer) -> list[Finding]:
             so = f"so the model may not learn to stop. Start from the Instruct model, or {mend}"
             findings.append(Finding("warn", f"{named}: the {name} row looks untrained in this base, {so}"))
     return findings
-
-
-def _alike(weight: torch.Tensor, norms: torch.Tensor, index: int) -> int:
-    """How many other rows of `weight`, with these `norms`, point the way of row `index`."""
-    row = weight[index].float() / norms[index]
-    cosines = torch.cat([part.float() @ row for part in weight.split(1 << 15)]) / norms
-    return int((cosines > SAME_WAY).sum()) - 1
