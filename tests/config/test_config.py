@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, copy_run
 
-from recipes.utils.config import REFUSED, Config, check_machine, load_config, read_config
+from recipes.utils.config import Config, check_machine, load_config, read_config
 from recipes.utils.config.config import has_kernels
 from recipes.utils.config.keys import known_key
 from recipes.utils.console import UserError, parse, training_parser
-from recipes.utils.names import NAMES_ELSEWHERE
+from recipes.utils.names import NAMES_ELSEWHERE, REFUSED
 
 BASE = """\
 model:

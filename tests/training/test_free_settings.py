@@ -5,7 +5,7 @@ import torch
 from conftest import copy_run, run_recipe, small_config
 from safetensors.torch import load_file
 
-from recipes.utils.config.keys import REFUSED
+from recipes.utils.names import REFUSED
 from recipes.utils.training.run import FREE
 
 # Three resumes that change several settings each; what one of them moved would move the adapter.

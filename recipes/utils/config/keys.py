@@ -14,18 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, Trainer, get_scheduler
 from trl import SFTConfig
 
+import recipes.utils.names as names
 from recipes.utils.console import UserError
 from recipes.utils.data import DataOptions
 from recipes.utils.model import ModelOptions
-from recipes.utils.names import (
-    NAMES_ELSEWHERE,
-    REFUSED,
-    SECTION_NAMES,
-    near,
-    slip_of_key,
-    slip_of_number,
-    slip_of_section,
-)
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class RunOptions:
 
 
 _CLASSES: tuple[type, ...] = (ModelOptions, DataOptions, LoraConfig, SFTConfig, BitsAndBytesConfig, RunOptions)
-SECTIONS = dict(zip(SECTION_NAMES, _CLASSES, strict=True))
+SECTIONS = dict(zip(names.SECTION_NAMES, _CLASSES, strict=True))
 CHECKER = ArgumentParser(exit_on_error=False)  # made once: reading the classes' signatures takes tenths of a second
 for _section, _class in SECTIONS.items():
     CHECKER.add_class_arguments(_class, _section)
@@ -55,17 +47,17 @@ def known_key(key: str, method: str) -> tuple[str, str]:
     if section not in SECTIONS:
         homes = [f"{s}.{section}" for s in SECTIONS if not name and section in key_names(s)]
         mend = homes[0] if homes else ", ".join(SECTIONS)
-        mend = NAMES_ELSEWHERE.get(section, mend) if not name else mend
-        raise UserError(slip_of_section(section) or f"unknown section `{section}`; did you mean `{mend}`?")
+        mend = names.NAMES_ELSEWHERE.get(section, mend) if not name else mend
+        raise UserError(names.slip_of_section(section) or f"unknown section `{section}`; did you mean `{mend}`?")
     if section == "quantization" and method == "lora":
         raise UserError("a `quantization` section is Q-LoRA's: run recipes/sft_qlora.py, or remove it")
-    if message := slip_of_key(key):
+    if message := names.slip_of_key(key):
         raise UserError(message)
     if not name:
         raise UserError(f"`{section}` is a section: write its keys below it, indented")
     if name not in key_names(section):
-        free = {s: [each for each in key_names(s) if f"{s}.{each}" not in REFUSED] for s in SECTIONS}
-        close = near(name, free[section])
+        free = {s: [each for each in key_names(s) if f"{s}.{each}" not in names.REFUSED] for s in SECTIONS}
+        close = names.near(name, free[section])
         meant = [f"{s}.{name}" for s in free if name in free[s]] + ([f"{section}.{close}"] if close else [])
         raise UserError(f"unknown key `{key}`" + (f"; did you mean `{meant[0]}`?" if meant else ""))
     return section, name
@@ -76,7 +68,7 @@ def check_value(section: str, name: str, value):
     key, declared = f"{section}.{name}", inspect.signature(SECTIONS[section]).parameters[name]
     if value is None and declared.default is not None and type(None) not in typing.get_args(declared.annotation):
         raise UserError(f"{key}: needs a value; leave the key out for the default")
-    if isinstance(value, (int, float)) and (message := slip_of_number(key, value)):
+    if isinstance(value, (int, float)) and (message := names.slip_of_number(key, value)):
         raise UserError(message)
     if name in ("rank_pattern", "alpha_pattern") and any(not number > 0 for number in (value or {}).values()):
         raise UserError(f"{key}: {value}: each number is above zero; lora.exclude_modules leaves a module out")
@@ -98,8 +90,8 @@ def check_value(section: str, name: str, value):
         raise UserError(f"{key}: expected {expected}, got {value!r}") from error
 
 
-def did_you_mean(value: object, names: typing.Iterable[str]) -> str:
-    close = near(value, names)
+def did_you_mean(value: object, known: typing.Iterable[str]) -> str:
+    close = names.near(value, known)
     return f"; did you mean {close!r}?" if close else ""
 
 
