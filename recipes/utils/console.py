@@ -25,7 +25,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from recipes.utils.names import near as near
-from recipes.utils.names import slip_of_key, slip_of_number, slip_of_section
+from recipes.utils.names import placed, slip_of_key, slip_of_number, slip_of_section
 
 OK, FAILED, USER_ERROR, DIVERGED, GATE_FAILED, TOO_FEW_ROWS, STOPPED = 0, 1, 2, 3, 4, 5, 75
 ENDS = {"failed": FAILED, "diverged": DIVERGED, "stopped": STOPPED}  # the word in run.json, and the exit status
@@ -316,7 +316,7 @@ def parse(parser: ArgumentParser, argv: list[str], data_files: bool = True) -> C
             if data_files or not isinstance(value, str):  # a sweep's "8,16" are several numbers
                 message = message or slip_of_number(key, value)
             if message:
-                raise UserError(f"{where}: {message.removeprefix(f'{key}: ') if where == f'--{key}' else message}")
+                raise UserError(placed(where, key, message))
         for part in ("train", "validation", "test") if data_files else ():
             names = both.get(f"data.{part}", (None,))[0]
             names = [names] if isinstance(names, str) else names

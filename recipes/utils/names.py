@@ -63,6 +63,11 @@ def near(name: object, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(name), list(names), n=1)), None)
 
 
+def placed(where: str, key: str, message: str) -> str:
+    """The message, which may begin with its `key`, and where the value stands; a flag's place is its key already."""
+    return f"{where}: {message.removeprefix(f'{key}: ') if where == f'--{key}' else message}"
+
+
 def slip_of_section(name: str, key: str = "") -> str | None:
     """What to say of a section that is none; None for a lone word that is like none of them, and may be a key."""
     meant = near(name, SECTION_NAMES)

@@ -16,11 +16,12 @@ import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
-from recipes.utils.config.keys import SECTIONS, RunOptions, check_classes, check_value, did_you_mean, known_key, placed
+from recipes.utils.config.keys import SECTIONS, RunOptions, check_classes, check_value, did_you_mean, known_key
 from recipes.utils.console import CommandLine, UserError, read_yaml
 from recipes.utils.data import DataOptions
 from recipes.utils.files import file_hash, read_json
 from recipes.utils.model import ModelOptions, check_start
+from recipes.utils.names import placed
 
 FLAGS = ("dry_run", "resume", "accept_changes", "max_hours")
 # In run.json and not in a config: what follows from model.dtype, and where the run went.
@@ -105,7 +106,7 @@ def load_config(path: str | Path, overrides: Mapping[str, object], method: str, 
             section, key = known_key(full, method)
             sections[section][key] = check_value(section, key, _relative(value))
         except UserError as error:
-            problems.append(placed(where, full, str(error)) if str(error).startswith(full) else f"{where}: {error}")
+            problems.append(placed(where, full, str(error)))
     problems += [f"{path}: {key} is missing" for key in ("model.name_or_path", "data.train") if key not in given]
     if problems:
         raise UserError("\n".join(problems))

@@ -106,17 +106,11 @@ def check_classes(arguments: dict[str, dict], given: dict[str, tuple[object, str
             for key, (value, where) in given.items():
                 if key.startswith(f"{section}.") and message.startswith(f"{value} "):
                     meant = did_you_mean(value, re.findall(r"'([^']+)'", message))
-                    said = f"{value!r} is unknown{meant}" if meant else message
-                    raise UserError(placed(where, key, said)) from error
+                    said = f"{key}: {value!r} is unknown{meant}" if meant else f"{key}: {message}"
+                    raise UserError(names.placed(where, key, said)) from error
             raise UserError(f"{path}: {section}: {message}") from error
         if isinstance(made, SFTConfig):
             _check_steps(made, given, path)
-
-
-def placed(where: str, key: str, message: str) -> str:
-    """The message with its place and its key, which a flag's place is already."""
-    message = message.removeprefix(f"{key}: ")
-    return f"{where}: {message}" if where == f"--{key}" else f"{where}: {key}: {message}"
 
 
 def _check_steps(args: SFTConfig, given: dict[str, tuple[object, str]], path: Path) -> None:
@@ -142,4 +136,4 @@ def _check_steps(args: SFTConfig, given: dict[str, tuple[object, str]], path: Pa
     except Exception as error:  # whatever the libraries raise, it is about the settings
         message, key = (str(error).splitlines() or [type(error).__name__])[0], f"training.{key}"
         where = given.get(key, (None, str(path)))[1]
-        raise UserError(placed(where, key, f"{getattr(value, 'value', value)}: {message}")) from error
+        raise UserError(names.placed(where, key, f"{key}: {getattr(value, 'value', value)}: {message}")) from error
