@@ -80,21 +80,17 @@ def write_report(folder: Path) -> None:
     worst: list[Row] = []
     with contextlib.suppress(UserError):  # it kept none, or its data files have changed
         worst = read_ledger(folder)[:WORST]
-    distributions = _distributions(record, ledger) + [bars(**plot) for plot in scored.pop("distributions", [])]
+    distributions = []
+    if lengths := (record.get("rows", {}).get("train") or {}).get("length_histogram"):
+        distributions.append(bars("Length of train rows", "tokens", lengths["edges"], {"rows": lengths["rows"]}))
+    if last := {line["where"]: line["loss"] for line in ledger if np.isfinite(line["loss"])}:
+        rows, edges = np.histogram(list(last.values()), 24)
+        distributions.append(bars("Loss of train rows, when last seen", "nats a token", edges, {"rows": rows}))
+    distributions += [bars(**plot) for plot in scored.pop("distributions", [])]
     write_page(
         folder / "report.html", "report.html", folder=folder.resolve().name, record=record, metrics=metrics, **scored,
         curves=plots, distributions=distributions, samples=samples[::-1], worst=worst, longest=LONGEST,
     )  # fmt: skip
-
-
-def _distributions(record: dict, ledger: list[dict]) -> list[Markup]:
-    plots = []
-    if lengths := (record.get("rows", {}).get("train") or {}).get("length_histogram"):
-        plots.append(bars("Length of train rows", "tokens", lengths["edges"], {"rows": lengths["rows"]}))
-    if last := {line["where"]: line["loss"] for line in ledger if np.isfinite(line["loss"])}:
-        rows, edges = np.histogram(list(last.values()), 24)
-        plots.append(bars("Loss of train rows, when last seen", "nats a token", list(edges), {"rows": rows}))
-    return plots
 
 
 def curves(title: str, unit: str, series: dict[str, tuple[list, list]], axis: str = "") -> Markup:
