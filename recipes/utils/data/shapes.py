@@ -124,15 +124,11 @@ def _turns(row: dict, shape: str) -> list:
     if isinstance(answer, str):
         thought = {name: row[name] for name in THOUGHT if isinstance(row.get(name), str)}
         answer = [{"role": "assistant", "content": answer, **thought}]
-    return [*_history(row), *question, *answer]
-
-
-def _history(row: dict) -> list[dict]:
-    """Alpaca's earlier rounds, which LLaMA-Factory, where they come from, learns as well."""
-    rounds = row.get("history") or []
+    rounds = row.get("history") or []  # Alpaca's earlier ones: LLaMA-Factory, where they come from, learns them too
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in rounds):
         raise BadRow("wrong type", "history: expected a list of [question, answer]; write it as such")
-    return [{"role": role, "content": text} for pair in rounds for role, text in zip(ROLES[1:3], pair, strict=True)]
+    earlier = [{"role": role, "content": text} for pair in rounds for role, text in zip(ROLES[1:3], pair, strict=True)]
+    return [*earlier, *question, *answer]
 
 
 def _system(row: dict, messages: list[dict]) -> list[dict]:
