@@ -258,7 +258,11 @@ class _Part:
 
 def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, tokenizer, args) -> dict:
     """Write the rows that `paths` hold to an Arrow file a part in `folder`, and return {part: [counts, findings]}."""
-    encoder = Encoder(tokenizer, options.control_tokens == "escape", think := _think(paths, options, tokenizer))
+    thoughts, think, reading = read_thoughts(tokenizer), options.think, Reading()
+    if not think and thoughts.on != thoughts.off:  # else the template has no switch, and a thought can only be kept
+        chats = stream_chats(paths, reading, options.system == "merge")
+        think = "keep" if any(reading.thoughts for _ in chats) else "drop"
+    encoder = Encoder(tokenizer, options.control_tokens == "escape", think)
     reading, tokenizer.chat_template = Reading(), encoder.template
     share = options.validation if isinstance(options.validation, float) else None
     parts = {part: _Part(folder / f"{part}.arrow", options, args.max_length) for part in names}
@@ -278,17 +282,6 @@ def _write(folder: Path, names: tuple[str, ...], paths, options: DataOptions, to
     if options.on_bad_row == "error":
         reading.raise_if_bad()
     return {name: part.finish(reading, think) for name, part in parts.items()}
-
-
-def _think(paths, options: DataOptions, tokenizer) -> Think | None:
-    """What becomes of thoughts: as asked for, else kept where any row has one; None where the template has no switch,
-    and a thought can only be kept."""
-    thoughts = read_thoughts(tokenizer)
-    if options.think or thoughts.on == thoughts.off:
-        return options.think
-    reading = Reading()
-    chats = stream_chats(paths, reading, options.system == "merge")
-    return "keep" if any(reading.thoughts for _ in chats) else "drop"
 
 
 def _encoded(paths, reading: Reading, encoder: Encoder, options: DataOptions) -> Iterator[tuple]:
