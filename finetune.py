@@ -4,14 +4,17 @@ from finetune import train_lora
 train_lora(model_name="Qwen/Qwen2-7B", dataset_path="./datasets/train.jsonl", output_dir="./checkpoints/")
 """
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from recipes.utils.console import UserError, near, quiet, say
+from recipes.utils.console import RunEnded, UserError, near, out, quiet, say
+from recipes.utils.notebook import Page, in_notebook, in_python
 
 with quiet():  # bitsandbytes tells at its import that it would fetch kernels
     from recipes import evaluate_adapter as _evaluate
@@ -31,11 +34,32 @@ KEYS = {
     "epochs": "training.num_train_epochs",
 }  # fmt: skip
 
-# The caller's process is as before after each call: the libraries are quiet within one alone.
-evaluate_adapter, merge_adapter = quiet()(_evaluate.evaluate_adapter), quiet()(_merge.merge_adapter)
+ARGUMENTS = {key: name for name, key in KEYS.items()}
 
 
-@quiet()
+@contextlib.contextmanager
+def _at_python() -> Iterator[None]:
+    """In here what is said is Python's, in a notebook on one display, and the libraries are quiet; the caller's process
+    is as before afterwards."""
+    words = functools.partial(in_python, names=ARGUMENTS)
+    before = out.words, out.page
+    out.words, out.page = words, Page(words) if in_notebook() else None
+    try:
+        with quiet():
+            yield
+    except (UserError, RunEnded) as error:
+        error.args = (words(str(error)),)
+        line = f"{type(error).__name__}: {error}"
+        error._render_traceback_ = lambda: [line]  # type: ignore[union-attr]  # what a notebook shows of it
+        raise
+    finally:
+        out.words, out.page = before
+
+
+evaluate_adapter, merge_adapter = _at_python()(_evaluate.evaluate_adapter), _at_python()(_merge.merge_adapter)
+
+
+@_at_python()
 def train_lora(
     model_name, dataset_path, val_dataset_path=None, output_dir=None, lora_rank=None, batch_size=None,
     gradient_accumulation_steps=None, learning_rate=None, epochs=None, config=None, **sections,
@@ -58,7 +82,7 @@ def train_lora(
     return _sft_lora.train_lora(_config("lora", locals()))
 
 
-@quiet()
+@_at_python()
 @functools.wraps(train_lora, assigned=("__annotations__",), updated=())
 def train_qlora(*args, **kwargs) -> Path:
     """`train_lora` on a base in 4 bit; takes a section quantization={...} as well."""

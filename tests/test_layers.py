@@ -9,16 +9,11 @@ import pytest
 from conftest import ROOT
 
 LAYERS = {
-    "names": 0, "console": 0, "files": 0, "page": 0, "show": 0, "data": 1, "model": 2, "config": 3, "evaluation": 3,
-    "training": 4, "monitoring": 5, "merge": 5, "planning": 5, "serving": 5, "deletion": 5,
+    "names": 0, "console": 0, "files": 0, "page": 0, "show": 0, "notebook": 0, "data": 1, "model": 2, "config": 3,
+    "evaluation": 3, "training": 4, "monitoring": 5, "merge": 5, "planning": 5, "serving": 5, "deletion": 5,
 }  # fmt: skip
-FLAT = (
-    "names",
-    "console",
-    "files",
-    "page",
-    "show",
-)  # modules that are no packages, each importing only from those before it
+# Modules that are no packages, each importing only from those before it.
+FLAT = ("names", "console", "files", "page", "show", "notebook")
 NOT_TO_TRAIN = {"merge", "planning", "serving", "deletion"}
 MODULES = sorted(path.relative_to(ROOT) for path in [*(ROOT / "recipes").rglob("*.py"), ROOT / "finetune.py"])
 RECIPES = [path for path in MODULES if path.parent == Path("recipes") and path.name != "__init__.py"]

@@ -43,6 +43,15 @@ DISK_WORDS = re.compile(  # of libraries that raise no OSError: torch, numpy, sq
 class _Console(Console):
     """Shows what text would have the terminal do; what rich itself sends (styles, bars) is apart from the text."""
 
+    words: Callable[[str], str] | None = None  # finetune's: Python's arguments and calls in the place of flags
+    page: Any = None  # a notebook's, which takes what is printed
+
+    def print(self, *objects, **how):
+        if self.page:
+            return self.page.print(*objects)
+        objects = tuple(self.words(each) if self.words and isinstance(each, str) else each for each in objects)
+        return super().print(*objects, **how)
+
     def render(self, *args, **how):
         for text, style, control in super().render(*args, **how):
             yield Segment(text if control else visible(text), style, control)

@@ -24,6 +24,7 @@ NORMAL = [chat(f"What is {number} and {number}?", f"It is {2 * number}, of cours
     [
         ({"learning_rate": 2e-5}, "--training.learning_rate 2e-4"),
         ({"warmup_steps": 50}, "--training.warmup_steps 0.03"),
+        ({"max_steps": 1, "warmup_steps": 0.03}, "(1 step), so nothing is learnt: --training.warmup_steps 0"),
         ({}, "few steps: 2"),
         ({"save_strategy": "no", "load_best_model_at_end": False}, "--training.save_strategy steps"),
         (

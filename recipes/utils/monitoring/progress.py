@@ -4,9 +4,11 @@ import atexit
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import rich.progress
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # in a notebook another one
 
 from recipes.utils.console import out, say
 from recipes.utils.files import append_jsonl, keep_steps, read_jsonl
@@ -25,11 +27,15 @@ class Progress(TrainerCallback):
     """Shows progress, and writes `folder`/metrics.jsonl: an object a logging step or evaluation, of all that the
     trainer logs then; docs/run_folder.md says what that is."""
 
-    in_place_of = (ProgressCallback, PrinterCallback)  # which a `Resumable` trainer leaves out, then
+    in_place_of = (
+        ProgressCallback,
+        PrinterCallback,
+        DEFAULT_PROGRESS_CALLBACK,
+    )  # which a `Resumable` trainer leaves out, then
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / "metrics.jsonl"
-        self.bar: rich.progress.Progress | None = None  # on a terminal
+        self.bar: Any = None  # rich's on a terminal, a notebook's page
         self.started, self.first_step, self.line_due = time.monotonic(), 0, 0
         self.before = 0.0  # seconds that a run which goes on has trained up to its checkpoint
 
@@ -40,12 +46,14 @@ class Progress(TrainerCallback):
         step, due = state.global_step, control.should_evaluate  # the evaluation that a stop has put off
         keep_steps(self.path, step, lambda line: due and line["step"] == step and "eval_loss" in line)
         self.before = max((line.get("seconds", 0.0) for line in read_jsonl(self.path)), default=0.0)
-        if sys.stdout.isatty():
+        if out.page or sys.stdout.isatty():
             columns = "{task.completed}/{task.total}", rich.progress.BarColumn(bar_width=None), "{task.description}"
-            self.bar = rich.progress.Progress(*columns, console=out, expand=True)
+            self.bar = out.page or rich.progress.Progress(*columns, console=out, expand=True)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
-            atexit.register(self.bar.stop)  # it hides the cursor, and a run that fails has no on_train_end
+            _ = out.page or atexit.register(
+                self.bar.stop
+            )  # it hides the cursor, and a run that fails has no on_train_end
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step == self.first_step:  # trackers take their time to begin

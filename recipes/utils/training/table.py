@@ -97,9 +97,10 @@ def check_settings(args, packed_rows: int, rows: int) -> list[Finding]:
     if args.learning_rate < 5e-5 and isinstance(args, SFTConfig):  # preferences want far less
         rate = f"learning rate {args.learning_rate:g} is one for full fine-tuning; an adapter learns little there"
         found.append(f"{rate}: --training.learning_rate 2e-4")
-    if (warmup := args.get_warmup_steps(steps)) >= steps > 1:
-        long = f"the warm-up of {warmup} steps is as long as the run of {steps}, so the learning rate is never reached"
-        found.append(f"{long}: --training.warmup_steps 0.03")
+    if (warmup := args.get_warmup_steps(steps)) >= steps:
+        long = f"the warm-up ({warmup}) is as long as the run ({steps} step{'s' * (steps > 1)}), "
+        long += "so nothing is learnt" if steps == 1 else "so the learning rate is never reached"
+        found.append(f"{long}: --training.warmup_steps {0 if steps == 1 else 0.03}")
     if steps < 100:
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         drawn = int(packed_rows * args.num_train_epochs / args.world_size)  # micro-batches of one row in all epochs
