@@ -15,7 +15,7 @@ from recipes.utils.data import Chat, Encoder
 ROWS = [chat(f"Say {number}", "Yes.") for number in range(24)]
 
 
-def all_the_way(name, config, folder, *flags):
+def train_on_twin(name, config, folder, *flags):
     twin = make_twin(name, folder / "twin")
     rows = write_jsonl(folder / "rows.jsonl", ROWS)
     settings = {
@@ -27,6 +27,10 @@ def all_the_way(name, config, folder, *flags):
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     assert run_recipe("sft_lora", ROOT / "configs" / f"{config}.yaml", *words, *flags) == 0
+
+
+def all_the_way(name, config, folder):
+    train_on_twin(name, config, folder)
 
     # What carries loss, after the very ids that inference sends.
     _, _, end, _, begins = {**TWINS, **MORE}[name]
@@ -59,6 +63,21 @@ def all_the_way(name, config, folder, *flags):
 @pytest.mark.parametrize("name", TWINS)
 def test_each_yaml_trains_its_twin_which_is_evaluated_merged_and_stops(name, tmp_path):
     all_the_way(name, name, tmp_path)
+
+
+OTHERS = {"mistral_all_linear": "mistral", "qwen2_all_linear": "qwen2"}  # further settings for a model that has a YAML
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_a_models_other_yaml_is_judged_on_its_twin(config, tmp_path, capsys):
+    train_on_twin(OTHERS[config], config, tmp_path, "--dry-run")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rank 32, alpha 32, on model.layers.0.mlp.down_proj" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_yaml_is_untried():
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*TWINS, *OTHERS, "tiny"}
 
 
 @pytest.mark.slow

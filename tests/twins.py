@@ -76,8 +76,8 @@ def mistral_v3():
 TIED = {"tie_word_embeddings": True}
 # name: (architecture, its tokenizer, the end of a turn, what differs in the config, what begins an answer)
 TWINS = {
-    "mistral_all_linear": ("mistral", mistral_v3, "</s>", {}, ""),
-    "qwen2_all_linear": ("qwen2", lambda: tokenizer_for(PUBLISHED_QWEN2, "<|im_end|>"), "<|im_end|>", {}, ""),
+    "mistral": ("mistral", mistral_v3, "</s>", {}, ""),
+    "qwen2": ("qwen2", lambda: tokenizer_for(PUBLISHED_QWEN2, "<|im_end|>"), "<|im_end|>", {}, ""),
     "qwen2_5": ("qwen2", lambda: tokenizer_for(shipped("qwen2_5"), "<|im_end|>"), "<|im_end|>", {}, ""),
     "qwen3_8b": (
         "qwen3", lambda: tokenizer_for(shipped("qwen3"), "<|im_end|>", plain=["<think>", "</think>"]), "<|im_end|>", {},
