@@ -66,7 +66,15 @@ def conversation(row: dict) -> tuple[str, list[dict], list[dict] | None, set[str
         turns = _json(turns, columns[0])
     else:
         turns = _typed(row, columns[0], list)
-    messages, unread = _messages(turns, tools)
+    messages, unread = list[dict](), set[str]()
+    for number, turn in enumerate(turns, start=1):
+        plain = type(turn) is dict and len(turn) == 2 and turn.get("role") in ("user", "system", "assistant")
+        if plain and type(turn.get("content")) is str and turn["content"].strip():  # as most are
+            messages.append(turn)
+        else:
+            found, others = _message(turn, f"turn {number}", tools)
+            messages += found
+            unread |= others
     if len(row) > 1:
         messages = _system(row, messages)
         beside = ("history", *(THOUGHT if isinstance(row[columns[2]], str) else ())) if shape in COLUMNS else ()
@@ -157,20 +165,6 @@ def _unread(row: dict, known: set, place: str) -> set[str]:
             what = "may change what is learnt, and is not known here; remove it, or write what it means in a known form"
             raise BadRow("unknown field", f"{place}{name}: {what}")
     return set(map(str, unread))
-
-
-def _messages(turns, tools: list[dict] | None) -> tuple[list[dict], set[str]]:
-    """(messages, names of their fields that are ignored) of a list of turns in any form."""
-    messages, unread = list[dict](), set[str]()
-    for number, turn in enumerate(turns, start=1):
-        plain = type(turn) is dict and len(turn) == 2 and turn.get("role") in ("user", "system", "assistant")
-        if plain and type(turn.get("content")) is str and turn["content"].strip():  # as most are
-            messages.append(turn)
-            continue
-        found, others = _message(turn, f"turn {number}", tools)
-        messages += found
-        unread |= others
-    return messages, unread
 
 
 def _message(turn, place: str, tools) -> tuple[list[dict], set[str]]:
