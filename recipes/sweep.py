@@ -12,6 +12,7 @@ end). A sweep that was stopped goes on where it was: give the same command again
 import contextlib
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -49,6 +50,7 @@ from recipes.utils.files import locked, read_jsonl
 
 RECIPES = Path(__file__).parent
 LOOK_EVERY = 0.5  # seconds
+EDGE, FEW_STEPS = 0.1, 20  # the share of a range that counts as its end; steps of a trial that say little
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # what fails counts as pruned: another try would fail as well
 
 
@@ -108,6 +110,8 @@ def sweep(config, flags: dict, qlora=False, trials=None, folder=None, pruning=Tr
     best, name = study.best_trial, study.best_trial.user_attrs["folder"]
     command = shlex.join([*script, *words(fixed | best.params)])
     say(f"\nbest: {name}, validation loss {best.value:.4f}\nagain: {command}")
+    for line in [*at_an_edge(space, best.params), *too_short(folder, len(study.get_trials(states=DONE)))]:
+        say(f"warning: {line}")
     say(f"next:  python recipes/evaluate_adapter.py {shlex.quote(name)}")
     return {"trial": name, "params": best.params, "validation_loss": best.value, "command": command}
 
@@ -126,6 +130,37 @@ def distribution(key: str, text) -> BaseDistribution | None:
     if all(isinstance(value, int) for value in values):
         return IntDistribution(*values)
     return FloatDistribution(*values, log=values[0] > 0)
+
+
+def at_an_edge(space: dict[str, BaseDistribution], best: dict) -> list[str]:
+    """A line for each number whose best value is the least or the largest that was tried, beyond which a better one may
+    lie: an end of a list of numbers, or within a tenth of a range's end, on its own scale."""
+    lines = []
+    for key, found in space.items():
+        ends = sorted(value for value in getattr(found, "choices", ()) if type(value) in (int, float))
+        value, places = best[key], {}
+        if isinstance(found, (IntDistribution, FloatDistribution)):
+            ends = [found.low, found.high]
+            scale = math.log if found.log else float
+            place = (scale(value) - scale(found.low)) / (scale(found.high) - scale(found.low))
+            places = {"lower": place <= EDGE, "upper": place >= 1 - EDGE}
+        elif len(ends) > 1:
+            places = {"lower": value == ends[0], "upper": value == ends[-1]}
+        for side in (name for name, is_there in places.items() if is_there):
+            tried = f"{ends[0]:g} to {ends[-1]:g}"
+            lines.append(
+                f"{key} {value:.3g} is at the {side} end of what was tried ({tried}): a better one may lie beyond"
+            )
+    return lines
+
+
+def too_short(folder: Path, trials: int) -> list[str]:
+    """A line where trials are too short to tell settings apart: in so few steps a rate has hardly risen and fallen."""
+    lines = [found[-1]["step"] for path in folder.glob("trial-*/metrics.jsonl") if (found := read_jsonl(path))]
+    if not lines or (steps := max(lines)) >= FEW_STEPS:
+        return []
+    many = f"{trials} trial{'s' * (trials > 1)} of {steps} steps at most: what is best so early need not be best later"
+    return [f"{many}; more rows, or --training.num_train_epochs"]
 
 
 def words(settings: dict) -> list[str]:

@@ -13,7 +13,7 @@ from conftest import ROOT, read_jsonl
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from recipes.sweep import distribution, sweep
+from recipes.sweep import at_an_edge, distribution, sweep
 from recipes.utils.console import UserError
 
 # In the place of a training recipe, for what is the sweep's own: three evaluations whose losses follow from alpha. It
@@ -66,6 +66,30 @@ def test_a_sweep_of_the_rank_says_that_alpha_stays(stand_in, capsys):
         sweep(ROOT / "configs" / "tiny.yaml", flags, folder=stand_in / str(len(str(flags))), trials=1)
         said = "lora.lora_alpha stays 3 while lora.r changes" in capsys.readouterr().out
         assert said == (flags["lora.lora_alpha"] == 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "side"),
+    [
+        ("16,32,64", 16, "lower"),
+        ("16,32,64", 64, "upper"),
+        ("16,32,64", 32, None),
+        ("1e-4..4e-4", 1.1e-4, "lower"),
+        ("1e-4..4e-4", 2e-4, None),  # by the logarithm, the middle
+        ("8..64", 62, "upper"),
+        ("cosine,linear", "cosine", None),
+    ],
+)
+def test_a_best_value_at_the_end_of_what_was_tried_is_told(values, best, side):
+    lines = at_an_edge({"training.x": distribution("training.x", values)}, {"training.x": best})
+    assert [f"the {side} end of what was tried" in line for line in lines] == [True] * (side is not None)
+
+
+def test_a_sweep_of_short_trials_says_so_and_that_its_best_is_at_the_edge(stand_in, capsys):
+    sweep(ROOT / "configs" / "tiny.yaml", {"lora.lora_alpha": "3,4,5"}, folder=stand_in / "trials")
+    said = capsys.readouterr().out
+    assert "warning: lora.lora_alpha 3 is at the lower end of what was tried (3 to 5): a better one may lie" in said
+    assert "warning: 3 trials of 3 steps at most: what is best so early" in said
 
 
 @pytest.mark.parametrize(
