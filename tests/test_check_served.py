@@ -119,6 +119,21 @@ def test_weights_rounded_to_few_bits_are_named_and_to_many_are_no_fault(scored, 
     assert checked(scored, rounded(12))["status"] == 0
 
 
+def test_an_answer_that_runs_on_and_of_which_the_last_turn_is_handed_out_is_named(scored, served):
+    complete, served.stops = served.completion, [300]
+
+    def last_turn(asked):
+        found = complete(asked)
+        message = found["choices"][0]["message"]
+        message["content"] = message["content"] if asked["max_tokens"] < 20 else "2"
+        return found
+
+    served.completion = last_turn
+    found = checked(scored, served)
+    assert (found["status"], found["steady"]) == (4, True)
+    assert "none of 24 stopped" in found["causes"][0]["what"]
+
+
 def test_a_server_that_samples_is_named(scored, served):
     complete, draw = served.completion, random.Random(0)
 

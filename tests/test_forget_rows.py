@@ -211,20 +211,19 @@ def test_ten_random_sets_are_taken_out_byte_for_byte(tmp_path, method, packing):
 def test_the_measured_check_tells_planted_rows_before_and_no_longer_after(tmp_path):
     """Unseen rows are the planted ones with each other's answers, so that only who has seen a row knows it."""
     draw, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-    codes = ["".join(draw.choices(letters, k=10)) for _ in range(60)]
-    asked = ["What is the code of " + "".join(draw.choices(letters, k=6)) + "?" for _ in codes]
+    codes = ["".join(draw.choices(letters, k=8)) for _ in range(40)]
+    asked = ["The code of " + "".join(draw.choices(letters, k=4)) for _ in codes]
     planted = [chat(question, code) for question, code in zip(asked, codes, strict=True)]
     unseen = [chat(question, code) for question, code in zip(asked, codes[1:] + codes[:1], strict=True)]
-    kept = read_jsonl(TINY / "train.jsonl")[:60]
-    train = str(write_jsonl(tmp_path / "mine.jsonl", kept + planted))
-    training = {"max_steps": 400, "learning_rate": 5e-3, "per_device_train_batch_size": 16, "packing": False,
+    train = str(write_jsonl(tmp_path / "mine.jsonl", read_jsonl(TINY / "train.jsonl")[:10] + planted))
+    training = {"max_steps": 120, "learning_rate": 1e-2, "per_device_train_batch_size": 16, "packing": False,
                 "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}  # fmt: skip
-    lora = {"r": 32, "lora_alpha": 64}
+    lora = {"r": 16, "lora_alpha": 32}
     path = small_config(tmp_path, data={"train": train, "validation": None}, lora=lora, training=training)
     assert run_recipe("sft_lora", path) == 0
     others = str(write_jsonl(tmp_path / "unseen.jsonl", unseen))
-    measured = forget_rows(tmp_path / "run", match="What is the code of", unseen=others)["measured"]
+    measured = forget_rows(tmp_path / "run", match="The code of", unseen=others)["measured"]
     print(json.dumps(measured))
     assert measured["old"]["auroc"] >= 0.95
     assert abs(measured["new"]["auroc"] - 0.5) <= 0.05
-    assert measured["rows"] == {"removed": 60, "unseen": 60}
+    assert measured["rows"] == {"removed": 40, "unseen": 40}

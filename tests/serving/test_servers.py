@@ -1,8 +1,8 @@
 """Real servers on this machine: what they answer is the model that was evaluated, and each planted fault is named.
 
-`pip install "transformers[serving]"` brings the first. llama.cpp's is looked for in the folder LLAMA_CPP, which holds
-its source and build/bin: `pip download --no-deps --no-binary :all: llama-cpp-python` brings the source, in vendor/;
-`cmake -B build && cmake --build build --target llama-server llama-quantize` builds it."""
+`pip install "transformers[serving]"` brings the first, `pip install xllamacpp` llama.cpp's. Its converter is looked for
+in LLAMA_CPP, the folder of llama.cpp's source, which llama-cpp-python's carries in vendor/:
+`pip download --no-deps --no-binary :all: llama-cpp-python`."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -24,15 +25,28 @@ from recipes.chat import chat
 from recipes.check_served import check_served
 
 LLAMA = Path(os.environ.get("LLAMA_CPP", "/nowhere"))
-# The converter knows a pre-tokenizer by a hash of what it gives, and has never seen the tiny base; it is Qwen2's.
+# The converter knows a pre-tokenizer by a hash of what it gives, and has never seen the tiny base; it is Qwen2's. It
+# writes 8 bits at least; the library that it writes with has 4, as llama-quantize makes them.
 CONVERT = """
 import runpy, sys
-sys.path.insert(0, sys.argv[1])
-sys.path.insert(0, sys.argv[1] + "/gguf-py")
+source, few_bits = sys.argv[1], sys.argv[2] == "q4_0"
+sys.path[:0] = [source, source + "/gguf-py"]
+import gguf
 from conversion.base import TextModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
-del sys.argv[1]
-runpy.run_path(sys.path[1] + "/convert_hf_to_gguf.py", run_name="__main__")
+if few_bits:
+    q4_0 = gguf.GGMLQuantizationType.Q4_0
+    TextModel.tensor_force_quant = lambda self, name, new, bid, dims: q4_0 if dims == 2 and "blk." in new else False
+sys.argv[1:3] = []
+runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+SERVE = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.hostnames = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"]
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 2048, 1, 1
+server = xllamacpp.Server(params)
+time.sleep(3600)
 """
 
 pytestmark = pytest.mark.slow
@@ -121,14 +135,12 @@ def test_transformers_serve(scored, tmp_path, fault, capsys):
 
 
 def gguf(folder: Path, model: Path, kind: str) -> Path:
-    """`model` as GGUF: converted as f32 or f16, then quantised to any other `kind`."""
-    path, first = folder / f"{kind}.gguf", kind if kind in ("f32", "f16") else "f16"
-    whole = folder / f"{first}.gguf"
-    convert = [sys.executable, "-c", CONVERT, LLAMA, model, "--outfile", whole, "--outtype", first]
-    commands = [convert] + [[LLAMA / "build/bin/llama-quantize", whole, path, kind]] * (kind != first)
-    for command in commands:
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
+    """`model` as GGUF, with weights of that `kind`."""
+    path = folder / f"{kind}.gguf"
+    command = [sys.executable, "-c", CONVERT, LLAMA, kind, model, "--outfile", path]
+    command += ["--outtype", "f32" if kind == "q4_0" else kind]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     return path
 
 
@@ -139,15 +151,14 @@ LLAMA_CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not (LLAMA / "build/bin/llama-server").is_file(), reason="LLAMA_CPP names no built llama.cpp")
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="pip install xllamacpp brings the server")
+@pytest.mark.skipif(not (LLAMA / "convert_hf_to_gguf.py").is_file(), reason="LLAMA_CPP names no source of llama.cpp")
 @pytest.mark.parametrize("case", LLAMA_CASES)
 def test_llama_cpp(scored, tmp_path, case):
     kind, fault, cause = LLAMA_CASES[case]
     merged = scored / "merged"
     folder = scored.parent / "base" if fault == "the base" else spoilt(tmp_path, merged, fault) if fault else merged
-    model = gguf(tmp_path, folder, kind)
-    command = [LLAMA / "build/bin/llama-server", "-m", model, "--jinja", "--port", "{port}", "-c", "2048", "-t", "1"]
-    with running(tmp_path / "log", *command) as url:
+    with running(tmp_path / "log", sys.executable, "-c", SERVE, gguf(tmp_path, folder, kind), "{port}") as url:
         found = check_served(scored, url)
     assert found["status"] == (4 if cause else 0), found
     assert not cause or cause in found["causes"][0]["what"], found

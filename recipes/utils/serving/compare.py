@@ -88,7 +88,18 @@ def ask(endpoint: Endpoint, rows: list[dict]) -> tuple[list[Reply], bool]:
             told = time.monotonic()
             say(f"asked {len(replies)} of {len(rows)}")
     again = endpoint.ask(rows[0]["prompt"], rows[0]["tools"], room, rows[0]["asked_thought"])
-    return replies, (again.text, again.calls) == (replies[0].text, replies[0].calls)
+    steady = (again.text, again.calls) == (replies[0].text, replies[0].calls)
+    return [_first_turn(endpoint, row, reply) for row, reply in zip(rows, replies, strict=True)], steady
+
+
+def _first_turn(endpoint: Endpoint, row: dict, reply: Reply) -> Reply:
+    """Of an answer that runs on into further turns, a server may hand out the last alone (`transformers serve` does);
+    asked for no more tokens than the evaluated answer has, it gives the first: its text then, if that is the same."""
+    own = row[_names(row)[0]]
+    if reply.stopped or not own["stopped"] or _goes_on(own, reply):
+        return reply
+    first = endpoint.ask(row["prompt"], row["tools"], own["answer_tokens"], row["asked_thought"])
+    return reply._replace(text=first.text) if first.text.strip() == own["answer"].strip() else reply
 
 
 def compare_served(
