@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, read_jsonl, run_recipe, write_jsonl
-from rich.console import Console
 from trl import SFTConfig
 
+from recipes.utils.console import out
 from recipes.utils.monitoring import Progress
 from recipes.utils.monitoring.progress import BESIDE_THE_BAR, metrics_line
 
@@ -81,7 +81,7 @@ def test_seconds_are_counted_on_after_a_resume_and_the_last_step_says_what_follo
 
 def test_on_a_terminal_of_80_columns_progress_is_one_line(monkeypatch, tmp_path):
     """The bar is drawn again in its place: no line is wider than the terminal, and none is left behind."""
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    terminal = type(out)(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
     monkeypatch.setattr("recipes.utils.monitoring.progress.out", terminal)
     monkeypatch.setattr("recipes.utils.console.out", terminal)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

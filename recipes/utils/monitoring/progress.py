@@ -27,11 +27,8 @@ class Progress(TrainerCallback):
     """Shows progress, and writes `folder`/metrics.jsonl: an object a logging step or evaluation, of all that the
     trainer logs then; docs/run_folder.md says what that is."""
 
-    in_place_of = (
-        ProgressCallback,
-        PrinterCallback,
-        DEFAULT_PROGRESS_CALLBACK,
-    )  # which a `Resumable` trainer leaves out, then
+    # which a `Resumable` trainer leaves out, then
+    in_place_of = (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK)
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / "metrics.jsonl"
@@ -51,9 +48,8 @@ class Progress(TrainerCallback):
             self.bar = out.page or rich.progress.Progress(*columns, console=out, expand=True)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
-            _ = out.page or atexit.register(
-                self.bar.stop
-            )  # it hides the cursor, and a run that fails has no on_train_end
+            if not out.page:
+                atexit.register(self.bar.stop)  # it hides the cursor, and a run that fails has no on_train_end
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step == self.first_step:  # trackers take their time to begin
