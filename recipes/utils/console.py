@@ -242,6 +242,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         # PEFT asks the hub at each save whether the vocabulary was changed; no recipe changes it
         warnings.filterwarnings("ignore", "Could not find a config file in|Unable to fetch remote file due to")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied")  # the merge unties them
         afterwards.callback(bnb.setLevel, bnb.level)
         bnb.setLevel(logging.ERROR)
         # it takes a share of steps, such as save_steps: 0.1, for a change at each resume; check_same_run compares

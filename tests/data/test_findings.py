@@ -149,10 +149,10 @@ def test_all_tokens_trained_warns(found):
 
 
 def test_a_stop_is_a_user_error_and_a_warning_is_a_line(capsys):
-    report_findings([Finding("warn", "mind this"), Finding("drop", "two rows")])
+    report_findings([Finding("warn", "mind this"), Finding("drop", "two rows"), Finding("warn", "mind this")])
     assert capsys.readouterr().out == "warning: mind this\nleft out: two rows\n"
-    with pytest.raises(UserError, match="cannot be"):
-        report_findings([Finding("warn", "mind this"), Finding("stop", "this cannot be")])
+    with pytest.raises(UserError, match="^this cannot be$"):
+        report_findings([Finding("warn", "mind this"), *[Finding("stop", "this cannot be")] * 2])
 
 
 def test_preparing_tells_what_it_finds_and_stops_where_it_cannot_be_right(tmp_path, capsys):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, chat, read_jsonl, write_jsonl
+from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -127,6 +127,14 @@ def test_a_control_token_that_the_base_never_saw_is_warned_of(untrained_stop, co
         found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         assert len(found) == warnings
         assert all("<|im_end|> (norm 0, " in line and "--lora.modules_to_save '[lm_head]'" in line for line in found)
+
+
+def test_nothing_is_said_of_the_head_where_it_is_trained_as_advised(untrained_stop, config_file, capsys, recwarn):
+    for base in (untrained_stop, TINY / "base"):  # untied, and tied: PEFT warns of the latter, which the merge unties
+        path = config_file(model={"name_or_path": str(base)}, training={"max_steps": 100})
+        assert run_recipe("sft_lora", path, "--dry-run", "--lora.modules_to_save", "[lm_head]") == 0
+        assert "warning: " not in capsys.readouterr().out
+    assert not [str(one.message) for one in recwarn if "tie_word_embeddings" in str(one.message)]
 
 
 def test_the_mend_for_an_untrained_stop_token_trains_merges_and_makes_the_model_stop(

@@ -48,7 +48,8 @@ class Finding(NamedTuple):
 
 
 def report_findings(findings: Iterable[Finding]) -> None:
-    """Print the warnings and what was left out; raise a `UserError` with what cannot be right."""
+    """Print the warnings and what was left out; raise a `UserError` with what cannot be right; each but once."""
+    findings = list(dict.fromkeys(findings))  # what holds of the tokenizer is found with train and validation rows
     for finding in findings:
         if finding.level != "stop":
             say(f"{'left out' if finding.level == 'drop' else 'warning'}: {finding.message}")

@@ -340,14 +340,15 @@ def load_base(base: Path, options: ModelOptions, attention: str, quantization_co
 def check_tokens(model, rows, tokenizer) -> list[Finding]:
     """Control tokens of `rows` (a Dataset with `input_ids` and `labels`) whose embedding or head row looks untrained in
     this base: by its norm, a third of the vocabulary's median or less, or because it is one of many rows that point the
-    same way, as those of tokens that were never used do. The head row decides when the model stops."""
+    same way, as those of tokens that were never used do. The head row decides when the model stops: none where the head
+    is trained, which is the mend."""
     sample = rows.select(range(min(len(rows), 200)))  # enough to see which control tokens are used
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     read = special & {token for ids in sample["input_ids"] for token in ids}
     learnt = special & {label for labels in sample["labels"] for label in labels}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     findings = []
-    for name, weight, used in (("embedding", embedding, read), ("head", head, learnt)):
+    for name, weight, used in (("embedding", embedding, read), ("head", head, learnt)) * (not head.requires_grad):
         if name == "head" and head is embedding:  # tied, and told already
             continue
         norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.float32)
