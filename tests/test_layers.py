@@ -138,7 +138,7 @@ def test_sizes_are_held(record_property):
         "lines of sft_lora.py": (lines(recipe), 95),
         "its imports of ours": (len(ours(recipe)), 7),
         "files that a training run reaches": (len(files), 28),
-        "lines of them": (sum(map(lines, run)), 5_850),
+        "lines of them": (sum(map(lines, run)), 5_734),
     }
     for name, (found, most) in figures.items():
         record_property("size", f"{name}: {found:,} of at most {most:,}")
