@@ -207,9 +207,10 @@ def row_of(one: dict, first: dict, keys: list[str]) -> dict[str, str]:
 
 def print_runs(table: pandas.DataFrame) -> None:
     """A line a run where they fit the terminal; else a column a run, some at a time."""
-    parts, starts = [table], range(0, len(table), ACROSS)
+    across = max(1, min(ACROSS, (out.width - 32) // 12))
+    parts, starts = [table], range(0, len(table), across)
     if sum(4 + max(len(name), table[name].str.len().max()) for name in table) > out.width:
-        parts = [table[start : start + ACROSS].set_index("run").T.reset_index(names="") for start in starts]
+        parts = [table[start : start + across].set_index("run").T.reset_index(names="") for start in starts]
     for part in parts:
         shown = Table(*part, box=None, padding=(0, 2), header_style="bold")
         for line in part.to_numpy():

@@ -53,6 +53,16 @@ def twin(runs, tmp_path):
     return make
 
 
+def test_on_a_narrow_terminal_runs_stand_below_each_other_and_nothing_is_cut(runs, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.compare_runs.out._width", 44)
+    compare_runs(runs)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    lines = shown.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.split() in (["alpha-8"], ["alpha-32"])]
+    assert len(heads) == 2, "one run in a table"
+
+
 def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(runs, twin, capsys):
     resumed = twin(lambda record: record.update(resumed=[{"from": "checkpoint-2"}]))
     lines = read_jsonl(resumed / "metrics.jsonl")

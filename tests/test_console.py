@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_recipe, run_script, write_jsonl
 from forks import fork_script
+from rich.table import Table
 
 from recipes.utils.config import key_names
 from recipes.utils.console import (
@@ -456,3 +457,18 @@ def test_outputs_that_go_away_end_no_work(sink, tmp_path):
     assert (tmp_path / "status").read_text() == "0\n"
     full = "warning: not all that was printed could be written: No space left on device\n"
     assert result.stderr == (full if "full" in sink else "")
+
+
+def test_a_table_on_a_narrow_terminal_wraps_and_loses_nothing(monkeypatch):
+    from recipes.utils import console
+
+    narrow = console._Console(file=io.StringIO(), width=44, highlight=False)
+    monkeypatch.setattr("recipes.utils.console.out", narrow)
+    table = Table("", "per_device_train_batch_size_of_the_first", "difference, 95 % interval", box=None)
+    table.add_row("gradient_accumulation_steps_and_more", "a" * 50, "−3.2655, −3.4114 to −3.1207")
+    narrow.print(table)
+    print_table("run", {"name": "b" * 90})
+    shown = narrow.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 44
+    assert "…" not in shown
+    assert (shown.count("a") >= 50, shown.count("b")) == (True, 90 + 1), "and the b of batch"

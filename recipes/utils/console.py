@@ -49,6 +49,8 @@ class _Console(Console):
     def print(self, *objects, **how):
         if self.page:
             return self.page.print(*objects)
+        for column in (column for each in objects if isinstance(each, Table) for column in each.columns):
+            column.overflow = "fold"  # a narrow terminal cuts nothing
         objects = tuple(self.words(each) if self.words and isinstance(each, str) else each for each in objects)
         return super().print(*objects, **how)
 

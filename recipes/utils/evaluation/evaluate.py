@@ -337,12 +337,17 @@ def _print(table: dict) -> None:
     figures_of = {label: own for label, own, _ in table["rows"]}
     judged = {label: [cells[0][0], _judged(*cells[0][1:])] for label, _, cells in table["rows"] if cells}
     whole = _columns(table["models"] + heads, figures_of, judged)
-    if out.measure(whole, options=out.options.update(width=1_000)).maximum <= out.width:
+    if _fits(whole):
         out.print(whole, markup=False)
         return
     out.print(_columns(table["models"], figures_of), markup=False)
     say("")
     out.print(_columns(heads, judged), markup=False)
+
+
+def _fits(table: Table) -> bool:
+    """Whether the table is no wider than the terminal."""
+    return out.measure(table, options=out.options.update(width=1_000)).maximum <= out.width
 
 
 def _columns(heads: list[str], *parts: dict[str, list[str]]) -> Table:
@@ -385,7 +390,12 @@ def _print_slices(metrics: dict) -> None:
             figures_of = [show(name, own[model][name]) for model in models]
             judged = _judged(one["verdict"], note_of(name, one))
             table.add_row(label, f"{one['rows']:,}", score, *figures_of, show_interval(name, one), judged)
-        out.print(table, markup=False)
+        if _fits(table):
+            out.print(table, markup=False)
+            continue
+        for label, *parts in zip(*(column.cells for column in table.columns), strict=True):
+            named = [f"{head}: {part}" if head else part for head, part in zip(heads[1:], parts, strict=True) if part]
+            say("\n  ".join([str(label), *named]))
 
 
 def _lost(metrics: dict) -> str:
