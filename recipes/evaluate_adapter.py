@@ -109,7 +109,8 @@ def evaluate_adapter(
     encoder = Encoder(tokenizer, escape=True, think=record["data"].get("think"))
     parts = {name: scoring.within_limit(encoder, rows, record) for name, rows in parts.items()}
     chats = parts["predictions"]
-    say(f"{run_folder}: {len(chats):,} rows, answers to {min(max_rows, len(chats)):,} of them")
+    files = ", ".join(dict.fromkeys(chat.where.rpartition(":")[0] for chat in chats))
+    say(f"{run_folder}: {len(chats):,} rows of {files}, answers to {min(max_rows, len(chats)):,} of them")
     for scale in scales or ():
         scoring.check_linear(run_folder, scale)
     wanted = {"base": True, "system": system, "shots": shots, "system_shots": shots and system}

@@ -72,7 +72,7 @@ def inspect_data(config: Config, rows=3, row=None, pick=False, ledger=None) -> d
     for batch in columns.iter(1000):
         lengths += map(len, batch["labels"])
         answers.update(sum(a == -100 != b for a, b in pairwise([-100, *labels])) for labels in batch["labels"])
-    bars, edges = np.histogram(lengths, bins=12)
+    bars, edges = np.histogram(lengths, bins=min(12, max(lengths) - min(lengths) + 1))
 
     # 3. The rows that are shown: several of a file:line where the answers of a chat are split.
     count, worst = min(rows, len(columns)), read_ledger(ledger)[:WORST] if ledger else []

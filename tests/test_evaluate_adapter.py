@@ -72,6 +72,7 @@ def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_pa
     assert "answer" not in predictions[4]["adapter"]
     assert len(read_jsonl(folder / "evaluation" / "forgetting.jsonl")) == 2
     shown = capsys.readouterr().out
+    assert re.search(r": \d+ rows of \S*test\.jsonl, answers to", shown), "whose rows they are"
     for words in ("exact match", rows[0]["messages"][-1]["content"], "The adapter is better than the base in loss",
                   "too few rows to say", "by tag (3 tags", "lost: nothing that these rows can show",
                   "by field of the JSON answers (4 fields", "verdict: BETTER than the base in loss"):  # fmt: skip

@@ -1,5 +1,6 @@
 """What is unwise in settings and base is warned of with a flag to paste, and the flags do what they say."""
 
+import os
 import shutil
 
 import pytest
@@ -36,6 +37,14 @@ NORMAL = [chat(f"What is {number} and {number}?", f"It is {2 * number}, of cours
 def test_unwise_settings_are_warned_of_with_a_flag(config_file, capsys, training, warning):
     train_lora(load_config(config_file(training={"max_steps": 2, **training}), {}, "lora", dry_run=True))
     assert warning in capsys.readouterr().out
+
+
+def test_the_table_names_the_rows_that_will_be_scored(config_file, capsys):
+    """A config's own test rows stay where the training rows are somebody's own."""
+    for test in (str(TINY / "test.jsonl"), None):
+        train_lora(load_config(config_file(data={"test": test}, training={"max_steps": 1}), {}, "lora", dry_run=True))
+        lines = [line for line in capsys.readouterr().out.splitlines() if "scored later" in line]
+        assert [line.split()[-1] for line in lines] == ([os.path.relpath(test)] if test else [])
 
 
 def test_the_flags_that_few_steps_prints_give_a_hundred(config_file, capsys):

@@ -42,7 +42,7 @@ def print_run(run, config: Config, trainer, train: Prepared, validation: Prepare
         "checkpoints": check_disk(args, trainer.model, steps), "files": f"{shapes} rows{ignored}" if shapes else None,
         "rows": f"{len(train.rows):,} train, {len(validation.rows) if validation else 0:,} validation",
         "an epoch": ", ".join(f"{number:,} rows of {path}" for path, number in counts.mixture.items()) or None,
-        "split": f"{counts.split:,} {split}" if counts.split else None,
+        "scored later": config.data.test, "split": f"{counts.split:,} {split}" if counts.split else None,
         "not used": _left_out(counts, validation.counts if validation else Counts(), args, config.data.over_length),
         "tokens": tokens, "packing": packing, "effective batch": batch, "steps": f"{steps:,} ({an_epoch:,} an epoch)",
         "adapter": f"rank {lora.r}, alpha {lora.lora_alpha}, on {targets}",
