@@ -77,7 +77,7 @@ def forget_rows(
         "rows": f"{len(found.rows):,} of {found.total:,}: {_some([chat.where for chat in found.rows])}",
         "copies, which go along": _some([chat.where for chat in found.copies]) or None,
         "near copies, which stay": _some([f"{a} of {b} ({share:.0%})" for a, b, share in found.near]) or None,
-        "cost": f"a run of {found.total - gone:,} rows" + (f"; the old one took {seconds:,.0f} s" if seconds else ""),
+        "cost": "the run again" + (f"; the old one took {seconds:,.0f} s" if seconds else ""),
     }
     print_table(f"{old}: to be taken out", table)
     if gone == found.total:
