@@ -527,3 +527,16 @@ def test_ligers_kernels_are_refused_where_they_cannot_run(tmp_path):
 def test_the_tiny_splits_share_no_row():
     rows = {name: (TINY / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation", "test")}
     assert len(set().union(*rows.values())) == sum(len(part) for part in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("training.learning_rate", "fast"), ("training.learning_rate", 5000), ("lora.r", 2.5),
+                       ("training.logging_steps", "often"), ("lora.bias", "some")],
+)  # fmt: skip
+def test_an_error_names_its_key_once(tmp_path, key, value):
+    section, name = key.split(".")
+    for text, overrides in ((f"{BASE}{section}2:\n", {key: value}), (f"{section}: {{{name}: {value}}}\n", {})):
+        base = "model: {name_or_path: some/model}\ndata: {train: train.jsonl}\n"
+        with pytest.raises(UserError) as error:
+            load(tmp_path, text.replace(f"{section}2:\n", "") if overrides else base + text, overrides)
+        assert str(error.value).count(key) == 1, str(error.value)

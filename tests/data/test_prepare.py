@@ -263,6 +263,18 @@ def test_a_share_splits_the_rows_and_loses_none(tmp_path):
         prepared(path, tokenizer, validation=1e-9)
 
 
+def test_typed_control_tokens_and_other_bad_rows_of_both_files_are_told_in_one_pass(tmp_path):
+    fine, typed, empty = chat("a", "b"), chat("a <|im_start|> b", "c"), chat("a", "")
+    train = write_jsonl(tmp_path / "train.jsonl", [fine, empty, typed])
+    validation = write_jsonl(tmp_path / "validation.jsonl", [typed, fine, {"messages": []}])
+    with pytest.raises(UserError) as error:
+        both_parts(train, qwen2_5(), validation=str(validation))
+    told = str(error.value)
+    for where in (f"{train}:2: ", f"{train}:3: ", f"{validation}:1: ", f"{validation}:3: "):
+        assert where in told
+    assert told.count("holds the control token <|im_start|>") == 2
+
+
 def test_an_empty_list_of_files_is_a_user_error():
     args = SimpleNamespace(max_length=512, seed=1)
     with pytest.raises(UserError, match=r"data\.train: names no rows"):
