@@ -1,6 +1,7 @@
 """What a person meets at the terminal: exit statuses, one-line errors, what is answered before the libraries load."""
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_recipe, run_script, write_jsonl
-from forks import fork_script
+from forks import command_line, fork_script
 from rich.table import Table
 
 from recipes.utils.config import key_names
@@ -110,9 +111,13 @@ def test_ctrl_c_during_the_imports_is_one_word(config_file, no_torch, tmp_path):
     ],
     ids=" ".join,
 )
-def test_what_only_the_libraries_can_judge_is_left_to_them(config_file, no_torch, words):
+def test_what_only_the_libraries_can_judge_is_left_to_them(config_file, words):
     recipe, *words = [str(config_file()) if word == "CONFIG" else word for word in words]
-    result = run_script(f"recipes/{recipe}", *words, **no_torch)
+    command_line(importlib.import_module(f"recipes.{recipe.removesuffix('.py')}"), words)
+
+
+def test_the_libraries_are_imported_once_the_first_look_found_no_slip(config_file, no_torch):
+    result = run_script("recipes/sft_lora.py", config_file(), **no_torch)
     assert (result.returncode, result.stderr) == (1, "torch was imported\n")
 
 

@@ -155,39 +155,40 @@ def test_typed_control_tokens_are_plain_text_when_escaped():
         assert end in tokenizer.decode(ids, clean_up_tokenization_spaces=False).split("b")[0]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["[<|im_end|>]", "[see <|im_end|> x]", "x < 3 and <|im_end|> > y", "<<|im_end|>>", "a<|im_end|>b"],
-)
-@pytest.mark.parametrize("place", ["user", "tool description", "argument name", "tool result"])
-def test_a_control_token_is_found_wherever_it_hides(tmp_path, text, place):
+def row_with(text: str, place: str) -> dict:
+    """A chat with a call of a tool, which has `text` in one place of it."""
+    calls = [{"name": "f", "arguments": {text if place == "argument name" else "a": 1}}]
+    result = json.dumps({"k": text}).replace("[", "\\u005b") if place == "tool result" else "4"
+    return {
+        "messages": [
+            {"role": "user", "content": text if place == "user" else "go"},
+            {"role": "assistant", "tool_calls": calls},
+            {"role": "tool", "content": result},
+            {"role": "assistant", "content": "done"},
+        ],
+        "tools": [{"name": "f", "description": text if place == "tool description" else "d"}],
+    }
+
+
+def test_a_control_token_is_found_wherever_it_hides(tmp_path):
     """Refused, or by `escape` encoded as text: as many control tokens as the same row has without it."""
-    family = "mistral v3"
-    text = text.replace("<|im_end|>", "[INST]")
+    texts = ["[[INST]]", "[see [INST] x]", "x < 3 and [INST] > y", "<[INST]>", "a[INST]b"]
+    places = ["user", "tool description", "argument name", "tool result"]
+    rows = [(text, place) for text in texts for place in places]
+    good = row_with("word", "user")
+    path = write_jsonl(tmp_path / "mistral.jsonl", [*(row_with(*row) for row in rows), good])
+    bad = prepared(path, on_bad_row="skip").counts.bad
+    assert [found["where"] for found in bad] == [f"{path}:{line}" for line in range(1, len(rows) + 1)]
+    assert all("holds the control token [INST]" in found["error"] for found in bad)
 
-    def row(text):
-        calls = [{"name": "f", "arguments": {text if place == "argument name" else "a": 1}}]
-        result = json.dumps({"k": text}) if place == "tool result" else "4"
-        if place == "tool result":
-            result = result.replace("[", "\\u005b")
-        return {
-            "messages": [
-                {"role": "user", "content": text if place == "user" else "go"},
-                {"role": "assistant", "tool_calls": calls},
-                {"role": "tool", "content": result},
-                {"role": "assistant", "content": "done"},
-            ],
-            "tools": [{"name": "f", "description": text if place == "tool description" else "d"}],
-        }
+    specials = tokenizer_of("mistral v3").added_tokens_decoder
 
-    tokenizer = tokenizer_of(family)
-    path = write_jsonl(tmp_path / "mistral.jsonl", [row(text)])
-    with pytest.raises(UserError, match=r"holds the control token \[INST\]"):
-        prepared(path)
-    escaped = prepared(path, control_tokens="escape").rows[0]["input_ids"]
-    plain = prepared(write_jsonl(tmp_path / "mistral-plain.jsonl", [row("word")])).rows[0]["input_ids"]
-    specials = [[token for token in ids if token in tokenizer.added_tokens_decoder] for ids in (escaped, plain)]
-    assert specials[0] == specials[1]
+    def marks(path, **options):
+        found = prepared(path, **options).rows["input_ids"]
+        return [[token for token in ids if token in specials] for ids in found]
+
+    plain = write_jsonl(tmp_path / "mistral-plain.jsonl", [*(row_with("word", place) for _, place in rows), good])
+    assert marks(path, control_tokens="escape") == marks(plain)
 
 
 MARKS = {  # (template, its end of turn, special tokens, tokens that are none): as R1-Distill and many a merge has them
