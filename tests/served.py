@@ -8,7 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
-from conftest import TINY, chat, read_jsonl, run_recipe, small_config, write_jsonl
+from conftest import BASE, TINY, chat, read_jsonl, run_recipe, small_config, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.evaluate_adapter import evaluate_adapter
@@ -32,7 +32,7 @@ def scored_run(folder):
     cities = [json.loads(row["messages"][1]["content"])["city"] for row in read_jsonl(TINY / "train.jsonl")[:400]]
     cities = list(dict.fromkeys(cities))[:ROWS]
     rows = [chat(f"Who is in room {number}?", f"{city} {draw.randint(10, 99)}") for number, city in enumerate(cities)]
-    shutil.copytree(TINY / "base", base)
+    shutil.copytree(BASE, base)
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|endoftext|>"}))
     (base / "chat_template.jinja").write_text("{{ bos_token }}" + DEFAULT + CHATML)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, run_script, small_config, write_jsonl
+from conftest import BASE, ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, run_script, small_config, write_jsonl
 from forks import command_line
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -82,7 +82,7 @@ def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_pa
 def test_what_the_base_knew_and_the_adapter_lost_is_named(trained, tmp_path, capsys):
     """Rows whose answers are the base's own: an adapter that learnt to answer in JSON finds them unlikely."""
     folder = copy_run(trained, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder), escape=True)
     chats = read_chats(str(TINY / "test.jsonl"))[:24]
     answers = [row["answer"].strip() for row in evaluate(model, encoder, chats, 24, 60)]
@@ -100,7 +100,7 @@ def test_what_the_base_knew_and_the_adapter_lost_is_named(trained, tmp_path, cap
 
 def test_the_base_of_an_evaluation_is_the_base_itself(trained, tmp_path):
     folder, chats = copy_run(trained, tmp_path), read_chats(str(TINY / "validation.jsonl"))[:8]
-    plain = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     data = write_jsonl(tmp_path / "rows.jsonl", read_jsonl(TINY / "validation.jsonl")[:8])
     scores = evaluate_adapter(folder, data=str(data), max_rows=2)
@@ -114,7 +114,7 @@ BESIDE = [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"
 def test_the_base_is_the_base_whatever_was_trained_beside_the_adapter(trained, tmp_path, options):
     """PEFT's disable_adapter would leave trained biases in."""
     folder = copy_run(trained, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -122,7 +122,7 @@ def test_the_base_is_the_base_whatever_was_trained_beside_the_adapter(trained, t
     model.save_pretrained(folder)
     data = str(write_jsonl(tmp_path / "rows.jsonl", read_jsonl(TINY / "validation.jsonl")[:4]))
     chats, encoder = read_chats(data), Encoder(AutoTokenizer.from_pretrained(folder))
-    plain = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     scores = evaluate_adapter(folder, data=data, max_rows=1, max_new_tokens=2)
     assert scores["base"]["loss"] == pytest.approx(score_answers(plain, encoder, encoder.encode(chats))[0], rel=1e-6)
     assert scores["adapter"]["loss"] > scores["base"]["loss"] + 0.01
@@ -219,7 +219,7 @@ def test_tags_beyond_what_anybody_reads_are_left_out(capsys):
 def test_a_q_lora_run_is_scored_on_its_4_bit_base(qlora_run, tmp_path):
     folder = copy_run(qlora_run, tmp_path)
     found = evaluate_adapter(folder, max_rows=2, max_new_tokens=4)
-    plain = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     chats = read_chats(str(tmp_path / "validation.jsonl"))
     whole = score_answers(plain, encoder, encoder.encode(chats))[0]
@@ -240,8 +240,8 @@ def test_a_run_that_skips_and_escapes_can_be_evaluated(config_file, tmp_path):
 def test_a_trained_head_makes_a_model_stop_that_never_learnt_to(config_file, tmp_path):
     """The mend that a run names for an <|im_end|> that its base never saw: a zero row in the embedding and the head."""
     base = tmp_path / "base"
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     for weight in (model.lm_head.weight, model.model.embed_tokens.weight):

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
+from conftest import BASE, TINY, chat, read_jsonl, run_recipe, write_jsonl
 from families import FAMILIES
 
 from recipes.utils import console
@@ -18,7 +18,7 @@ from recipes.utils.show import token_pieces
 def inspect(config_file, tmp_path, capsys):
     """A function that runs the recipe on a base folder without weights: (exit status, standard output, errors)."""
     base = tmp_path / "base"
-    shutil.copytree(TINY / "base", base, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(BASE, base, ignore=shutil.ignore_patterns("*.safetensors"))
 
     def call(*flags, **sections):
         path = config_file(model={"name_or_path": str(base)}, **sections)

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT, TINY, small_config, write_jsonl
+from conftest import BASE, ROOT, TINY, small_config, write_jsonl
 
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY",
          "MLFLOW_TRACKING_PASSWORD", "SOME_PASSWORD")  # fmt: skip
@@ -18,7 +18,7 @@ def test_no_secret_and_no_local_path_stands_in_any_file_and_nothing_calls_home(t
     row, and no network."""
     rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()[:40]]
     train = write_jsonl(tmp_path / "some-customer.jsonl", [*rows, {"messages": []}])
-    model = {"name_or_path": str(shutil.copytree(TINY / "base", tmp_path / "base"))}
+    model = {"name_or_path": str(shutil.copytree(BASE, tmp_path / "base"))}
     data = {"train": str(train), "on_bad_row": "skip"}
     config = small_config(tmp_path, model=model, data=data, training={"report_to": "tensorboard"})
     environment = {**os.environ, **SECRETS, "PYTHONPATH": str(ROOT)}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import DATA, ROOT, TINY, chat, read_jsonl, run_script, write_jsonl
+from conftest import BASE, DATA, ROOT, TINY, chat, read_jsonl, run_script, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +144,7 @@ def test_the_trainer_gets_the_labels_that_were_made(config_file, trainers):
 def test_the_first_loss_is_the_cross_entropy_of_the_base_on_the_answers(config_file):
     """The whole path against plain arithmetic: no learning yet, one step over the whole file."""
     folder = train(config_file(training={"max_steps": 1, "per_device_train_batch_size": 48, "packing": False}))
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     rows = Encoder(AutoTokenizer.from_pretrained(folder)).encode(read_chats(str(folder.parent / "train.jsonl")))
     total = count = 0
     for row in rows:
@@ -158,19 +158,13 @@ def test_the_first_loss_is_the_cross_entropy_of_the_base_on_the_answers(config_f
 def test_a_bfloat16_base_stays_bfloat16_and_its_adapter_float32(config_file, mistral_twin, trainers):
     path = config_file(
         model={"name_or_path": str(mistral_twin), "dtype": "bfloat16"},
-        training={"max_steps": 2, "eval_steps": 2, "save_steps": 2},
-    )
+        training={"max_steps": 1, "max_length": 160, "per_device_train_batch_size": 1, "eval_strategy": "no",
+                  "load_best_model_at_end": False},
+    )  # fmt: skip
     train(path)
     parameters = dict(trainers[0].model.named_parameters())
     assert {p.dtype for name, p in parameters.items() if "lora_" not in name} == {torch.bfloat16}
     assert {p.dtype for name, p in parameters.items() if "lora_" in name} == {torch.float32}
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_both_recipes_train_a_mistral(config_file, mistral_twin, method):
-    folder = train(config_file(model={"name_or_path": str(mistral_twin), "dtype": "bfloat16"}), method)
-    losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
-    assert losses[-1] < losses[0]
 
 
 LORA_OPTIONS = [
@@ -204,7 +198,7 @@ def test_what_loraconfig_has_works_and_reads_back_as_it_was_trained(config_file,
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert all(saved[key] == value or sorted(saved[key]) == sorted(value) for key, value in lora.items())
     last_loss = [line["eval_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line][-1]
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(tokenizer)
     rows = encoder.encode(read_chats(str(folder.parent / "validation.jsonl")))

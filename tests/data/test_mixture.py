@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import TINY, chat, read_jsonl, run_recipe, small_config, write_jsonl
+from conftest import BASE, TINY, chat, read_jsonl, run_recipe, small_config, write_jsonl
 from transformers import AutoTokenizer
 from trl import SFTConfig
 
@@ -16,7 +16,7 @@ from recipes.utils.evaluation import rows_to_score
 
 
 def prepared(train, seed=1, **options):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = (TINY.parents[1] / "configs/chat_templates/qwen2.jinja").read_text()
     args = SFTConfig(output_dir="unused", max_length=256, seed=seed, use_cpu=True, bf16=False)
     return prepare(DataOptions(train=train, **options), tokenizer, args)

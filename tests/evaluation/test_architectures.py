@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
+from conftest import BASE, TINY, chat, read_jsonl, run_recipe, write_jsonl
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
@@ -48,7 +48,7 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     questions = [row["messages"][0]["content"] for row in read_jsonl(TINY / "train.jsonl")[: len(ANSWERS)]]
     write_jsonl(path, [chat(*pair) for pair in zip(questions, ANSWERS, strict=True)])
-    return path, load_tokenizer(TINY / "base")
+    return path, load_tokenizer(BASE)
 
 
 def trainer_of(model, rows, folder, **settings):
@@ -116,7 +116,7 @@ def test_a_head_that_the_fused_one_does_not_know_is_refused(rows):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_a_model_whose_backbone_has_another_name_is_trained_evaluated_and_merged(name, config_file, tmp_path):
     small_model(name).save_pretrained(tmp_path / name)
-    AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(tmp_path / name)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / name)
     short = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "learning_rate": 5e-2, "packing": False}
     model = {"name_or_path": str(tmp_path / name), "dtype": "float32"}
     assert run_recipe("sft_lora", config_file(model=model, training=short)) == 0

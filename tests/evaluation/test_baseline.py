@@ -1,7 +1,7 @@
 """The base as a good prompt would have it: whole train rows as examples, none of them among the rows held out."""
 
 import pytest
-from conftest import ROOT, TINY, chat, read_jsonl, write_jsonl
+from conftest import BASE, ROOT, TINY, chat, read_jsonl, write_jsonl
 from transformers import AutoTokenizer
 
 from recipes.utils.console import UserError
@@ -11,14 +11,14 @@ from recipes.utils.evaluation.baseline import choose_examples, prompted, prompts
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = (ROOT / "configs" / "chat_templates" / "qwen2.jinja").read_text()
     return Encoder(tokenizer, escape=True)
 
 
 def record_of(tmp_path, rows: list, seed=42, **data) -> dict:
     data = {"train": str(write_jsonl(tmp_path / "train.jsonl", rows)), **data}
-    model = {"name_or_path": str(TINY / "base"), "dtype": "float32"}
+    model = {"name_or_path": str(BASE), "dtype": "float32"}
     return {"data": data, "seed": seed, "training": {"max_length": 300}, "model": model, "data_sha256": {}}
 
 
@@ -111,7 +111,7 @@ def test_each_baseline_that_was_asked_for(encoder, tmp_path, capsys):
 
 
 def test_a_template_without_a_system_role_gets_the_message_in_the_first_user_turn(tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"

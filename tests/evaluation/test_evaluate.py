@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from conftest import TINY, chat, copy_run, read_jsonl, write_jsonl
+from conftest import BASE, TINY, chat, copy_run, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.utils.console import UserError
@@ -31,8 +31,8 @@ from recipes.utils.model import generate_answers
 
 @pytest.fixture(scope="module")
 def base():
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = (TINY.parents[1] / "configs" / "chat_templates" / "qwen2.jinja").read_text()
     return model, Encoder(tokenizer, escape=True), read_chats(str(TINY / "test.jsonl"))[:24]
 
@@ -96,7 +96,7 @@ def test_a_row_says_whether_it_was_asked_for_a_thought(base, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_16_bit_is_scored_and_answered_under_autocast_as_it_is_trained(base, dtype):
     _, encoder, chats = base
-    model, seen = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=dtype), set()
+    model, seen = AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype), set()
     model.model.layers[0].register_forward_hook(
         lambda *_: seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
     )

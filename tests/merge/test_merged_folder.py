@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, write_jsonl
+from conftest import BASE, ROOT, TINY, chat, copy_run, read_jsonl, run_recipe, write_jsonl
 from mistral_tokenizers import mistral_v1_legacy_tokenizer, mistral_v1_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -85,7 +85,7 @@ def test_the_folder_is_complete_and_its_weights_are_as_they_were_named(merged):
     config = json.loads((merged / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert config["rope_theta"] == 10000.0
-    assert (merged / "tokenizer.json").read_bytes() == (TINY / "base" / "tokenizer.json").read_bytes()
+    assert (merged / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
     tokenizer = json.loads((merged / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "Qwen2Tokenizer"
     assert tokenizer["chat_template"] == (merged / "chat_template.jinja").read_text()
@@ -131,7 +131,7 @@ def test_the_card_names_each_data_file_also_where_two_have_one_name(run, tmp_pat
     record = json.loads((run / "run.json").read_text())
     record["data_sha256"] = {"a/chats.jsonl": "1" * 64, "b/chats.jsonl": "2" * 64}
     how = {"base": "original", "scale": 1.0, "dtype": "bfloat16"}
-    write_card(tmp_path, record, TINY / "base", run, how, None)
+    write_card(tmp_path, record, BASE, run, how, None)
     card = (tmp_path / "README.md").read_text()
     assert "1" * 64 in card
     assert "2" * 64 in card
@@ -142,7 +142,7 @@ def test_a_hub_snapshot_in_the_cache_is_found_without_network(tmp_path, monkeypa
     commit, repo = "0123456789" * 4, tmp_path / "models--someone--small"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(TINY / "base", repo / "snapshots" / commit)
+    shutil.copytree(BASE, repo / "snapshots" / commit)
     record = {"model": {"name_or_path": "someone/small", "revision": None}}
     assert base_of(record).name == commit
     (repo / "snapshots" / commit / "model.safetensors").unlink()
@@ -151,7 +151,7 @@ def test_a_hub_snapshot_in_the_cache_is_found_without_network(tmp_path, monkeypa
 
 
 def test_generation_settings_are_valid_and_hold_every_stop_id(tmp_path, merged):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     assert GenerationConfig.from_pretrained(merged).eos_token_id == [258, 256]
     assert tokenizer.convert_ids_to_tokens([258, 256]) == ["<|im_end|>", "<|endoftext|>"]
     base, output = tmp_path / "base", tmp_path / "out"
@@ -316,16 +316,24 @@ MERGES = {"dora": {"use_dora": True}, "trained head": {"modules_to_save": ["lm_h
 def test_merged_logits_equal_the_adapters(config_file, name):
     folder = trained("lora", config_file(lora=MERGES[name], training=SHORT))
     merged = load(merge_adapter(folder))
-    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32), folder)
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), folder)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     expected = logits_of(live)
     assert (logits_of(merged) - expected).abs().max() < 1e-4
     assert (logits_of(base) - expected).abs().max() > 1e-2, "the adapter must matter for the check to mean anything"
 
 
+def a_mistral(method: str, twin: Path, config_file) -> Path:
+    """The folder of a run on a bfloat16 Mistral, whose loss has fallen."""
+    training = SHORT | {"max_length": 160, "per_device_train_batch_size": 1}
+    folder = trained(method, config_file(model={"name_or_path": str(twin), "dtype": "bfloat16"}, training=training))
+    losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0]
+    return folder
+
+
 def test_a_mistral_merges_into_its_16_bit_base_and_is_near_the_adapter(config_file, mistral_twin, capsys):
-    model = {"name_or_path": str(mistral_twin), "dtype": "bfloat16"}
-    output = merge_adapter(trained("lora", config_file(model=model, training=SHORT)))
+    output = merge_adapter(a_mistral("lora", mistral_twin, config_file))
     assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
     drift = json.loads((output / "merge.json").read_text())
     assert drift["mean_kl"] < 1e-2
@@ -333,8 +341,7 @@ def test_a_mistral_merges_into_its_16_bit_base_and_is_near_the_adapter(config_fi
 
 
 def test_qlora_merges_into_the_16_bit_base_and_never_into_4_bit(config_file, mistral_twin):
-    model = {"name_or_path": str(mistral_twin), "dtype": "bfloat16"}
-    folder = trained("qlora", config_file(model=model, training=SHORT))
+    folder = a_mistral("qlora", mistral_twin, config_file)
     output = merge_adapter(folder)
     tensors = load_file(output / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -409,7 +416,7 @@ def test_a_run_folder_of_the_first_build_is_merged(run, merged, tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "config.json", "generation_config.json"])
 def test_a_link_in_the_base_to_a_private_file_is_not_followed_into_what_is_given_away(run, tmp_path, name):
-    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    base = shutil.copytree(BASE, tmp_path / "base")
     private = tmp_path / "private"
     private.write_text((base / name).read_text() if (base / name).is_file() else SECRET)
     (base / name).unlink(missing_ok=True)
@@ -429,7 +436,7 @@ def test_names_in_a_card_begin_no_cell_line_tag_or_key_of_their_own(run, tmp_pat
     record["model"]["name_or_path"] = 'someone/x"\nlicense: mit'
     record["data_sha256"] = {"a|b\n|c.jsonl": "1" * 64}
     how = {"base": "original", "scale": 1.0, "dtype": "bfloat16"}
-    write_card(tmp_path, record, TINY / "base", run, how, None)
+    write_card(tmp_path, record, BASE, run, how, None)
     _, head, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == 'someone/x"\nlicense: mit'
     assert "license" not in yaml.safe_load(head)
@@ -438,7 +445,7 @@ def test_names_in_a_card_begin_no_cell_line_tag_or_key_of_their_own(run, tmp_pat
 
 
 def test_a_base_that_was_changed_anywhere_is_neither_merged_nor_scored(run, tmp_path):
-    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    base = shutil.copytree(BASE, tmp_path / "base")
     folder = copy_run(run, tmp_path)
     record = json.loads((folder / "run.json").read_text())
     record["model"]["name_or_path"] = str(base)

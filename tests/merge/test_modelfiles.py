@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import BASE, ROOT
 from mistral_tokenizers import mistral_v1_tokenizer, mistral_v3_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -109,7 +109,7 @@ def random_chats(number: int) -> list[list[tuple[str, str]]]:
 def with_template(name: str):
     tokenizer = {
         "mistral_v1": mistral_v1_tokenizer, "mistral_v3": mistral_v3_tokenizer, "mistral_v3_tekken": tekken,
-    }.get(name, lambda: AutoTokenizer.from_pretrained(TINY / "base"))()  # fmt: skip
+    }.get(name, lambda: AutoTokenizer.from_pretrained(BASE))()  # fmt: skip
     tokenizer.chat_template = shipped_template(name)
     return tokenizer
 

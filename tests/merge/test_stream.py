@@ -12,7 +12,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT, TINY, read_jsonl, write_jsonl
+from conftest import BASE, ROOT, TINY, read_jsonl, write_jsonl
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, Qwen2Config
@@ -345,7 +345,7 @@ def test_a_base_or_an_output_that_cannot_be_is_a_user_error(ready, tmp_path):
 
 def copy_tokenizer(base: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(TINY / "base" / name, base / name)
+        shutil.copyfile(BASE / name, base / name)
 
 
 def rows_file(folder: Path) -> Path:
@@ -382,10 +382,10 @@ def test_the_round_trip_through_4_bit_equals_the_live_models_weights(monkeypatch
     monkeypatch.setattr(stream, "QUANTISED_PIECE", piece)
     quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     quantization["bnb_4bit_use_double_quant"] = double
-    options = ModelOptions(str(TINY / "base"), dtype=dtype)
-    live = load_base(TINY / "base", options, "sdpa", BitsAndBytesConfig(**quantization), use_cpu=True)
-    trip = RoundTrip({"model": vars(options), "quantization": quantization}, TINY / "base")
-    base = load_file(TINY / "base" / "model.safetensors")
+    options = ModelOptions(str(BASE), dtype=dtype)
+    live = load_base(BASE, options, "sdpa", BitsAndBytesConfig(**quantization), use_cpu=True)
+    trip = RoundTrip({"model": vars(options), "quantization": quantization}, BASE)
+    base = load_file(BASE / "model.safetensors")
     layers = {f"{name}.weight": layer for name, layer in live.named_modules() if isinstance(layer, Linear4bit)}
     assert trip.names == set(layers)
     assert "lm_head.weight" not in trip.names

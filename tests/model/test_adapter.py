@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import TINY, copy_run, read_jsonl, run_recipe
+from conftest import BASE, TINY, copy_run, read_jsonl, run_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_attention import packed, small_model
@@ -55,7 +55,7 @@ def adapted(model, checkpointing=False):
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_without_the_input_cast_a_run_is_the_same_bit_for_bit(config_file, tmp_path, method, capsys):
     """In bfloat16, where PEFT would cast: losses, evaluations and the adapter."""
-    path = config_file(model={"name_or_path": str(TINY / "base"), "dtype": "bfloat16"}, training={"max_steps": 4})
+    path = config_file(model={"name_or_path": str(BASE), "dtype": "bfloat16"}, training={"max_steps": 4})
     found = []
     for cast in ("true", "false"):
         folder = tmp_path / f"cast-{cast}"
@@ -90,7 +90,7 @@ def test_the_cast_is_what_costs_memory():
 
 
 def test_generation_outside_of_autocast_still_casts():
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     prepare_adapter(model, ModelOptions())
     assert model.generate(input_ids=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape[1] > 3
@@ -110,9 +110,9 @@ def losses(model):
 def test_answers_while_training_compile_nothing():
     """Each length of the cache would be compiled for, and beyond torch's limit training itself would go uncompiled."""
     torch._dynamo.reset()
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = (TINY.parents[1] / "configs" / "chat_templates" / "qwen2.jinja").read_text()
-    model = adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32))
+    model = adapted(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32))
     prepare_adapter(model, ModelOptions(compile_layers=True), "eager")
     losses(model)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -156,7 +156,7 @@ class Saver:
 
 
 def test_an_adapter_is_saved_whole_or_not_at_all(tmp_path):
-    saver = Saver(adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)))
+    saver = Saver(adapted(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)))
     save_adapter(saver, tmp_path)
     assert stored_shapes(tmp_path) == adapter_shapes(saver.model)
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "safetensors leaves its file to its owner"
@@ -182,7 +182,7 @@ def test_an_adapter_is_saved_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_is_trained_is_float32_whatever_the_base_is_in():
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
     lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(base, lora, autocast_adapter_dtype=False)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
@@ -194,12 +194,12 @@ def test_what_is_trained_is_float32_whatever_the_base_is_in():
 
 def test_an_adapter_names_the_base_that_it_is_on(tmp_path):
     """Of one to go on from: the folder of its base, which PEFT can look into without asking the hub."""
-    model = adapted(load_base(TINY / "base", ModelOptions("someone/tiny", dtype="float32"), "sdpa"))
+    model = adapted(load_base(BASE, ModelOptions("someone/tiny", dtype="float32"), "sdpa"))
     model.peft_config["default"].base_model_name_or_path = "someone/tiny"
     model.peft_config["default"].revision = "0" * 40
     prepare_adapter(model, ModelOptions())
     config = model.peft_config["default"]
-    assert (config.base_model_name_or_path, config.revision) == (str(TINY / "base"), None)
+    assert (config.base_model_name_or_path, config.revision) == (str(BASE), None)
 
 
 def test_a_snapshot_of_the_hub_is_named_as_the_hub_does(tmp_path):
@@ -274,7 +274,7 @@ def test_an_adapter_that_is_not_linear_in_its_scale_can_be_had_at_1_alone(tmp_pa
 
 
 def test_a_scale_is_a_share_of_what_was_trained():
-    model = adapted(AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)).eval()
+    model = adapted(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)).eval()
     ids = torch.arange(60, 90)[None]
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=ids).logits

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, copy_run, run_recipe
+from conftest import BASE, TINY, copy_run, run_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
@@ -30,7 +30,6 @@ from recipes.utils.model import (
     stored_shapes,
 )
 
-BASE = TINY / "base"
 OPTIONS = ModelOptions(str(BASE), dtype="float32")
 ROWS = str(TINY / "validation.jsonl")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, read_jsonl, run_recipe
+from conftest import BASE, read_jsonl, run_recipe
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -164,9 +164,9 @@ def test_the_kernel_gets_one_dtype_of_16_bit_also_under_a_trained_embedding(monk
 
 def test_it_is_the_name_that_a_model_keeps():
     """Loaded as a recipe loads it: the name is known to transformers and holds no word that asks for a package."""
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", attn_implementation=attention.VARLEN)
+    base = AutoModelForCausalLM.from_pretrained(BASE, attn_implementation=attention.VARLEN)
     assert base.config._attn_implementation == attention.VARLEN
     assert "flash" not in attention.VARLEN
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     answer = base.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > 1

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import BASE, TINY
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig
 
@@ -37,14 +37,14 @@ def test_attention_is_chosen_and_told_with_its_reason(
     monkeypatch, capsys, gpus, capability, flash, dtype, chosen, reason
 ):
     machine(monkeypatch, gpus, capability, flash)
-    assert choose_attention(TINY / "base", ModelOptions("x", dtype=dtype), use_cpu=gpus == 0) == chosen
+    assert choose_attention(BASE, ModelOptions("x", dtype=dtype), use_cpu=gpus == 0) == chosen
     shown = capsys.readouterr().out
     assert shown.startswith(f"attention: {chosen} (")
     assert reason in shown
     if chosen == "sdpa":
         with pytest.raises(UserError, match="cannot be had"):
             choose_attention(
-                TINY / "base",
+                BASE,
                 ModelOptions("x", dtype=dtype, attn_implementation="flash_attention_2"),
                 use_cpu=gpus == 0,
             )
@@ -52,7 +52,7 @@ def test_attention_is_chosen_and_told_with_its_reason(
 
 def test_on_the_cpu_of_a_machine_with_a_gpu_the_reason_is_the_run(monkeypatch, capsys):
     machine(monkeypatch, gpus=1, flash=True)
-    assert choose_attention(TINY / "base", ModelOptions("x"), use_cpu=True) == "sdpa"
+    assert choose_attention(BASE, ModelOptions("x"), use_cpu=True) == "sdpa"
     assert "the run is on the CPU" in capsys.readouterr().out
 
 
@@ -75,16 +75,16 @@ def test_auto_takes_what_the_architecture_has(model_type, gpus, flash, chosen, m
 def test_attention_that_cannot_be_had_is_refused(monkeypatch):
     for name, message in (("flash2", "unknown 'flash2'"), ("flex_attention", "cannot train on a CPU")):
         with pytest.raises(UserError, match=message):
-            choose_attention(TINY / "base", ModelOptions("x", attn_implementation=name), use_cpu=True)
-    assert choose_attention(TINY / "base", ModelOptions("x", attn_implementation="varlen"), use_cpu=True) == "varlen"
+            choose_attention(BASE, ModelOptions("x", attn_implementation=name), use_cpu=True)
+    assert choose_attention(BASE, ModelOptions("x", attn_implementation="varlen"), use_cpu=True) == "varlen"
     machine(monkeypatch, gpus=1, capability=(7, 5))
     with pytest.raises(UserError, match="varlen cannot be had here: Some GPU is older than Ampere"):
-        choose_attention(TINY / "base", ModelOptions("x", attn_implementation="varlen"), use_cpu=False)
+        choose_attention(BASE, ModelOptions("x", attn_implementation="varlen"), use_cpu=False)
 
 
 def test_a_folder_of_the_hubs_cache_is_the_snapshot_in_it(tmp_path):
     cached, commit = tmp_path / "models--some--name", 40 * "a"
-    shutil.copytree(TINY / "base", cached / "snapshots" / commit)
+    shutil.copytree(BASE, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     for given in (cached, cached / "snapshots" / commit):
@@ -102,7 +102,7 @@ def test_a_folder_of_the_hubs_cache_is_the_snapshot_in_it(tmp_path):
 
 def test_qwen2_in_float16_is_refused():
     with pytest.raises(UserError, match="NaN in float16"):
-        check_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float16"), False)
+        check_base(BASE, ModelOptions(str(BASE), dtype="float16"), False)
 
 
 def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(tmp_path, monkeypatch):
@@ -119,8 +119,8 @@ def test_7b_without_a_gpu_is_said_in_one_line_and_can_be_asked_for(tmp_path, mon
 
 def test_remote_code_is_off_and_said_in_red_when_it_is_on(capsys):
     assert ModelOptions().trust_remote_code is False
-    options = ModelOptions(str(TINY / "base"), trust_remote_code=True)
-    check_base(TINY / "base", options, use_cpu_asked=True)
+    options = ModelOptions(str(BASE), trust_remote_code=True)
+    check_base(BASE, options, use_cpu_asked=True)
     assert "trust_remote_code: code that comes with" in capsys.readouterr().out
 
 
@@ -130,11 +130,11 @@ def test_a_gpu_that_others_fill_is_one_line(monkeypatch):
 
     monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", full)
     with pytest.raises(UserError, match="nvidia-smi shows what else runs there"):
-        load_base(TINY / "base", ModelOptions(str(TINY / "base")), "sdpa", use_cpu=False)
+        load_base(BASE, ModelOptions(str(BASE)), "sdpa", use_cpu=False)
 
 
 def test_pickled_weights_are_refused(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base")
+    model = AutoModelForCausalLM.from_pretrained(BASE)
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled ones are not loaded"):
@@ -157,7 +157,7 @@ def test_options_cannot_be_changed():
 
 def test_a_loaded_base_can_be_saved_and_keeps_its_nf4_weights_as_they_are(tmp_path):
     """Also with sampling settings that do not sample, on which the very last save would fail."""
-    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    base = shutil.copytree(BASE, tmp_path / "base")
     (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 5}')
     options = ModelOptions(str(base), dtype="float32")
     load_base(base, options, "sdpa").save_pretrained(tmp_path / "saved")
@@ -168,8 +168,8 @@ def test_a_loaded_base_can_be_saved_and_keeps_its_nf4_weights_as_they_are(tmp_pa
 
 
 def test_control_tokens_that_a_base_never_learnt_are_named(tmp_path):
-    model = load_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float32"), "sdpa")
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    model = load_base(BASE, ModelOptions(str(BASE), dtype="float32"), "sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     rows = Dataset.from_list([{"input_ids": [start, 5, end], "labels": [-100, 5, end]}])
     assert check_tokens(model, rows, tokenizer) == []
@@ -183,8 +183,8 @@ def test_control_tokens_that_a_base_never_learnt_are_named(tmp_path):
 
 def test_a_control_token_among_those_that_nobody_has_used_is_named_whatever_its_norm():
     """Never trained, such rows keep the direction that the vocabulary's common drift has given them, at its norm."""
-    model = load_base(TINY / "base", ModelOptions(str(TINY / "base"), dtype="float32"), "sdpa")
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    model = load_base(BASE, ModelOptions(str(BASE), dtype="float32"), "sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     rows = Dataset.from_list([{"input_ids": [start, 5, end], "labels": [-100, 5, end]}])
     weight = model.get_input_embeddings().weight.data

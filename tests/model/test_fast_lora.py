@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, copy_run, read_jsonl, run_recipe
+from conftest import BASE, copy_run, read_jsonl, run_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, Linear4bit
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ def adapted(method, dtype, device, fast, checkpointing=False, **lora):
         four_bit = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    base = load_base(TINY / "base", ModelOptions(dtype=dtype), "sdpa", four_bit, device == "cpu")
+    base = load_base(BASE, ModelOptions(dtype=dtype), "sdpa", four_bit, device == "cpu")
     lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
     model = get_peft_model(base, fast_lora(LoraConfig(**lora), ModelOptions(fast_lora=fast))).train()
     prepare_adapter(model, ModelOptions(fast_lora=fast))
@@ -254,7 +254,7 @@ def test_names_and_files_are_those_of_pefts_adapters(method, kind, tmp_path):
 def test_an_adapter_that_is_read_can_have_them_too(tmp_path):
     adapted("lora", "float32", "cpu", False).save_pretrained(tmp_path)
     config = fast_lora(LoraConfig.from_pretrained(tmp_path), ModelOptions())
-    base = load_base(TINY / "base", ModelOptions(dtype="float32"), "sdpa", use_cpu=True)
+    base = load_base(BASE, ModelOptions(dtype="float32"), "sdpa", use_cpu=True)
     model = PeftModel.from_pretrained(base, str(tmp_path), config=config, is_trainable=True)
     assert len(fast_layers(model)) == 7 * base.config.num_hidden_layers
 

@@ -5,7 +5,7 @@ import shutil
 import socket
 
 import pytest
-from conftest import ROOT, TINY, small_config
+from conftest import BASE, ROOT, small_config
 from forks import fork_script, server_in
 from local_hub import COMMIT, local_hub
 
@@ -62,7 +62,7 @@ def person(anybody):
 @pytest.fixture
 def hub(tmp_path, person):
     """(what the hub was asked for, the commit of its models). Beside the weights lie what must not be fetched."""
-    base = shutil.copytree(TINY / "base", tmp_path / "on-the-hub")
+    base = shutil.copytree(BASE, tmp_path / "on-the-hub")
     for name in ("consolidated.safetensors", "pytorch_model.bin", "model.fp16.safetensors"):
         (base / name).write_bytes(b"not to be fetched")
     with local_hub({NAME: base, "someone/gated": base}, gated=["someone/gated"], port=person.port) as (_, *found):
@@ -131,7 +131,7 @@ def test_a_base_is_fetched_once_at_one_commit_and_nothing_else_is_sent(tmp_path,
 
 def test_a_run_begins_from_the_cache_where_the_hub_cannot_be_reached(config_file, tmp_path, person):
     """Also with a base that has no tokenizer_config.json."""
-    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    base = shutil.copytree(BASE, tmp_path / "base")
     (base / "tokenizer_config.json").unlink()
     script = """
     base = find_base(ModelOptions("someone/tiny"))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
+from conftest import BASE, TINY, chat, read_jsonl, run_recipe, write_jsonl
 from forks import log_of, start_several
 from scipy.stats import rankdata
 from trained import adapter_of, same, train
@@ -29,7 +29,7 @@ def test_the_ledger_holds_the_cross_entropy_of_each_row_alone(config_file):
     training["gradient_checkpointing"] = True  # its second pass is not a second look
     path = config_file(training={**training, "save_strategy": "no"})
     folder = train(path)
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder))
     rows = encoder.encode(read_chats(str(folder.parent / "train.jsonl")))
     ledger = {row.where: row for row in read_ledger(folder)}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, read_jsonl
+from conftest import BASE, read_jsonl
 from datasets import Dataset
 from peft import PeftModel
 from trained import adapter_of, same, train
@@ -40,7 +40,7 @@ def test_samples_are_what_the_adapter_of_that_step_answers(config_file, capsys):
     chats = [read_chats(str(folder.parent / "validation.jsonl"))[index] for index in (0, 2, 5)]
     encoder = Encoder(tokenizer)
     prompts = [encoder.prompt_ids(chat.messages[:-1]) for chat in chats]
-    base = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     answers = generate_answers(PeftModel.from_pretrained(base, folder), encoder, prompts, 128)
     for sample, chat, prompt, answer in zip(samples, chats, prompts, answers, strict=True):
         assert sample["where"] == chat.where
@@ -58,8 +58,8 @@ def test_an_answer_that_runs_away_is_marked(config_file, monkeypatch, capsys):
 
 
 def test_it_is_said_in_the_end_where_no_answer_ends_by_itself(tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    tokenizer = load_tokenizer(TINY / "base")
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    tokenizer = load_tokenizer(BASE)
     args = SimpleNamespace(bf16=False, fp16=False)
     state = SimpleNamespace(is_world_process_zero=True, global_step=1)
     words = [tokenizer.encode(text) for text in ("hello", "good day")]

@@ -3,7 +3,7 @@ crashes, and what cannot be measured is left out with one line."""
 
 import pytest
 import torch
-from conftest import TINY, read_jsonl
+from conftest import BASE, TINY, read_jsonl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
@@ -58,11 +58,11 @@ def preferences(count: int) -> Dataset:
 
 def watched_run(folder, trainer_class, train_rows, eval_rows=None, **settings):
     """Train with every watcher there is, and return the trainer."""
-    tokenizer = load_tokenizer(TINY / "base")
+    tokenizer = load_tokenizer(BASE)
     report = Report(folder)
     config_class = DPOConfig if issubclass(trainer_class, DPOTrainer) else SFTConfig
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
         args=config_class(output_dir=str(folder), **(SETTINGS | settings)),
         train_dataset=train_rows,
         eval_dataset=train_rows.select(range(2)) if eval_rows is None else eval_rows,
@@ -83,7 +83,7 @@ def watched_run(folder, trainer_class, train_rows, eval_rows=None, **settings):
 
 @pytest.mark.parametrize("trainer_class", [SFTTrainer, ResumableTrainer])
 def test_rows_of_a_dataset_in_memory_are_named_by_their_index(tmp_path, trainer_class, capsys):
-    tokenizer = load_tokenizer(TINY / "base")
+    tokenizer = load_tokenizer(BASE)
     watched_run(tmp_path, trainer_class, token_rows(tokenizer, 4), packing=True, max_length=320)
     assert {row.where for row in read_ledger(tmp_path)} <= {f"rows[{index}]" for index in range(4)}
     assert len(read_ledger(tmp_path)) >= 2
@@ -104,7 +104,7 @@ def test_rows_of_a_dataset_in_memory_are_named_by_their_index(tmp_path, trainer_
 
 @pytest.mark.parametrize("trainer_class", [OwnLoss, ResumableOwnLoss])
 def test_an_own_loss_leaves_out_the_ledger_with_a_line(tmp_path, trainer_class, capsys):
-    tokenizer = load_tokenizer(TINY / "base")
+    tokenizer = load_tokenizer(BASE)
     watched_run(tmp_path, trainer_class, token_rows(tokenizer, 4), max_length=320)
     assert capsys.readouterr().out.count("ledger: ") == 1
     assert read_ledger(tmp_path) == []
@@ -135,7 +135,7 @@ def test_another_trainer_of_trl_is_watched_as_far_as_it_goes(tmp_path, trainer_c
 
 
 def test_rows_that_are_cut_are_left_out_of_the_ledger_with_a_line(tmp_path, capsys):
-    tokenizer = load_tokenizer(TINY / "base")
+    tokenizer = load_tokenizer(BASE)
     watched_run(tmp_path, SFTTrainer, token_rows(tokenizer, 4), max_length=90)
     shown = capsys.readouterr().out
     assert shown.count("ledger: rows that were trained on otherwise") == 1

@@ -5,7 +5,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from conftest import TINY
+from conftest import BASE
 from datasets import Dataset
 from peft import LoraConfig
 from published_models import PUBLISHED
@@ -49,7 +49,7 @@ def kept_in_a_step(folder, method, lora, dtype, packing, checkpointing, input_ca
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=args, peft_config=lora, train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        processing_class=AutoTokenizer.from_pretrained(TINY / "base"),
+        processing_class=AutoTokenizer.from_pretrained(BASE),
     )  # fmt: skip
     for module in trainer.model.modules():
         if method == "qlora" and getattr(module, "weight", None) is not None and module.weight.requires_grad:

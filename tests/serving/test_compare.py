@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import BASE, ROOT
 from mistral_tokenizers import mistral_v3_tokenizer
 from transformers import AutoTokenizer
 
@@ -15,7 +15,7 @@ TOOLS = [{"type": "function", "function": {"name": "book", "description": "", "p
 
 
 def encoder_of(template="qwen2", tokenizer=None):
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = (ROOT / "configs" / "chat_templates" / f"{template}.jinja").read_text()
     return Encoder(tokenizer, escape=True)
 

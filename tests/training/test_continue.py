@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, copy_run, read_jsonl, run_recipe, small_config, write_jsonl
+from conftest import BASE, TINY, copy_run, read_jsonl, run_recipe, small_config, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from recipes.utils.files import file_hash
@@ -47,10 +47,10 @@ def test_the_old_runs_name_and_hashes_stand_in_the_new_run_and_its_resume(next_m
 
 def test_another_base_or_template_is_refused_unless_accepted(next_month, tmp_path, capsys):
     config, _ = next_month
-    base = shutil.copytree(TINY / "base", tmp_path / "base")
+    base = shutil.copytree(BASE, tmp_path / "base")
     template = (TINY.parents[1] / "configs/chat_templates/qwen2.jinja").read_text()
     (tmp_path / "mine.jinja").write_text(template.replace("a helpful", "an unhelpful"))
-    other = shutil.copytree(TINY / "base", tmp_path / "other")
+    other = shutil.copytree(BASE, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     changes = {

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, copy_run, run_recipe, small_config
+from conftest import BASE, ROOT, copy_run, run_recipe, small_config
 
 from recipes import sft_lora
 from recipes.utils.config import load_config
@@ -42,7 +42,7 @@ def test_the_default_run_folder_is_numbered_when_a_run_is_there(config):
     for expected in ("runs/my-lora", "runs/my-lora-2", "runs/my-lora-3"):
         with begin(config()) as run:
             assert run.folder == Path(expected)
-            assert run.base == Path(os.path.relpath(TINY / "base"))
+            assert run.base == Path(os.path.relpath(BASE))
             assert (run.checkpoint, run.commit) == (None, None)
             a_run_in(run.folder)
 
@@ -167,7 +167,7 @@ def test_rows_that_prepare_did_not_make_are_counted_in_the_record(config_file, m
 def a_project(lora_run, folder: Path) -> Path:
     """A folder with a base, rows, and a run that was started in it with relative paths."""
     run = copy_run(lora_run, folder)
-    shutil.copytree(TINY / "base", folder / "models" / "base")
+    shutil.copytree(BASE, folder / "models" / "base")
     record = json.loads((run / "run.json").read_text())
     assert (lora_run / record["started_in"]).resolve() == ROOT, "where these tests run"
     digests = {Path(path).name: digest for path, digest in record["data_sha256"].items()}

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_jsonl, small_config, write_jsonl
+from conftest import BASE, ROOT, TINY, read_jsonl, small_config, write_jsonl
 
 from recipes import sft_lora, sft_qlora
 from recipes.utils.config import load_config
@@ -37,7 +37,7 @@ def other_rows(tmp_path):
 
 
 def other_base(tmp_path, change):
-    folder = shutil.copytree(TINY / "base", tmp_path / "base")
+    folder = shutil.copytree(BASE, tmp_path / "base")
     change(folder)
     return str(folder)
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, chat, read_jsonl, run_recipe, write_jsonl
+from conftest import BASE, TINY, chat, read_jsonl, run_recipe, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -117,8 +117,8 @@ def test_ten_steps_on_five_rows_run_without_a_fight(config_file, tmp_path):
 def untrained_stop(tmp_path_factory):
     """The tiny base, untied, with an <|im_end|> that it never saw: a zero row in the embedding and in the head."""
     folder = tmp_path_factory.mktemp("untrained")
-    model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     row = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -130,7 +130,7 @@ def untrained_stop(tmp_path_factory):
 
 
 def test_a_control_token_that_the_base_never_saw_is_warned_of(untrained_stop, config_file, capsys):
-    for base, warnings in ((TINY / "base", 0), (untrained_stop, 2)):
+    for base, warnings in ((BASE, 0), (untrained_stop, 2)):
         path = config_file(model={"name_or_path": str(base)}, training={"max_steps": 100})
         train_lora(load_config(path, {}, "lora", dry_run=True))
         found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]

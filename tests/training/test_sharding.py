@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, TINY, read_jsonl, run_recipe
+from conftest import BASE, ROOT, read_jsonl, run_recipe
 from forks import ranks, start_script
 from safetensors.torch import load_file
 
@@ -109,7 +109,7 @@ def sharded(tmp_path, method, path, folder, *flags) -> str:
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_run_under_fsdp2_learns_what_one_process_does_and_goes_on_to_the_bit(config_file, tmp_path, method):
     """The whole recipe in bfloat16, its losses in float32, its adapter whole."""
-    path = config_file(model={"name_or_path": str(TINY / "base"), "dtype": "bfloat16"})
+    path = config_file(model={"name_or_path": str(BASE), "dtype": "bfloat16"})
     assert run_recipe(f"sft_{method}", path, "--training.output_dir", tmp_path / "one") == 0
     shown = sharded(tmp_path, method, path, tmp_path / "whole")
     assert set(re.findall(r"log_probs (\S+)", shown)) == {"torch.float32"}
@@ -133,7 +133,7 @@ def test_a_run_under_fsdp2_learns_what_one_process_does_and_goes_on_to_the_bit(c
 def test_a_base_that_is_to_be_spread_is_not_loaded_onto_each_gpu(monkeypatch):
     """It may not fit there; FSDP takes it from the CPU's memory. A base in 4 bit is quantised on the GPU."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    base = load_base(TINY / "base", ModelOptions(dtype="bfloat16"), "sdpa", use_cpu=False)
+    base = load_base(BASE, ModelOptions(dtype="bfloat16"), "sdpa", use_cpu=False)
     assert {parameter.device.type for parameter in base.parameters()} == {"cpu"}
     assert base.dtype == torch.bfloat16
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_recipe
+from conftest import BASE, ROOT, TINY, run_recipe
 from peft import LoraConfig
 from test_sft_lora import train
 from transformers import (
@@ -110,10 +110,10 @@ def parts(tmp_path):
             per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, gradient_checkpointing=False,
             **{"max_steps": 6, "packing": True, **settings},
         )  # fmt: skip
-        tokenizer = load_tokenizer(TINY / "base", "auto")
+        tokenizer = load_tokenizer(BASE, "auto")
         rows = prepare(DataOptions(train=str(TINY / "train.jsonl")), tokenizer, args)[0].rows.select(range(48))
         return kind(
-            model=AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32), args=args,
+            model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), args=args,
             train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks),
             peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         )  # fmt: skip
@@ -205,9 +205,9 @@ def test_dpos_reference_pass_is_no_throughput(tmp_path):
                      per_device_train_batch_size=2, report_to="none")  # fmt: skip
     pair = {"prompt": "Order: ", "chosen": "two teas", "rejected": "nothing at all"}
     trainer = ResumableDPO(
-        model=AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32), args=args,
+        model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), args=args,
         train_dataset=datasets.Dataset.from_list([pair] * 4), peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
-        processing_class=AutoTokenizer.from_pretrained(TINY / "base"),
+        processing_class=AutoTokenizer.from_pretrained(BASE),
     )  # fmt: skip
     seen = []
     trainer._throughput.see = lambda batch: seen.append(len(batch.documents))
