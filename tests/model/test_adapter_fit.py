@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import BASE, TINY, copy_run, run_recipe
+from conftest import BASE as SMALL
+from conftest import TINY, copy_run, run_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
@@ -30,6 +31,7 @@ from recipes.utils.model import (
     stored_shapes,
 )
 
+BASE = TINY / "base"
 OPTIONS = ModelOptions(str(BASE), dtype="float32")
 ROWS = str(TINY / "validation.jsonl")
 
@@ -135,7 +137,7 @@ def test_an_adapter_that_fits_in_part_is_refused_everywhere_with_the_first_key_t
     with pytest.raises(UserError, match=message):
         talk(folder, lines=["hello"])
     capsys.readouterr()
-    assert run_recipe("sft_lora", config_file(model={"adapter": str(folder)})) == 2
+    assert run_recipe("sft_lora", config_file(model={"name_or_path": str(BASE), "adapter": str(folder)})) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -188,7 +190,7 @@ def test_an_adapter_that_was_cut_in_a_copy_is_told(tmp_path, config_file, capsys
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"adapter_model.safetensors: is not whole .*; copy it again"):
         talk(path.parent, lines=["hello"])
-    assert run_recipe("sft_lora", config_file(model={"adapter": str(path.parent)})) == 2
+    assert run_recipe("sft_lora", config_file(model={"name_or_path": str(BASE), "adapter": str(path.parent)})) == 2
     assert "is not whole" in capsys.readouterr().err
 
 
@@ -240,7 +242,10 @@ def test_training_goes_on_from_an_adapter_with_a_resized_vocabulary(config_file,
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<|tool|>"]})
     tokenizer.save_pretrained(folder)
     short = {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
-    assert run_recipe("sft_lora", config_file(model={"adapter": str(folder)}, training=short)) == 0
+    assert (
+        run_recipe("sft_lora", config_file(model={"name_or_path": str(BASE), "adapter": str(folder)}, training=short))
+        == 0
+    )
     assert stored_shapes(tmp_path / "run") == stored_shapes(folder)
     assert "<|tool|>" in AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab()
     evaluate_adapter(tmp_path / "run", max_rows=1, max_new_tokens=2)
@@ -281,7 +286,7 @@ def test_a_base_that_lies_elsewhere_or_is_not_named_is_given_by_a_flag(lora_run,
         assert run_recipe("merge_adapter", folder, *words) == 0
         assert (merged / "config.json").is_file()
     assert len(talk(folder, lines=["hello"], max_new_tokens=3, base_model=str(moved))) in (1, 2)
-    run = copy_run(lora_run, tmp_path)
+    run, moved = copy_run(lora_run, tmp_path), shutil.copytree(SMALL, tmp_path / "small")
     here = evaluate_adapter(run, max_rows=1, max_new_tokens=2)
     record = json.loads((run / "run.json").read_text())
     record["model"]["name_or_path"] = "/data/models/Qwen2-7B-Instruct"
