@@ -2,12 +2,13 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, copy_run, run_recipe
+from conftest import BASE, ROOT, copy_run, run_recipe
 from served import Served, serving
 from transformers import AutoTokenizer
 
@@ -204,7 +205,7 @@ def test_the_base_and_the_adapter_are_named_at_the_start(adapter, merged, capsys
     chat(adapter, lines=[])
     chat(merged, lines=[])
     told = capsys.readouterr().err
-    assert f"adapter {adapter} on base examples/tiny/base\n" in told
+    assert f"adapter {adapter} on base {os.path.relpath(BASE)}\n" in told
     assert f"model {merged}\n" in told
 
 
@@ -223,6 +224,6 @@ def test_in_a_pipe_only_the_answer_is_printed(adapter):
     lines = result.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     assert [line for line in lines if not line.startswith("import time:")] == [
-        f"adapter {adapter} on base examples/tiny/base"
+        f"adapter {adapter} on base {os.path.relpath(BASE)}"
     ]
     assert not {"trl.trainer", "datasets", "scipy.stats", "rouge_score"} & imported

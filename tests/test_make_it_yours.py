@@ -161,7 +161,7 @@ def test_two_learning_rates(copy):
     rates = {group["initial_lr"] for group in groups if group["params"]}
     assert rates == {1e-3, 1.6e-2}
     counts = sorted(len(group["params"]) for group in groups if group["params"])
-    assert counts == [35, 35]  # A and B of seven layers' modules each
+    assert counts == [14, 14]  # A and B of the seven modules of each layer
 
 
 def test_rows_in_memory(copy, tmp_path):

@@ -151,7 +151,8 @@ def train_with_planted_rows(config_file, tmp_path, count: int, epochs: int, meth
     }  # fmt: skip
     data = {"train": str(write_jsonl(tmp_path / "planted.jsonl", rows)), "validation": None}
     lora = {"r": 16, "lora_alpha": 32}
-    return train(config_file(data=data, lora=lora, training=settings), method), planted
+    model = {"name_or_path": str(TINY / "base")}  # it foretells what is not planted
+    return train(config_file(model=model, data=data, lora=lora, training=settings), method), planted
 
 
 @pytest.mark.parametrize("layout", PLANTED)

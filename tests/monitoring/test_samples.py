@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, read_jsonl
+from conftest import BASE, TINY, read_jsonl
 from datasets import Dataset
 from peft import PeftModel
 from trained import adapter_of, same, train
@@ -52,7 +52,7 @@ def test_samples_are_what_the_adapter_of_that_step_answers(config_file, capsys):
 
 def test_an_answer_that_runs_away_is_marked(config_file, monkeypatch, capsys):
     monkeypatch.setattr("recipes.utils.monitoring.samples.MOST_TOKENS", 4)
-    folder = train(config_file(data={"samples": 1}, training=SHORT))
+    folder = train(config_file(model={"name_or_path": str(TINY / "base")}, data={"samples": 1}, training=SHORT))
     assert not any(sample["stopped"] for sample in read_jsonl(folder / "samples.jsonl"))
     assert capsys.readouterr().out.count("(did not stop)") == 2
 
