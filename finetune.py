@@ -41,7 +41,7 @@ ARGUMENTS = {key: name for name, key in KEYS.items()}
 def _at_python() -> Iterator[None]:
     """In here what is said is Python's, in a notebook on one display, and the libraries are quiet; the caller's process
     is as before afterwards."""
-    words = functools.partial(in_python, names=ARGUMENTS)
+    words = functools.partial(in_python, names=ARGUMENTS, shell="!" * in_notebook())
     before = out.words, out.page
     out.words, out.page = words, Page(words) if in_notebook() else None
     try:

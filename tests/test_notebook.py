@@ -59,6 +59,11 @@ def test_flags_and_commands_are_arguments_and_calls_at_python(told, meant):
     assert words(told) == meant
 
 
+def test_a_command_that_is_no_call_can_be_run_from_a_cell_of_a_notebook():
+    told = "merged: m\nnext: python recipes/evaluate_adapter.py r\n      python recipes/chat.py m"
+    assert words(told, shell="!") == "merged: m\nnext: evaluate_adapter('r')\n      !python recipes/chat.py m"
+
+
 def test_errors_and_lines_of_a_call_are_pythons_and_those_of_the_command_line_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = str(write_jsonl(tmp_path / "rows.jsonl", read_jsonl(TINY / "train.jsonl")[:8]))
@@ -106,8 +111,8 @@ def test_what_is_printed_goes_to_the_one_display_and_not_to_the_output(page, cap
     for part in ("more: lora_rank=8, <b>", "the run", "a" * 300, 'resume="latest"', "scores", "adapter", "0.5"):
         assert part in html.unescape(text)
         assert part in shown["text/plain"] or part == "adapter"
-    lines = re.findall(r"<(?:pre|td|th)[^>]*>", shown["text/html"])
-    assert len(lines) == 1 + 4 + 6
+    lines = re.findall(r"<(?:div|td|th) [^>]*>", shown["text/html"])[1:]
+    assert len(lines) == 3 + 4 + 6, "a line and two titles, cells"
     assert all("white-space:pre;" not in line and "overflow-wrap" in line for line in lines), "they wrap"
 
 

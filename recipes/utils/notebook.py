@@ -23,16 +23,17 @@ CALLS = {"sft_lora": "train_lora", "sft_qlora": "train_qlora"}
 CALLS |= {name: name for name in ("evaluate_adapter", "merge_adapter")}
 WRAPS = "word-break:normal;overflow-wrap:anywhere"
 LINE = f"white-space:pre-wrap;{WRAPS};margin:0;padding:0;background:none;border:none;font-size:inherit"
-CELL = "text-align:left;vertical-align:top;padding:1px 14px 1px 0;white-space:normal"
+CELL = "text-align:left;vertical-align:top;padding:1px 14px 1px 0;white-space:normal;word-break:normal"
 EVERY = 0.2  # seconds between two pictures of a bar
 
 
-def in_python(text: str, names: Mapping[str, str]) -> str:
-    """`text` with each flag as an argument and each command as a call. `names`: {section.key: an argument for it}."""
+def in_python(text: str, names: Mapping[str, str], shell: str = "") -> str:
+    """`text` with each flag as an argument and each command as a call, or where there is none behind `shell`, which is
+    `!` in a notebook. `names`: {section.key: an argument for it}."""
 
     def call(found: re.Match) -> str:
         if found[1] not in CALLS:
-            return found[0]
+            return shell + found[0]
         arguments, left = [], iter(shlex.split(found[2]))
         for word in left:
             if word in FIXED:
@@ -95,7 +96,7 @@ class Page:
                 self.plain += [line for line in titles if line]
             else:
                 text = self.words(each.plain if isinstance(each, Text) else str(each))
-                self.blocks.append(f'<pre style="{LINE}">{html.escape(text)}</pre>')
+                self.blocks.append(f'<div style="{LINE}">{html.escape(text)}</div>')
                 self.plain.append(text)
         self._draw()
 
@@ -131,7 +132,10 @@ class Page:
         lines = []
         for number, row in enumerate(rows):
             kind = "th" if rows[0] is heads and number == 0 else "td"
-            wraps = ["word-break:normal;overflow-wrap:normal"] + [WRAPS] * (len(row) - 1)  # the first holds names
+            # Names and figures stay whole, long texts may break anywhere.
+            wraps = [
+                WRAPS if len(cell) > 24 and place else "overflow-wrap:break-word" for place, cell in enumerate(row)
+            ]
             cells = "".join(
                 f'<{kind} style="{CELL};{how}">{html.escape(cell)}</{kind}>'
                 for cell, how in zip(row, wraps, strict=True)
