@@ -1,4 +1,4 @@
-"""A second task is learnt on top of a run: a share of the old rows keeps most of the old task, else it is lost."""
+"""A second task is learnt on top of a run: a share of the old rows keeps the old task, else it is lost."""
 
 import json
 
@@ -20,11 +20,11 @@ def in_short(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_replay_keeps_most_of_the_old_task_while_another_is_learnt(tmp_path, monkeypatch):
+def test_replay_keeps_the_old_task_while_another_is_learnt(tmp_path, monkeypatch):
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "june.jsonl", in_short(read_jsonl(TINY / "train.jsonl")[:800]))
+    write_jsonl(tmp_path / "june.jsonl", in_short(read_jsonl(TINY / "train.jsonl")))
     write_jsonl(tmp_path / "june_test.jsonl", in_short(read_jsonl(TINY / "test.jsonl")))
     assert run_recipe("sft_lora", "configs/tiny.yaml", "--training.output_dir", "runs/may") == 0
     own = ["--model.adapter", "runs/may", "--data.validation", "0.05", "--data.test", "june_test.jsonl"]
@@ -32,13 +32,15 @@ def test_replay_keeps_most_of_the_old_task_while_another_is_learnt(tmp_path, mon
     found = {}
     for name, train in (("june-alone", "[june.jsonl]"), ("june", f"[june.jsonl, {old}]")):
         words = ["configs/tiny.yaml", *own, "--data.train", train, "--training.output_dir", f"runs/{name}"]
+        words += ["--training.learning_rate", "2e-3"]
         assert run_recipe("sft_lora", *words) == 0
         found[name] = evaluate_adapter(f"runs/{name}", against="runs/may")
     for name, parts in found.items():
         learnt = parts["new test"]["differences"]["adapter against old adapter"]["exact_match"]
         assert learnt["verdict"] == "better", name
         assert parts["new test"]["adapter"]["exact_match"] > 0.9, name
-    kept, lost = (found[name]["old test"]["adapter"]["exact_match"] for name in ("june", "june-alone"))
+    lost = found["june-alone"]["old test"]["adapter"]["exact_match"]
+    kept = found["june"]["old test"]["differences"]["adapter against old adapter"]["exact_match"]
     assert found["june"]["old test"]["old adapter"]["exact_match"] > 0.95
-    assert kept > 0.8
+    assert kept["low"] <= 0 <= kept["high"]
     assert lost < 0.1
