@@ -100,7 +100,8 @@ def test_the_best_checkpoint_by_validation_loss_is_what_is_saved(config_file, tm
     """Validation rows that the base can do already and forgets as it learns another task: the first save is best."""
     rows = [chat(f"Copy: {word}", word) for word in ("hello", "seven", "Anna", "blue train")]
     data = {"validation": str(write_jsonl(tmp_path / "copy.jsonl", rows))}
-    folder = train(config_file(data=data, training={"learning_rate": 5e-3, "max_steps": 12}))
+    model = {"name_or_path": str(TINY / "base")}
+    folder = train(config_file(model=model, data=data, training={"learning_rate": 5e-3, "max_steps": 12}))
     losses = {line["step"]: line["eval_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert best != 12

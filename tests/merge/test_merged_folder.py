@@ -108,7 +108,7 @@ def test_neither_a_local_path_nor_a_secret_is_told(run, merged):
 def test_the_cards_base_is_the_hubs_name_and_revision(run, merged, tmp_path):
     record = json.loads((run / "run.json").read_text())
     record["model"] |= {"name_or_path": "Qwen/Qwen2-7B", "revision": "main"}
-    snapshot = tmp_path / "snapshots" / ("0123456789" * 4)
+    snapshot = tmp_path / "models--Qwen--Qwen2-7B" / "snapshots" / ("0123456789" * 4)
     export_to = tmp_path / "out"
     export_to.mkdir()
     write_card(export_to, record, snapshot, run, {"base": "original", "scale": 1.0, "dtype": "bfloat16"}, None)

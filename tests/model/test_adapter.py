@@ -226,7 +226,7 @@ def test_the_card_of_a_run_says_what_it_is_and_has_no_form_to_fill_in(lora_run):
     for folder in (lora_run, *lora_run.glob("checkpoint-*")):
         card = (folder / "README.md").read_text()
         assert "More Information Needed" not in card
-        assert all(line in card for line in ("| base | base |", "| rank | 4 |", "down_proj, gate_proj"))
+        assert all(line in card for line in ("| base | base |", "| rank | 4 |", "mlp.down_proj"))
     card = (lora_run / "README.md").read_text()
     assert f"| best validation loss | {record['best_validation_loss']} |" in card
     assert "| steps | 8 |\n| learning rate | 0.001 |" in card

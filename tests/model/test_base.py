@@ -168,7 +168,7 @@ def test_a_loaded_base_can_be_saved_and_keeps_its_nf4_weights_as_they_are(tmp_pa
 
 
 def test_control_tokens_that_a_base_never_learnt_are_named(tmp_path):
-    model = load_base(BASE, ModelOptions(str(BASE), dtype="float32"), "sdpa")
+    model = load_base(BASE, ModelOptions(str(BASE), dtype="float32"), "sdpa").requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     rows = Dataset.from_list([{"input_ids": [start, 5, end], "labels": [-100, 5, end]}])
@@ -183,7 +183,7 @@ def test_control_tokens_that_a_base_never_learnt_are_named(tmp_path):
 
 def test_a_control_token_among_those_that_nobody_has_used_is_named_whatever_its_norm():
     """Never trained, such rows keep the direction that the vocabulary's common drift has given them, at its norm."""
-    model = load_base(BASE, ModelOptions(str(BASE), dtype="float32"), "sdpa")
+    model = load_base(BASE, ModelOptions(str(BASE), dtype="float32"), "sdpa").requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     rows = Dataset.from_list([{"input_ids": [start, 5, end], "labels": [-100, 5, end]}])
