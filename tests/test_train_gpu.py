@@ -96,6 +96,7 @@ def test_calls_merge_their_results_and_go_on_where_the_last_one_stopped(tmp_path
     assert len([run for run in kept if run["variant"] == "packed"]) == 2  # the first one's is kept
 
 
+@pytest.mark.slow
 def test_a_rung_runs_in_a_process_of_its_own_and_one_that_takes_too_long_is_given_up(
     model, capsys, monkeypatch, tmp_path
 ):
