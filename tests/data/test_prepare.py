@@ -168,6 +168,15 @@ def test_an_answer_with_weight_0_carries_no_loss(tmp_path):
     assert trained_texts(tokenizer, encoded) == ["good answer<|im_end|>"]
 
 
+def test_what_the_assistant_says_before_anybody_asked_is_read_and_not_learnt(tmp_path):
+    """In a form that carries it, as Qwen2's does; a form such as Mistral's refuses the row (test_template_files.py)."""
+    greeted = {"messages": [{"role": "assistant", "content": "Hello!"}, *chat("Say two.", "two")["messages"]]}
+    tokenizer = FAMILIES["qwen2"][0]()
+    (row,) = prepared(write_jsonl(tmp_path / "rows.jsonl", [greeted]), tokenizer).rows
+    assert "assistant\nHello!<|im_end|>" in tokenizer.decode(row["input_ids"])
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "two<|im_end|>"
+
+
 def test_train_on_last_trains_the_last_answer_alone(tmp_path):
     tokenizer = FAMILIES["qwen2"][0]()
     rows = prepared(write_jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")]), tokenizer, train_on="last").rows
