@@ -40,6 +40,22 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+def test_rows_that_were_trained_on_are_told_before_and_after_the_verdict(lora_run, tmp_path, capsys):
+    """Those of its train file and copies of them in other words' clothes, not those that were held out."""
+    run = copy_run(lora_run, tmp_path)
+    rows = read_jsonl(tmp_path / "train.jsonl")[:2]
+    rows[1]["messages"][0]["content"] = rows[1]["messages"][0]["content"].upper() + "!"
+    new = read_jsonl(tmp_path / "validation.jsonl")[:1]
+    mixed = str(write_jsonl(tmp_path / "mixed.jsonl", rows + new))
+    metrics = evaluate_adapter(run, data=mixed, max_rows=1, max_new_tokens=2)
+    assert metrics["rows_trained_on"] == 2
+    told = capsys.readouterr().out
+    assert told.count("warning: 2 of these 3 rows were trained on: no figure and no verdict here is of new rows") == 2
+    assert told.index("verdict: ") < told.rindex("rows were trained on")
+    assert "rows_trained_on" not in evaluate_adapter(run, max_rows=1, max_new_tokens=2)
+    assert "were trained on:" not in capsys.readouterr().out
+
+
 def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_path, capsys):
     folder, rows = copy_run(trained, tmp_path), read_jsonl(TINY / "test.jsonl")
     other = write_jsonl(tmp_path / "other.jsonl", [chat("copy abc", "abc"), chat("copy de", "de")])

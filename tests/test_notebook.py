@@ -40,7 +40,7 @@ words = functools.partial(in_python, names=finetune.ARGUMENTS)
         ("--lora.lora_alpha: 0 is not", "lora.lora_alpha: 0 is not"),
         ("give a folder as model.name_or_path", "give a folder as model_name"),
         ("my.yaml:3: data.train: names no rows", "my.yaml:3: data.train: names no rows"),
-        ("run again with --resume", 'run again with resume="latest"'),
+        ("the same command with --resume goes on", 'the same command with resume="latest" goes on'),
         ("or go on with --accept-changes", "or go on with accept_changes=True"),
         ("elsewhere: --base-model PATH_OR_NAME", "elsewhere: base_model=PATH_OR_NAME"),
         ("is over --max-kl 0.5; nothing", "is over max_kl=0.5; nothing"),

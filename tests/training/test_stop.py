@@ -65,7 +65,7 @@ def test_sigterm_ends_the_script_with_status_75_a_whole_checkpoint_and_no_final_
     errors = (tmp_path / "err").read_text()
     assert process.exitcode == 75, errors
     assert "SIGTERM: stopping after this step" in errors
-    assert "is complete; run again with --resume" in errors
+    assert "is complete; the same command with --resume goes on" in errors
     assert "Traceback" not in errors
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert fault(checkpoint) is None

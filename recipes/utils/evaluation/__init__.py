@@ -1,7 +1,7 @@
 """Runs and adapters loaded again, scores of their answers, and what a difference between two models is worth."""
 
 from recipes.utils.evaluation.against import score_against
-from recipes.utils.evaluation.baseline import prompts_of, read_system
+from recipes.utils.evaluation.baseline import prompts_of, read_system, trained_rows
 from recipes.utils.evaluation.evaluate import best_baselines, evaluate, print_evaluation, read_rows, rows_digest, sum_up
 from recipes.utils.evaluation.evaluate import rows_to_score, score_rows, score_scales, within_limit, write_evaluation
 from recipes.utils.evaluation.gates import decide, print_gates, read_gate, rows_of_runs

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.utils.console import UserError, find_data_files, say
@@ -97,7 +98,6 @@ def choose_examples(
     base can read. Says their file:line. Raises `UserError` if there is none."""
     options, limit = DataOptions(**record["data"]), record["training"].get("max_length") or 1024  # SFTConfig's
     _tell_changes(record, options)
-    share = options.validation if isinstance(options.validation, float) else None
     kept_out = {fingerprint(chat) for chat in chats}
     held = options.validation
     for paths in (options.test, held if isinstance(held, (str, list)) else None):
@@ -105,8 +105,6 @@ def choose_examples(
             kept_out |= {fingerprint(chat) for chat in stream_chats(paths, Reading(), options.system == "merge")}
 
     def usable(chat: Chat) -> bool:
-        if share and held_out(chat, share, record["seed"]):
-            return False
         turns = [turn for turn in chat.messages if turn["role"] != "system"]
         return turns[0]["role"] == "user" and all(turn.get("weight") != 0 for turn in turns)
 
@@ -114,8 +112,7 @@ def choose_examples(
         """The same for the same row, wherever it stands: rows that are added later change no other's place."""
         return hashlib.blake2b(f"{record['seed']}{json.dumps(chat.messages)}".encode(), digest_size=8).digest()
 
-    every = stream_chats(train_paths(options.train), Reading(), options.system == "merge")
-    rows = (chat for chat in without_excluded(every, options.exclude, Reading()) if usable(chat))
+    rows = (chat for chat in _train_rows(record) if usable(chat))
     pool = heapq.nsmallest(POOL * count, (row for row in rows if fingerprint(row) not in kept_out), key=drawn)
     context = model_config(base_of(record), ModelOptions(**record["model"])).get_text_config()
     room = getattr(context, "max_position_embeddings", None) or float("inf")
@@ -138,6 +135,26 @@ def choose_examples(
     less = f" ({count} were asked for; more do not fit in {room:,} tokens, or there are none)" * (len(found) < count)
     say(f"examples: {', '.join(row.where for row in found)}{less}")
     return found
+
+
+def _train_rows(record: dict) -> Iterator[Chat]:
+    """The rows that the run trained on, read again: neither left out by its config, nor held out for validation."""
+    options = DataOptions(**record["data"])
+    share = options.validation if isinstance(options.validation, float) else None
+    every = stream_chats(train_paths(options.train), Reading(), options.system == "merge")
+    for chat in without_excluded(every, options.exclude, Reading()):
+        if not (share and held_out(chat, share, record["seed"])):
+            yield chat
+
+
+def trained_rows(record: dict, chats: list[Chat]) -> int:
+    """How many of `chats` the run with that `record` was trained on, but for case, space and punctuation; 0 where its
+    train files are gone."""
+    try:
+        trained = set(map(fingerprint, _train_rows(record)))
+    except UserError:
+        return 0
+    return sum(fingerprint(chat) in trained for chat in chats)
 
 
 def _tell_changes(record: dict, options: DataOptions) -> None:

@@ -101,7 +101,7 @@ class Resumable(_Trainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             step = self.state.global_step
             complete = f"stopped by {reason} after step {step}: {folder}/checkpoint-{step} is complete"
-            raise RunEnded("stopped", f"{complete}; run again with --resume") from None
+            raise RunEnded("stopped", f"{complete}; the same command with --resume goes on") from None
         finally:
             self.remove_callback(events)
 
