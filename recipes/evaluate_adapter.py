@@ -111,9 +111,9 @@ def evaluate_adapter(
     chats = parts["predictions"]
     files = ", ".join(dict.fromkeys(chat.where.rpartition(":")[0] for chat in chats))
     say(f"{run_folder}: {len(chats):,} rows of {files}, answers to {min(max_rows, len(chats)):,} of them")
-    if seen := scoring.trained_rows(record, chats):
-        told = f"{seen:,} of these {len(chats):,} rows were trained on: no figure and no verdict here is of new rows"
-        say(f"warning: {told}")
+    seen, warnings = scoring.trained_rows(record, parts)
+    for line in warnings:
+        say(line)
     for scale in scales or ():
         scoring.check_linear(run_folder, scale)
     wanted = {"base": True, "system": system, "shots": shots, "system_shots": shots and system}
@@ -154,7 +154,7 @@ def evaluate_adapter(
     # 3. The figures, for people and for machines.
     best_of = {part: scoring.best_baselines(models) for part, models in scored.items()}
     decided = [scoring.decide(one, scored[one.part], best_of[one.part], of_runs.get(one)) for one in gates]
-    found = {"baselines": prompted, "gates": decided, "rows_trained_on": seen}
+    found = {"baselines": prompted, "gates": decided, "rows_trained_on": seen.get("predictions")}
     more = {name: value for name, value in found.items() if value}
     metrics = scoring.write_evaluation(run_folder, parts, scored, forgetting, **more)
     scoring.print_evaluation(metrics, scored["predictions"], chats)
@@ -163,8 +163,8 @@ def evaluate_adapter(
     if not model and metrics["verdict"].startswith(("BETTER", "MIXED")):
         say(f"next:    {command('merge_adapter', run_folder)}")
     say(f"\nverdict: {metrics['verdict']}")
-    if seen:
-        say(f"warning: {told}")
+    for line in warnings:
+        say(line)
     scoring.print_gates(decided)
     return metrics
 

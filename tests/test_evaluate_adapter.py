@@ -54,6 +54,13 @@ def test_rows_that_were_trained_on_are_told_before_and_after_the_verdict(lora_ru
     assert told.index("verdict: ") < told.rindex("rows were trained on")
     assert "rows_trained_on" not in evaluate_adapter(run, max_rows=1, max_new_tokens=2)
     assert "were trained on:" not in capsys.readouterr().out
+    evaluate_adapter(run, max_rows=1, max_new_tokens=2, forgetting=mixed)
+    assert capsys.readouterr().out.count("warning: 2 of these 3 forgetting rows were trained on: ") == 2
+    old = shutil.copytree(run, tmp_path / "old")
+    evaluate_adapter(run, against=old, data=mixed, max_rows=1, max_new_tokens=2)
+    told = capsys.readouterr().out
+    for name in ("adapter", "old adapter"):
+        assert told.count(f"warning: 2 of these 3 new test rows were trained on by the {name}: ") == 2
 
 
 def test_both_models_are_written_side_by_side_with_their_answers(trained, tmp_path, capsys):

@@ -166,7 +166,7 @@ def print_table(title: str, rows: dict[str, object]) -> None:
     look: dict = {"title_justify": "left", "title_style": "bold", "show_header": False, "box": None, "padding": (0, 2)}
     table = Table(title=visible(title), **look)
     table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     for name, value in rows.items():
         if value is not None:
             table.add_row(visible(name), visible(str(value)))

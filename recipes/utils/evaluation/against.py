@@ -5,6 +5,7 @@ from pathlib import Path
 
 from recipes.utils.console import UserError, print_table, say
 from recipes.utils.data import Encoder
+from recipes.utils.evaluation.baseline import trained_rows
 from recipes.utils.evaluation.evaluate import evaluate, rows_to_score, within_limit
 from recipes.utils.evaluation.gates import Gate, decide, print_gates, read_gate
 from recipes.utils.evaluation.runs import load_adapter, load_adapter_tokenizer, read_run
@@ -44,6 +45,9 @@ def score_against(
     for part, chats in rows.items():  # those that both would train on, so that they are the same for both
         for encoder in encoders.values():
             rows[part] = chats = within_limit(encoder, chats, of[part])
+    warnings = [line for name, own in records.items() for line in trained_rows(own, rows, f" by the {name}")[1]]
+    for line in warnings:
+        say(line)
     scored: dict[str, dict[str, list[dict]]] = {part: {} for part in rows}
     for name, folder in folders.items():
         live = load_adapter(folder, records[name])
@@ -67,6 +71,8 @@ def score_against(
     say(f"\nwritten: {path}\n")
     for part in rows:
         say(f"verdict on the {part}: {in_short(PAIR, found[part]['differences'][PAIR])}")
+    for line in warnings:
+        say(line)
     print_gates(found.get("gates", []))
     return found
 

@@ -147,14 +147,20 @@ def _train_rows(record: dict) -> Iterator[Chat]:
             yield chat
 
 
-def trained_rows(record: dict, chats: list[Chat]) -> int:
-    """How many of `chats` the run with that `record` was trained on, but for case, space and punctuation; 0 where its
-    train files are gone."""
+def trained_rows(record: dict, parts: dict[str, list[Chat]], by: str = "") -> tuple[dict[str, int], list[str]]:
+    """({part: how many of its rows the run was trained on, but for case, space and punctuation}, a warning for each);
+    none where its train files are gone. `by` names the run where there are several."""
     try:
         trained = set(map(fingerprint, _train_rows(record)))
     except UserError:
-        return 0
-    return sum(fingerprint(chat) in trained for chat in chats)
+        return {}, []
+    counted = {part: sum(fingerprint(chat) in trained for chat in chats) for part, chats in parts.items()}
+    seen = {part: count for part, count in counted.items() if count}
+    lines = []
+    for part, count in seen.items():
+        rows = f"{len(parts[part]):,} {f'{part} ' * (part != 'predictions')}rows"
+        lines.append(f"{count:,} of these {rows} were trained on{by}: no figure and no verdict here is of new rows")
+    return seen, [f"warning: {line}" for line in lines]
 
 
 def _tell_changes(record: dict, options: DataOptions) -> None:
